@@ -1,1 +1,1 @@
-"""What a step is made of: its micro-batches, its loss, and the validation that judges it."""
+"""The parts of a step: its micro-batches, its loss, its CUDA graphs, and validation."""

@@ -1,12 +1,12 @@
 """The micro-batches of a step, and how many tokens each of them predicts.
 
-LitGPT fetches a micro-batch, trains on it, and divides its mean loss by the number of micro-batches. Where rows are
-padded, micro-batches predict different numbers of tokens, and the mean of their means is not the mean over the tokens
-of the step: a token counts the more, the fewer others are in its micro-batch. To weigh them, the tokens of the whole
-step must be known before the first loss. So all micro-batches of a step are fetched at its beginning, where the data
-position of a checkpoint is exact, and one number is summed over the ranks while the first forward pass runs.
+LitGPT fetches a micro-batch, trains on it, and divides its mean loss by the number of micro-batches. With padded rows,
+micro-batches predict different numbers of tokens, so the mean of their means is not the mean over the tokens of the
+step: tokens in sparse micro-batches weigh more. Correct weights need the token count of the whole step before the first
+loss. So all micro-batches of a step are fetched at its start, where a checkpoint's data position is exact, and the
+counts are summed over the ranks while the first forward pass runs.
 
-Shape legend: B batch, T tokens, A micro-batches of a step, C what is counted: targets, and perhaps inputs.
+Shape legend: B batch, T tokens, A micro-batches of a step, C kinds of counted tokens: targets, and perhaps inputs.
 """
 
 import time
@@ -23,17 +23,17 @@ from litgpt_moe_ext.training.callback import Callback
 
 
 def counts_for_loss(targets: Tensor) -> Tensor:
-    """Return which targets the loss counts, bool, in their shape."""
+    """Return which targets count for the loss, bool, in their shape."""
     return targets != PADDING
 
 
 def unwrapped(loader: Any) -> Any:
-    """Return a data loader itself: Fabric's wrapper hands on its batches, not its attributes."""
+    """Return the data loader inside Fabric's wrapper, which hides its attributes."""
     return getattr(loader, "_dataloader", loader)
 
 
 def can_pad(loader: Any) -> bool:
-    """Return whether a data loader may hand out rows with padding; one that does not say may."""
+    """Return whether a data loader may return padded rows; assume so if it does not say."""
     return getattr(getattr(unwrapped(loader), "windows", None), "pads", True)
 
 
@@ -41,9 +41,9 @@ class MicroBatch(NamedTuple):
     """A micro-batch as the loop gets it.
 
     Attributes:
-        data: What the loader gave; in pretraining token ids, (B, T + 1), int64.
-        waited: Seconds that fetching it took.
-        weights: What its means are multiplied by; None stands for 1.
+        data: The loader's batch; in pretraining token ids, (B, T + 1), int64.
+        waited: Seconds spent fetching it.
+        weights: Factors for its mean losses; None means 1.
     """
 
     data: Any
@@ -52,18 +52,18 @@ class MicroBatch(NamedTuple):
 
 
 class MicroBatchWeights:
-    """The weights of one micro-batch, which are computed when they are asked for.
+    """The weights of one micro-batch, computed on demand.
 
     Args:
         step: The counts of its step.
-        index: Its place in the step.
+        index: Its index in the step.
     """
 
     def __init__(self, step: "_Counts", index: int) -> None:
         self._step, self._index = step, index
 
     def __call__(self) -> Tensor:
-        """Return the weights of means over what is counted, (C,), float64 (float32 where the device has none).
+        """Return the weight for each kind of counted tokens, (C,), float64 (float32 if the device has no float64).
 
         The first call of a step waits for the other ranks' counts.
         """
@@ -71,13 +71,13 @@ class MicroBatchWeights:
 
 
 class StepBatches(Callback):
-    """Hands out micro-batches; fetches and counts a whole step at once where rows may be padded.
+    """Hands out micro-batches; if rows may be padded, fetches and counts those of a whole step at once.
 
-    It adds `padding` to the log: the part of the tokens since the last line, over all ranks, that was padding.
+    Adds `padding` to the log: the fraction of padding among the tokens of all ranks since the last line.
 
     Args:
-        counted: Returns which tokens of a micro-batch count, bool: the targets of the loss, and the text among the
-            inputs, if there are other numbers of them.
+        counted: Returns masks, bool, of the tokens of a micro-batch that count: the targets of the loss, and also the
+            text among the inputs if its count differs.
         accumulation: Micro-batches of a step on each rank.
         ranks: Number of ranks.
 
@@ -94,15 +94,15 @@ class StepBatches(Callback):
 
     @property
     def padding(self) -> float | None:
-        """Part of all logged tokens that was padding; None where rows cannot be padded."""
+        """Fraction of all logged tokens that was padding; None if rows cannot be padded."""
         return self._logged.padding if self._logged.positions else None
 
     def next(self, fetch: Callable[[], Any], iteration: int) -> MicroBatch:
         """Return the next micro-batch.
 
         Args:
-            fetch: Returns the next one of the data.
-            iteration: Number of those that were trained on.
+            fetch: Fetches the next batch from the loader.
+            iteration: Number of micro-batches trained on so far.
         """
         if not self.counts:
             return _fetch(fetch)
@@ -130,7 +130,7 @@ class StepBatches(Callback):
 
 
 class _Share(NamedTuple):
-    # Tokens that are text, and all.
+    # Counts of text tokens and of all tokens.
     real: int = 0
     positions: int = 0
 
@@ -140,7 +140,7 @@ class _Share(NamedTuple):
 
 
 class _Counts:
-    """The tokens of a step: of each micro-batch of this rank, and of all of every rank."""
+    """The token counts of a step: of each micro-batch on this rank, and in total over all ranks."""
 
     def __init__(self, counts_AC: Tensor, micro_batches: int, ranks: int) -> None:
         self._counts_AC, self._micro_batches = counts_AC, micro_batches
@@ -158,7 +158,7 @@ class _Counts:
     def weights_AC(self) -> Tensor:  # noqa: N802
         if self._weights_AC is None:
             dtype = counting_dtype(self._counts_AC.device)
-            # Exactly 1 where all counts are equal: integers below 2**53 are.
+            # Exactly 1 if all counts are equal, as float64 represents integers below 2**53 exactly.
             shares_AC = (self._counts_AC * self._micro_batches).to(dtype)
             self._weights_AC = shares_AC / self.total_C().clamp(min=1).to(dtype)
         return self._weights_AC

@@ -1,6 +1,6 @@
-"""Both passes of a micro-batch as CUDA graphs.
+"""Capturing the forward and backward pass of a micro-batch as CUDA graphs.
 
-A graph knows nothing of Python: what was launched while it was captured runs again, on the same addresses.
+A replay runs no Python: it repeats the kernels that were launched during capture, on the same addresses.
 
 Shape legend: B batch, T tokens.
 """
@@ -16,14 +16,14 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Passes(NamedTuple):
-    """Both passes of a micro-batch, ready to run again.
+    """The forward and backward pass of a micro-batch, ready to run again.
 
     Attributes:
-        forward: Computes the loss of what the static ids and targets hold.
-        backward: Computes the gradients of that loss times what `scale` holds, after `forward`.
-        loss: Where the loss is written, a scalar.
-        scale: Where the gradient of the loss is read, a scalar.
-        gradients: Where each leaf gets its gradient.
+        forward: Computes the loss of the current contents of the static ids and targets.
+        backward: Computes the gradients of that loss times `scale`; run it after `forward`.
+        loss: Output of `forward`, a scalar.
+        scale: Input of `backward`, the gradient of the loss, a scalar.
+        gradients: Output of `backward`: the gradient tensor of each leaf.
     """
 
     forward: Callable[[], None]
@@ -34,23 +34,23 @@ class Passes(NamedTuple):
 
 
 class Capture(Protocol):
-    """What makes passes."""
+    """A function that makes passes."""
 
     def __call__(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor, add: bool) -> Passes:
-        """Return the passes of `loss` over tensors whose contents change.
+        """Return the passes of `loss` over static tensors whose contents change.
 
-        Leaves keep the gradients that they have, and nothing has a new value when this returns, or raises.
+        Leaves keep their gradients, and no other value has changed when this returns or raises.
 
         Args:
             loss: The loss function.
             ids_BT: Token ids, int64.
             targets_BT: Targets, int64.
-            add: Whether the backward pass adds to the gradients that leaves have now; otherwise it writes new ones.
+            add: Whether the backward pass adds to the leaves' present gradients; otherwise it writes new ones.
         """
 
 
 class CudaCapture:
-    """Captures passes as CUDA graphs that share their memory: only one pair may be between its passes at a time."""
+    """Captures passes as CUDA graphs in one memory pool: finish one pair's backward before another pair's forward."""
 
     def __init__(self) -> None:
         self._pool: Any = None
@@ -63,7 +63,7 @@ class CudaCapture:
         try:
             return self._captured(loss, ids_BT, targets_BT, add)
         except Exception:
-            # Where a capture ended early, the generator would wait for its end for ever, and refuse all else.
+            # After an aborted capture the generator would still expect its end and refuse any other use.
             generator.graphsafe_set_state(state)
             raise
 
@@ -81,7 +81,7 @@ class CudaCapture:
 
     @contextlib.contextmanager
     def _capturing(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-        """Capture what is launched in the scope; where that fails, leave torch as it was, and say why it did."""
+        """Capture what is launched in the scope; on failure, restore torch's state and raise the original error."""
         stream = torch.cuda.current_stream()
         failure: Exception | None = None
         try:
@@ -93,21 +93,21 @@ class CudaCapture:
                     failure = error
                     raise
         except Exception as error:
-            # A capture that was broken off cannot be ended: torch 2.11 then stays on its stream, frees no cached memory
-            # of the device any more, and keeps the memory of the graph.
+            # An aborted capture cannot be ended: torch 2.11 then stays on its stream, no longer frees cached memory of
+            # the device, and keeps the memory of the graph.
             torch.cuda.set_stream(stream)
             with contextlib.suppress(RuntimeError):
-                graph.reset()  # which does the rest in torch 2.15, where what follows is an error
+                graph.reset()  # torch 2.15 does the rest in here, and raises at the next lines
                 torch._C._cuda_endAllocateToPool(stream.device_index, self._pool)
                 torch._C._cuda_releasePool(stream.device_index, self._pool)
-            # The error that broke it off, not the one that it cannot be ended.
+            # The error that aborted the capture, not torch's complaint that it cannot be ended.
             raise failure or error from None
         finally:
             failure = None  # its traceback holds this frame, and the memory of the pass
 
 
 def leaves_of(loss: Tensor) -> list[Tensor]:
-    """Return the leaves that a backward pass of `loss` gives gradients to."""
+    """Return the leaves that receive gradients in a backward pass of `loss`."""
     leaves: list[Tensor] = []
     seen, waiting = set(), [loss.grad_fn]
     while waiting:
@@ -123,11 +123,11 @@ def leaves_of(loss: Tensor) -> list[Tensor]:
 
 @contextlib.contextmanager
 def gradients_set_aside(leaves: Sequence[Tensor], keep: bool = False) -> Iterator[None]:
-    """Give leaves their present gradients back at the end of the scope.
+    """Restore the leaves' present gradients at the end of the scope.
 
     Args:
         leaves: The leaves.
-        keep: Whether they have them in the scope as well; otherwise they have none.
+        keep: Whether the leaves keep their gradients within the scope; otherwise they have none there.
     """
     kept = [leaf.grad for leaf in leaves]
     try:

@@ -1,4 +1,4 @@
-"""What has been captured for the micro-batches of a step, and where their gradients lie.
+"""The captured passes for the micro-batches of a step, and where their gradients are stored.
 
 Shape legend: B batch, T tokens.
 """
@@ -12,12 +12,12 @@ from litgpt_moe_ext.training.steps.graph_check import Reference
 
 
 class Inputs(NamedTuple):
-    """A micro-batch, or tensors that micro-batches are copied into.
+    """A micro-batch, or the static tensors that micro-batches are copied into.
 
     Attributes:
         ids_BT: Token ids, int64.
         targets_BT: Targets, int64.
-        sizes: What passes over them need room for, or have (`litgpt_moe_ext.training.steps.room`).
+        sizes: Sizes that passes need, or have reserved (`litgpt_moe_ext.training.steps.room`).
     """
 
     ids_BT: Tensor
@@ -25,18 +25,18 @@ class Inputs(NamedTuple):
     sizes: tuple[int, ...]
 
     def cloned(self) -> "Inputs":
-        """Return the same in tensors of its own."""
+        """Return a copy."""
         return Inputs(self.ids_BT.clone(), self.targets_BT.clone(), self.sizes)
 
 
 class CapturedPasses:
-    """The passes for the first micro-batch of a step and for the others, and the tensors that they know.
+    """The passes for the first micro-batch of a step and for the later ones, and the tensors they read.
 
     Args:
-        capture: What makes them.
-        loss: Takes the inputs and returns a scalar.
-        model: Whose parameters and buffers it reads.
-        inputs: What the passes read from now on.
+        capture: Captures the passes.
+        loss: Takes ids and targets and returns a scalar.
+        model: The model whose parameters and buffers `loss` reads.
+        inputs: The static tensors that the passes read.
     """
 
     def __init__(self, capture: Capture, loss: Loss, model: nn.Module, inputs: Inputs) -> None:
@@ -44,7 +44,7 @@ class CapturedPasses:
         self._inputs = inputs
         self._first: Passes | None = None
         self._other: Passes | None = None
-        # To hold them keeps their memory from being used for anything else.
+        # Holding the tensors keeps their memory from being reused.
         self._read = [
             (tensors, name, tensor, tensor.data_ptr())
             for module in model.modules()
@@ -54,12 +54,12 @@ class CapturedPasses:
         ]
 
     def fits(self, batch: Inputs) -> bool:
-        """Return whether a batch has the shapes of the inputs, and needs no larger sizes."""
+        """Return whether a batch has the shapes of the inputs and needs no larger sizes."""
         is_alike = self._has_ids_of(batch) and batch.targets_BT.shape == self._inputs.targets_BT.shape
         return is_alike and not self.is_outgrown(batch)
 
     def is_outgrown(self, batch: Inputs) -> bool:
-        """Return whether a batch has the shape of the inputs, but needs larger sizes."""
+        """Return whether a batch has the shape of the inputs but needs larger sizes."""
         is_larger = any(size > reserved for size, reserved in zip(batch.sizes, self._inputs.sizes, strict=True))
         return is_larger and self._has_ids_of(batch)
 
@@ -67,14 +67,14 @@ class CapturedPasses:
         return batch.ids_BT.shape == self._inputs.ids_BT.shape
 
     def has_moved(self) -> bool:
-        """Return whether a parameter or a buffer is no longer where it was."""
+        """Return whether a parameter or buffer has moved since the capture."""
         return any(
             tensors.get(name) is not tensor or tensor.data_ptr() != address
             for tensors, name, tensor, address in self._read
         )
 
     def passes(self, begins: bool) -> Passes:
-        """Return the passes for the next micro-batch, and have gradients lie where they add to them.
+        """Return the passes for the next micro-batch, with gradients moved to where the passes add to them.
 
         Args:
             begins: Whether no leaf has a gradient yet.
@@ -94,18 +94,18 @@ class CapturedPasses:
         return self._other
 
     def check(self, reference: Reference, accumulates: bool, model: nn.Module) -> Passes:
-        """Compare the passes with those without graphs; gradients are then those that there were.
+        """Compare the passes with passes without graphs; leave gradients as they were.
 
         Args:
-            reference: Of the micro-batch that the tensors hold.
-            accumulates: Whether there is more than one micro-batch in a step.
-            model: Whose gradients they compute.
+            reference: Result without graphs for the micro-batch in the static tensors.
+            accumulates: Whether a step has more than one micro-batch.
+            model: The model whose gradients they compute.
 
         Returns:
             The passes for the first micro-batch of a step.
 
         Raises:
-            GraphError: If they differ.
+            GraphError: If the results differ.
         """
         with gradients_set_aside(reference.leaves):
             first = self.passes(begins=True)
@@ -116,12 +116,12 @@ class CapturedPasses:
         return first
 
     def load(self, batch: Inputs) -> None:
-        """Have the passes compute a micro-batch."""
+        """Copy a micro-batch into the static tensors."""
         self._inputs.ids_BT.copy_(batch.ids_BT)
         self._inputs.targets_BT.copy_(batch.targets_BT)
 
     def hand_over(self, passes: Passes) -> None:
-        """Give the leaves the gradients that were just computed."""
+        """Set the leaves' gradients to those just computed."""
         if passes is self._first:
             for leaf, gradient in passes.gradients.items():
                 leaf.grad = gradient

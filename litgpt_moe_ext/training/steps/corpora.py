@@ -1,4 +1,4 @@
-"""The validation loss of each corpus of a mixture, and of the whole.
+"""The validation loss of each corpus of a mixture, and of the whole mixture.
 
 Shape legend: N batches of a validation on this rank, C corpora.
 """
@@ -22,13 +22,13 @@ PREFIX = "val_loss/"
 
 
 def find_mixture(loader: Any) -> MixtureValidation | None:
-    """Return the validation loader of a mixture under Fabric's wrapper; None if the data is something else."""
+    """Return the mixture's validation loader inside Fabric's wrapper; None if the data is not a mixture."""
     inner = unwrapped(loader)
     return inner if hasattr(inner, "names") and hasattr(inner, "weights") else None
 
 
 class CorpusLosses(Callback):
-    """Adds `val_loss/NAME` to the log of a validation, for every corpus of a mixture.
+    """Adds `val_loss/NAME` for every corpus of a mixture to the log of a validation.
 
     Args:
         ranks: Number of ranks.
@@ -40,14 +40,14 @@ class CorpusLosses(Callback):
         self._losses_C = torch.empty(0)
 
     def mean(self, mixture: MixtureValidation, means_N: Tensor, counts_N: Tensor) -> Tensor:
-        """Return the mean of the corpora's losses, weighted like the training; equal on all ranks.
+        """Return the mean of the corpora's losses with the training's weights; equal on all ranks.
 
-        Each of these losses is a mean over the tokens of all ranks.
+        The loss of a corpus is the mean over its tokens on all ranks.
 
         Args:
-            mixture: What the batches come from.
+            mixture: The loader that the batches come from.
             means_N: Mean loss of each batch.
-            counts_N: Tokens that each of them is the mean of.
+            counts_N: Number of tokens in each mean.
         """
         names = list(islice(mixture.names(), len(means_N)))
         self._names = list(dict.fromkeys(names))
@@ -60,13 +60,13 @@ class CorpusLosses(Callback):
             torch.distributed.all_reduce(sums_2C)
         self._losses_C = sums_2C[0] / sums_2C[1].clamp(min=1)
         weights_C = torch.tensor([mixture.weights[name] for name in self._names], dtype=dtype)
-        if not weights_C.any():  # a check of a few batches may see only what the annealing reads
+        if not weights_C.any():  # a few batches, as in the sanity check, may all be of corpora for the annealing
             weights_C.fill_(1)
         weights_C = (weights_C / weights_C.sum()).to(means_N.device)
         return (self._losses_C * weights_C).sum().to(means_N.dtype)
 
     def on_log(self, metrics: dict[str, Any]) -> None:
-        """Add the losses to a line of validation."""
+        """Add the corpora's losses to a validation line."""
         if "val_loss" in metrics:
             metrics |= {
                 f"{PREFIX}{name}": loss for name, loss in zip(self._names, self._losses_C.tolist(), strict=True)

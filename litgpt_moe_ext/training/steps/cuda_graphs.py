@@ -1,4 +1,4 @@
-"""Whether the passes of a micro-batch run as CUDA graphs."""
+"""The decision whether to run forward and backward passes as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class GraphDecision:
     """Whether CUDA graphs are tried, and why not.
 
     Attributes:
-        obstacle: Why not; None if they are.
-        asked: Whether the settings insist on them.
+        obstacle: Why they are not tried; None if they are.
+        asked: Whether the settings require them.
     """
 
     obstacle: str | None
@@ -35,11 +35,11 @@ class GraphDecision:
 
 
 class Conditions(NamedTuple):
-    """What decides whether passes can be captured.
+    """The facts that decide whether passes can be captured.
 
     Attributes:
         device_type: Type of the device, such as `cuda`.
-        strategy: What the strategy shards.
+        strategy: Facts about the strategy.
         processes: Number of processes on all nodes.
         compiled: Whether the model is compiled.
         config: The model's configuration.
@@ -53,7 +53,7 @@ class Conditions(NamedTuple):
 
     @classmethod
     def of(cls, launched: Launched, compiled: CompileDecision) -> Conditions:
-        """Return those of a run."""
+        """Return the conditions of a run."""
         fabric, plan = launched.fabric, launched.plan
         facts, config = fabric.strategy.facts, cast("Config", plan.config)
         return cls(fabric.device.type, facts, fabric.world_size, compiled.enabled, config)
@@ -64,7 +64,7 @@ class Conditions(NamedTuple):
             return f"they are for NVIDIA GPUs, this is {self.device_type}"
         if torch.version.hip is not None:
             return "they are for NVIDIA GPUs, this is AMD's; nobody has tried them there"
-        # Obstacles that a setting removes come last, so that following the advice helps.
+        # Obstacles that a setting can remove come last: following their advice then leaves none.
         lasting = self.strategy.graph_obstacle(self.processes) or _obstacle_of(self.config, self.processes)
         if lasting is not None:
             return lasting
@@ -89,7 +89,7 @@ def decide(asked: bool | Literal["auto"], conditions: Conditions) -> GraphDecisi
     if asked is True and obstacle is not None:
         raise SettingsError(f"cuda_graphs: true cannot work here ({obstacle}); set cuda_graphs: auto")
     if asked == "auto" and obstacle is None and conditions.processes > 1:
-        # Whether that costs more than launches do depends on the model and what connects the cards; not measured yet.
+        # Whether that costs more than graphs save depends on the model and the interconnect; not measured yet.
         obstacle = "gradients would be exchanged after the backward pass, not while it runs; --cuda_graphs true does so"
     return GraphDecision(obstacle, asked is True)
 

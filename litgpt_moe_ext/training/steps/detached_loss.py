@@ -1,7 +1,7 @@
-"""Losses on which no model's autograd graph hangs: their backward pass is a function.
+"""Losses detached from the model's autograd graph, with a function as backward pass.
 
-LitGPT's loop keeps its last loss. If the autograd graph of an eager pass lived on with it, its nodes that add up
-gradients would run on the stream of that pass, where nothing may happen while other passes are captured.
+LitGPT's loop keeps its last loss. If that kept the autograd graph of an eager pass alive, the graph's gradient
+accumulation nodes would run on the stream of that pass, which must stay idle while other passes are captured.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from torch import Tensor
 
 
 class DetachedLosses:
-    """Makes losses, of which the last one can go backward, once."""
+    """Makes losses; only the latest allows a backward pass, and only one."""
 
     def __init__(self) -> None:
         self._anchor = torch.zeros((), requires_grad=True)
         self._turn = 0
 
     def __call__(self, loss: Tensor, backward: Callable[[Tensor], None]) -> Tensor:
-        """Return a copy of a loss, a scalar, whose backward pass is `backward`, which takes its gradient."""
+        """Return a copy of a scalar loss whose backward pass calls `backward` with the gradient of the loss."""
         self._turn = turn = self._turn + 1
 
         def once(grad: Tensor) -> None:
@@ -34,7 +34,7 @@ class _Detached(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, loss: Tensor, backward: Callable[[Tensor], None]) -> Tensor:
         ctx.run = backward
-        # The next micro-batch writes its loss where this one did.
+        # A copy, because the next micro-batch writes its loss to the same address.
         return loss.clone()
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Epochs: how many steps they are, which one a step belongs to, and a checkpoint at the end of each."""
+"""Epochs: their length in steps, the epoch of each step, and a checkpoint at the end of each epoch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def with_epochs(launched: Launched, prepared: Prepared) -> Launched:
-    """Return the run with the tokens of `train.epochs` for `train.max_tokens`, if it is set.
+    """Return the run with `train.max_tokens` computed from `train.epochs`, if the latter is set.
 
-    Opens the data as LitGPT's loop will do again; every process must call.
+    Opens the data, as LitGPT's loop will do again; every process must call this.
 
     Raises:
-        SettingsError: If the data does not say how long an epoch is, or that is less than a step.
+        SettingsError: If the length of an epoch is unknown, or all epochs together are shorter than a step.
     """
     plan = launched.plan
     epochs = plan.settings.train.epochs
@@ -38,7 +38,7 @@ def with_epochs(launched: Launched, prepared: Prepared) -> Launched:
     data.setup()
     try:
         micro_batches = len(data.train_dataloader())
-    except TypeError as error:  # Python's, for what has no length
+    except TypeError as error:  # the loader has no length
         raise SettingsError(
             f"train.epochs: {epochs} needs data that says how long an epoch is; set it to null and give "
             "train.max_tokens"
@@ -66,10 +66,10 @@ def with_tokens(plan: Plan, max_tokens: int) -> Plan:
 
 
 class Epochs(Callback):
-    """Log the epoch of the data, which LitGPT counts anew after every resume, and save at the end of each.
+    """Logs the epoch, which LitGPT counts anew after every resume, and saves at the end of each.
 
     Args:
-        save: Saves the step unless it is saved, if checkpoints are wanted; every process must call.
+        save: Saves the step unless already saved, on every process; None for no checkpoints.
     """
 
     def __init__(self, save: Callable[[], Any] | None) -> None:
@@ -77,7 +77,7 @@ class Epochs(Callback):
         self._epoch: int | None = None
 
     def on_step_begin(self, state: dict[str, Any]) -> None:
-        """Save if the last step has ended an epoch."""
+        """Save if the last step ended an epoch."""
         epoch = getattr(unwrapped(state["train_dataloader"]), "epoch", None)
         ended, self._epoch = self._epoch is not None and epoch != self._epoch, epoch
         if self._save is None:
@@ -88,6 +88,6 @@ class Epochs(Callback):
             self._save()
 
     def on_log(self, metrics: dict[str, Any]) -> None:
-        """Set the epoch in which the last step began."""
+        """Add the epoch in which the last step began."""
         if "loss" in metrics and self._epoch is not None:
             metrics["epoch"] = self._epoch

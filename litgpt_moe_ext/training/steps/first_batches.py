@@ -1,7 +1,7 @@
-"""Whether the first batch of a data loader is one that LitGPT's loop can train on, for a module of any package.
+"""Checks that the first batch of a data loader, of any package's data module, suits LitGPT's loop.
 
-The loop takes the first tokens of a batch's rows as inputs and the same ones shifted by one as targets, and casts both
-to int64: it would train on 0 for ids between 0 and 1, and drop the end of longer rows, without a word.
+The loop takes the first T tokens of each row as inputs, the same shifted by one as targets, and casts both to int64.
+Unchecked, it would silently turn ids between 0 and 1 into 0, and drop the end of longer rows.
 
 Shape legend: B batch, T tokens of a training sequence.
 """
@@ -20,7 +20,7 @@ from litgpt_moe_ext.rows import host_copy
 
 
 class FirstBatches:
-    """Looks at the first batch that each loader returns, and never waits for a device.
+    """Checks the first batch of each loader, without waiting for a device.
 
     Args:
         sequence_length: T, tokens of a training sequence.
@@ -32,14 +32,14 @@ class FirstBatches:
         self._seen: set[str] = set()
 
     def check(self, loader: str, batch: Any) -> None:
-        """Check a batch unless it is not the first.
+        """Check a batch if it is its loader's first.
 
         Args:
             loader: The data module's method that the batch comes from.
-            batch: What should be token ids, (B, T + 1), of any integer type, or `PADDING`.
+            batch: Should be token ids or `PADDING`, (B, T + 1), of any integer type.
 
         Raises:
-            SettingsError: If it is something else.
+            SettingsError: If it is anything else.
         """
         if loader in self._seen:
             return
@@ -50,7 +50,7 @@ class FirstBatches:
                 f"the shape (train.micro_batch_size, {self._row_length}), a row being the tokens of a training "
                 "sequence and the one after them"
             )
-        # On a GPU nothing waits for ids that the host does not know.
+        # Ids that exist only on a GPU are not checked, as that would wait for it.
         if (ids := batch if batch.device.type == "cpu" else host_copy(batch)) is not None:
             refuse_first(self._unknown(loader, ids.long()))
 

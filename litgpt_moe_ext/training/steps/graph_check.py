@@ -1,8 +1,8 @@
-"""Whether passes that are replayed compute what they compute without graphs.
+"""Checks that replayed passes compute the same as passes without graphs.
 
-A run checks this once, with its first captured micro-batch, because with graphs a fault of a driver, of torch or of
-this package would go unnoticed while wrong numbers are trained on. It costs three more passes, a few replays and waits.
-The norms of the gradients are compared, because there may be no room for a second copy of the gradients themselves.
+A run checks this with its first captured micro-batch, because a fault in the driver, in torch or in this package would
+otherwise silently train on wrong numbers. The check costs three more passes, a few replays and waits. It compares the
+norms of gradients, because there may be no room for a second copy of the gradients themselves.
 
 Shape legend: B batch, T tokens, N numbers: the loss, and the norm of each leaf's gradient.
 """
@@ -17,13 +17,13 @@ from litgpt_moe_ext.moe.step_shares import nothing_counted
 from litgpt_moe_ext.training.steps.capture import Loss, Passes, leaves_of
 from litgpt_moe_ext.training.steps.graph_obstacles import GraphError
 
-# Tolerances: as a part of each number, and as a part of the whole gradient's norm. Sums in another order differ by less
-# than a tenth of them; a gradient that is left out, counted twice, or computed from the wrong memory by far more.
+# Tolerances relative to each number and to the norm of the whole gradient. Sums in another order differ by less than a
+# tenth of them; a gradient that is missing, counted twice, or computed from the wrong memory differs by far more.
 _PART, _PART_OF_WHOLE = 0.01, 0.001
 
 
 class Reference:
-    """A micro-batch's loss and the norms of its gradients without graphs; nothing has another value after it.
+    """A micro-batch's loss and gradient norms computed without graphs and without side effects.
 
     Args:
         loss: The loss function.
@@ -31,7 +31,7 @@ class Reference:
         targets_BT: Targets, int64.
 
     Attributes:
-        leaves: What gets gradients.
+        leaves: The leaves that receive gradients.
     """
 
     def __init__(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor) -> None:
@@ -42,15 +42,15 @@ class Reference:
         self._numbers_N = _numbers(value, gradients)
 
     def compare(self, passes: Passes, times: int, model: nn.Module) -> None:
-        """Replay passes, and compare.
+        """Replay passes and compare.
 
         Args:
-            passes: Of the same micro-batch. They leave their gradients in `passes.gradients`.
-            times: How often the gradients hold those of the micro-batch after that.
-            model: Whose parameters' names an error gives.
+            passes: Passes over the same micro-batch. They leave their gradients in `passes.gradients`.
+            times: How many times the micro-batch's gradients have been added up after the replay.
+            model: The model, to name a parameter in an error.
 
         Raises:
-            GraphError: If they compute something else.
+            GraphError: If the replay computes something else.
         """
         with side_effects_undone(passes.loss.device):
             passes.forward()
@@ -59,7 +59,7 @@ class Reference:
         found_N = _numbers(passes.loss, [passes.gradients.get(leaf) for leaf in self.leaves])
         expected_N = torch.cat([self._numbers_N[:1], times * self._numbers_N[1:]])
         if not expected_N.isfinite().all():
-            return  # nothing can be compared
+            return  # not comparable
         learns_N = [False, *(isinstance(leaf, nn.Parameter) for leaf in self.leaves)]
         whole = expected_N[torch.tensor(learns_N)].norm()
         is_close_N = (found_N - expected_N).abs() <= _PART * expected_N.abs() + _PART_OF_WHOLE * whole
@@ -77,7 +77,7 @@ def _name(leaf: Tensor, model: nn.Module) -> str:
 
 
 def _numbers(loss: Tensor, gradients: Sequence[Tensor | None]) -> Tensor:
-    # On the CPU, float64, (N,).
+    # The loss and the gradient norms, (N,), float64, on the CPU.
     zero = loss.new_zeros((), dtype=torch.float32)
     norms = [
         zero if gradient is None else gradient.norm(dtype=torch.promote_types(gradient.dtype, torch.float32)).float()
@@ -88,10 +88,10 @@ def _numbers(loss: Tensor, gradients: Sequence[Tensor | None]) -> Tensor:
 
 @contextlib.contextmanager
 def side_effects_undone(device: torch.device) -> Iterator[None]:
-    """Undo at the end of the scope what passes change beside gradients: random generators, and the counts of a step.
+    """At the end of the scope, undo what passes change besides gradients: random generators and the counts of a step.
 
     Args:
-        device: On which numbers are drawn, beside the CPU.
+        device: The device whose random generator is restored, besides the CPU's.
     """
     with torch.random.fork_rng([device.index] if device.type == "cuda" else []), nothing_counted():
         yield

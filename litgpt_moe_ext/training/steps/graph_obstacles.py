@@ -1,4 +1,4 @@
-"""What keeps passes from running as CUDA graphs and shows only while they run: waits, hooks, lack of memory, errors."""
+"""Obstacles to CUDA graphs that show only at run time: waits, hooks, lack of memory, errors."""
 
 import contextlib
 import warnings
@@ -9,11 +9,11 @@ from torch import nn
 
 
 class GraphError(RuntimeError):
-    """Something that keeps passes from running as CUDA graphs; its message is the reason that is given."""
+    """A reason not to use CUDA graphs; its message is shown as it is."""
 
 
 def reason_of(error: Exception) -> str:
-    """Return why there are no graphs, in a line."""
+    """Return in one line why there are no graphs."""
     text = (str(error).splitlines() or [""])[0]
     if isinstance(error, GraphError):
         return text
@@ -47,7 +47,7 @@ _HOOKS = (
 
 
 def hook_of_others(model: nn.Module) -> str | None:
-    """Return which module or parameter has a hook that is not this package's, as words: a replay calls none."""
+    """Return a description of a hook that is not this package's, or None; replays would not call it."""
     for name, part in (*model.named_modules(), *model.named_parameters()):
         for hook in (hook for kind in _HOOKS for hook in (getattr(part, kind, None) or {}).values()):
             if not (getattr(hook, "__module__", None) or "").startswith("litgpt_moe_ext."):
@@ -56,11 +56,11 @@ def hook_of_others(model: nn.Module) -> str | None:
 
 
 def lack_of_memory(device: torch.device, more: int = 0) -> str | None:
-    """Return how much memory is missing, as words, where graphs and passes without them do not fit side by side.
+    """Return a description of the missing memory if passes with and without graphs do not fit side by side, or None.
 
     Args:
-        device: Where.
-        more: Bytes that graphs need beside the memory of the passes.
+        device: The device.
+        more: Bytes that graphs need besides the memory of the passes.
     """
     if device.type != "cuda":
         return None

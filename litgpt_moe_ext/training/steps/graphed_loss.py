@@ -1,12 +1,12 @@
-"""Forward and backward pass of a micro-batch as CUDA graphs.
+"""The forward and backward pass of a micro-batch as CUDA graphs.
 
-A small model's kernels end before the host has launched the next. A CUDA graph launches all of them at once: what was
-launched while it was captured runs again, on the same addresses. That needs a model that never waits for the device
-and does the same for every batch, as the layers of this package do.
+In a small model, kernels finish before the host has launched the next one. A CUDA graph launches all of them at once:
+it repeats the kernels launched during capture, on the same addresses. The model must never wait for the device and must
+do the same for every batch, as the layers of this package do.
 
-A graph knows nothing of Python. What a pass reads must stay where it was, and gradients are written where they were
-written first; both are looked after here. Parameters get their gradients as in an eager backward pass, also those of
-leaves that are no parameters, such as the tallies of routers.
+A replay runs no Python. Tensors that a pass reads must not move, and gradients are written to the addresses of the
+capture; this module takes care of both. Leaves get their gradients as in an eager backward pass, including leaves that
+are not parameters, such as the tallies of routers.
 
 Passes of a step share what they can of the experts' weights (`litgpt_moe_ext.moe.kernels.step_weights`).
 
@@ -49,13 +49,13 @@ class GraphOptions:
     """How passes become graphs.
 
     Attributes:
-        careful: Whether to go on without graphs where they fail, or where their memory and that of the same passes
-            without them, such as those of a validation, do not fit side by side.
-        room: What passes must have room for.
-        exchange: Called when gradients have been written that autograd knows nothing of.
-        make_capture: Returns what makes the passes.
+        careful: Whether to continue without graphs if they fail, or if their memory and that of passes without graphs,
+            such as a validation's, do not fit side by side.
+        room: Sizes that passes must have room for.
+        exchange: Called after a replay has written gradients, which autograd does not see.
+        make_capture: Returns the function that captures passes.
         sharing: Whether the passes of a step share casts of weights and sums of their gradients.
-        abreast: Whether parts of layers are captured side by side.
+        abreast: Whether parts of layers are captured on parallel streams.
     """
 
     careful: bool
@@ -69,17 +69,17 @@ class GraphOptions:
 class GraphedLoss:
     """A loss function whose passes are captured in the third optimizer step and replayed from then on.
 
-    The first two run as they are (`litgpt_moe_ext.training.steps.pass_history` says why). A step begins where no leaf
-    has a gradient.
+    The first two steps run eagerly (`litgpt_moe_ext.training.steps.pass_history` says why). A step begins when no
+    parameter has a gradient.
 
-    Batches of another shape than the captured run as they are. So do micro-batches that need more room than was
-    captured (`litgpt_moe_ext.training.steps.room`), until the next step captures anew. Where capturing fails, or a
-    replay has other numbers (`litgpt_moe_ext.training.steps.graph_check`), gradients and random numbers are those of
-    before, and the micro-batch runs as it is, as do all that follow.
+    Batches of another shape than the captured one run eagerly. So do micro-batches that need more room than was
+    captured (`litgpt_moe_ext.training.steps.room`), until the next step captures anew. If capturing fails, or a replay
+    computes something else (`litgpt_moe_ext.training.steps.graph_check`), gradients and random generators are restored,
+    and this micro-batch and all later ones run eagerly.
 
     Args:
         loss: Takes ids and targets, both int64, (B, T), and returns a scalar.
-        model: Whose parameters and buffers it reads.
+        model: The model whose parameters and buffers `loss` reads.
         say: Told once whether graphs are used.
         options: How passes become graphs.
     """
@@ -108,7 +108,7 @@ class GraphedLoss:
         begins = all(parameter.grad is None for parameter in self._parameters)
         if begins:
             self._weights.expire()
-        add_up()  # as a callback may have called the model; no graph would know
+        add_up()  # a callback may have called the model, which a graph would miss
         turn = self._history.note(ids_BT, targets_BT, begins)
         if turn.watched:
             return self._watched(ids_BT, targets_BT)
@@ -118,7 +118,7 @@ class GraphedLoss:
         return self._replayed(*ready, turn.inputs)
 
     def _ready(self, turn: Turn) -> tuple[CapturedPasses, Passes] | None:
-        """Return the passes for a micro-batch, captured now if it is time for that; None if none fit it."""
+        """Return the passes for a micro-batch, captured now if it is time to; None if no passes fit."""
         if turn.captures and self._lacks_passes(turn.inputs):
             self._captured = self._new_capture(turn.inputs)
         captured = self._captured
@@ -146,7 +146,7 @@ class GraphedLoss:
     def _eager(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
         if self._is_off:
             return self._loss(ids_BT, targets_BT)
-        # It may be the first of a step that does not look like one, because a leaf has kept its gradient.
+        # This may be the first micro-batch of a step unnoticed, because a parameter has kept its gradient.
         self._weights.expire()
         loss = self._loss(ids_BT, targets_BT)
         return self._detached(loss.detach(), loss.backward)
@@ -167,7 +167,7 @@ class GraphedLoss:
     def _new_capture(self, batch: Inputs) -> CapturedPasses:
         is_first = self._captured is None
         is_outgrown = self._captured is not None and self._captured.is_outgrown(batch)
-        self._captured = None  # and its memory is free
+        self._captured = None  # frees its memory
         if is_first and self._options.careful:
             self._require_chances(batch.ids_BT.device)
         inputs, reference, casts = batch.cloned(), None, ""
@@ -192,18 +192,18 @@ class GraphedLoss:
             raise GraphError(f"{obstacle}; --cuda_graphs true tries them anyway")
 
     def _rehearsed(self, batch: Inputs, inputs: Inputs) -> Reference:
-        # What is shared, and the room, are tried on gradients that nobody uses, before they are captured: a capture
-        # allows no kernel to be compiled, and no step should be the first to meet one that fails.
+        # Try sharing and the reserved room on throwaway gradients before the capture, which allows no compilation of
+        # kernels; and no training step should be the first to meet a kernel that fails.
         reference = Reference(self._loss, batch.ids_BT, batch.targets_BT)
         with side_effects_undone(batch.ids_BT.device), gradients_set_aside(reference.leaves), self._sharing():
             self._loss(inputs.ids_BT, inputs.targets_BT).backward()
-            # Otherwise there may be no room for gradients beside a forward pass.
+            # If neither holds, memory may not suffice for gradients besides a forward pass.
             if self._history.accumulates or self._options.careful:
                 self._loss(inputs.ids_BT, inputs.targets_BT).backward()
         return reference
 
     def _keep_casts(self, device: torch.device) -> str:
-        """Keep the casts of weights, for which graphs are not given up; say why not where memory is short."""
+        """Keep the casts of weights; if memory is short, return the reason not to, which does not stop graphs."""
         lack = lack_of_memory(device, self._weights.size) if self._weights.size else None
         if lack is not None:
             return f"; casts of the experts' weights are not kept: {lack}"
@@ -216,7 +216,7 @@ class GraphedLoss:
         return self._weights.shared if self._options.sharing else contextlib.nullcontext
 
     def _capture(self) -> Capture:
-        # Graphs should go when the run does, not when a cycle is found: so nothing here knows this object.
+        # No reference to self: graphs should be freed with the run, not when the garbage collector finds a cycle.
         capture, sharing = self._options.make_capture(), self._sharing
         abreast = side_by_side if self._options.abreast else contextlib.nullcontext
 
@@ -227,7 +227,7 @@ class GraphedLoss:
         return sharing_capture
 
     def _tried(self, attempt: Callable[[], _Result]) -> _Result | None:
-        # None where it fails. The caller goes on when the error is gone, whose traceback holds the memory of a pass.
+        # None on failure, instead of raising: the error's traceback would keep the memory of a pass alive.
         try:
             return attempt()
         except Exception as error:

@@ -1,21 +1,21 @@
-"""What LitGPT's loop hands from the model to its loss function.
+"""What the model hands to the loss function in LitGPT's loop.
 
-The loop calls the model for logits, and then another function for their loss. Of a batch that it trains on, the model
-hands over what makes the loss cheapest:
+The loop calls the model for logits, then another function for their loss. For a training batch, the model hands over
+whatever makes the loss cheapest:
 
-- With CUDA graphs, which hold both passes, its input; the loss function does all the work.
-- Otherwise logits in the precision of the output head, often 16 bits. Fabric returns the outputs of a model in float32.
-  Of logits that is a copy twice as large as they are, for a loss whose kernel (`litgpt_moe_ext.loss.cross_entropy`)
-  computes in float32 anyway. What goes to another loss is converted here: the same operators in the same order.
+- With CUDA graphs, which contain both passes, its input; the loss function does all the work.
+- Otherwise logits in the precision of the output head, often 16 bits. Fabric would convert them to float32, a copy of
+  twice the size, although the loss kernel (`litgpt_moe_ext.loss.cross_entropy`) computes in float32 anyway. Logits for
+  any other loss are converted here: the same operators in the same order.
 
-Everybody else who calls the model gets what Fabric returns.
+All other callers of the model get what Fabric returns.
 
-From there a loss goes through these functions, outermost first; `litgpt_moe_ext.training.loop` puts them together:
+The loss passes through these functions, outermost first; `litgpt_moe_ext.training.loop` puts them together:
 
 | function               | what it does                                                                       |
 | ---------------------- | ---------------------------------------------------------------------------------- |
 | `TokenMeans.wrap_loss` | weighs the mean of a micro-batch by its tokens (`losses.py`)                       |
-| `Handover.wrap`        | takes what the model has handed over; with graphs, `GraphedLoss` runs both passes  |
+| `Handover.wrap`        | takes what the model handed over; with graphs, `GraphedLoss` runs both passes      |
 | `FusedLoss.wrap`       | with `fused_cross_entropy`, computes the output head as well                       |
 | `loss_of_logits`       | calls the kernel where there is one, otherwise LitGPT's function                   |
 """
@@ -43,13 +43,13 @@ if TYPE_CHECKING:
 
 
 class _Deferred(NamedTuple):
-    """What stands for the logits of a batch that is not computed yet."""
+    """A placeholder for the logits of a batch that is not computed yet."""
 
     ids_BT: Tensor
 
 
 class _Handed:
-    """Logits for whoever takes them. LitGPT's loop holds on to this until the next batch has some, and not to them."""
+    """Logits that can be taken once: LitGPT's loop keeps this object until the next batch, but not the logits."""
 
     def __init__(self, logits: Any) -> None:
         self._logits = [logits]
@@ -59,12 +59,12 @@ class _Handed:
 
 
 class Handover:
-    """Put between LitGPT's loop, its model and its loss function.
+    """The link between LitGPT's loop, its model and its loss function.
 
     Args:
         decision: Whether to try CUDA graphs.
-        say: Told about them.
-        room: What their passes must have room for.
+        say: Told once whether graphs are used.
+        room: Sizes that graphed passes must have room for.
     """
 
     def __init__(self, decision: GraphDecision, say: Callable[[str], None], room: Room | None = None) -> None:
@@ -74,14 +74,14 @@ class Handover:
         self._cross_entropy: Callable[[Any, Tensor], Tensor]
 
     def expect_batch(self) -> None:
-        """Note that the loop has a batch: its next call of the model, and no other, is the one that trains."""
+        """Note that the loop has a batch: only its next call of the model trains."""
         self._expects = True
 
     def wrap(self, cross_entropy: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return a loss function that takes what the model hands over.
 
         Args:
-            cross_entropy: Takes targets and logits as the output head wrote them.
+            cross_entropy: Takes logits as the output head wrote them, and targets.
         """
         self._cross_entropy = cross_entropy
 
@@ -96,11 +96,11 @@ class Handover:
 
     @contextlib.contextmanager
     def installed(self, model: Any, strategy: Behaviour) -> Iterator[None]:
-        """Have a model hand over the loop's batches while it trains, for the time of the scope.
+        """Within the scope, have the model hand over the loop's training batches.
 
         Args:
-            model: Fabric's wrapper.
-            strategy: Fabric's, under whose precision the model computes.
+            model: Fabric's wrapper of the model.
+            strategy: Fabric's strategy, in whose precision the model computes.
         """
         compute = model.forward
         if self._decision.obstacle is None:
@@ -115,7 +115,7 @@ class Handover:
             with _unconverted(strategy.precision):
                 return _Handed(compute(ids_BT))
 
-        # Fabric's wrapper would hand an ordinary assignment on to the model inside.
+        # Fabric's wrapper would forward an ordinary assignment to the inner model.
         object.__setattr__(model, "forward", forward)
         try:
             yield
@@ -125,7 +125,7 @@ class Handover:
 
     def _with_graphs(self, model: Any, strategy: Behaviour) -> Callable[[Tensor, Tensor], Tensor]:
         def loss(ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
-            # As Fabric's wrapper does it, but for the hook that wants `fabric.backward` to have been called.
+            # As Fabric's wrapper does, except for the hook that requires `fabric.backward` to be called.
             with strategy.precision.forward_context():
                 logits = model.module(ids_BT)
             return self._cross_entropy(logits, targets_BT)
@@ -138,8 +138,8 @@ def loss_of_logits(cross_entropy: Callable[..., Tensor], precision: Precision) -
     """Return a loss function that takes logits as the output head wrote them.
 
     Args:
-        cross_entropy: LitGPT's function, for all that the kernel cannot take.
-        precision: Fabric's, which converts logits for it.
+        cross_entropy: LitGPT's function, for everything that the kernel cannot take.
+        precision: Fabric's precision, which converts logits for `cross_entropy`.
     """
 
     def loss(logits: Tensor | list[Tensor], targets: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -152,12 +152,12 @@ def loss_of_logits(cross_entropy: Callable[..., Tensor], precision: Precision) -
 
 @contextlib.contextmanager
 def _unconverted(precision: Precision) -> Iterator[None]:
-    """Have Fabric return outputs as the model computed them, for the time of the scope."""
+    """Within the scope, have Fabric return outputs as the model computed them."""
     precision.convert_output = _as_it_is
     try:
         yield
     finally:
-        del precision.convert_output  # and the method of the class is there again
+        del precision.convert_output  # uncovers the method of the class
 
 
 def _as_it_is(data: Any) -> Any:

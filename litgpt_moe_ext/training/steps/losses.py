@@ -1,8 +1,8 @@
 """Losses as means over tokens: of a step, over its micro-batches and all ranks, and of a validation.
 
-LitGPT averages the means of batches. They are multiplied here by the batch's share of the tokens, in units of an
-average batch, so that LitGPT's averages, and those over ranks, come out as means over tokens. For batches of equal
-size that factor is exactly 1, and every number is LitGPT's own.
+LitGPT averages the means of batches. Here each mean is first multiplied by the batch's token count relative to an
+average batch, so that averages over batches and ranks become means over tokens. For batches of equal size the factor is
+exactly 1, and every number is LitGPT's own.
 """
 
 import functools
@@ -18,13 +18,13 @@ from litgpt_moe_ext.training.steps.corpora import CorpusLosses, find_mixture
 
 
 class TokenMeans:
-    """What stands in for LitGPT's loss function and its validation.
+    """Wraps LitGPT's loss function and validation.
 
     Args:
         ranks: Number of ranks.
 
     Attributes:
-        weights: Of the micro-batch that is trained on; None stands for 1.
+        weights: Weights of the current training micro-batch; None means 1.
         corpora: Keeps the validation losses of a mixture's corpora.
     """
 
@@ -37,10 +37,10 @@ class TokenMeans:
     def wrap_loss(self, cross_entropy: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return a loss function that weighs its micro-batch.
 
-        Auxiliary losses, which follow the scale of the loss, are weighed with it.
+        Auxiliary losses follow the scale of the loss and so are weighed as well.
 
         Args:
-            cross_entropy: Takes logits and targets and returns the mean over the targets that count.
+            cross_entropy: Takes logits and targets and returns the mean over the counting targets.
         """
 
         def loss(logits: Any, targets: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -48,7 +48,7 @@ class TokenMeans:
             if self._validated is not None:
                 self._validated.append((mean, counts_for_loss(targets).sum()))
             elif self.weights is not None:
-                # A weight in 16 bits would be off by up to 0.4 %.
+                # A 16-bit weight would be off by up to 0.4 %.
                 dtype = torch.promote_types(mean.dtype, torch.float32)
                 return mean.to(dtype) * self.weights()[0].to(dtype)
             return mean
@@ -56,12 +56,12 @@ class TokenMeans:
         return loss
 
     def wrap_validation(self, validate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return a validation whose result is the mean over all tokens of all ranks, equal on them.
+        """Return a validation whose result is the mean over the tokens of all ranks, equal on all of them.
 
-        That of a mixture is the mean over its corpora, weighted like the training.
+        For a mixture, it is the mean over its corpora with the training's weights.
 
         Args:
-            validate: LitGPT's; calls the loss function once for every batch.
+            validate: LitGPT's validation, which calls the loss function once for every batch.
         """
 
         def validate_tokens(fabric: Any, model: Any, val_dataloader: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -71,7 +71,7 @@ class TokenMeans:
             finally:
                 self._validated = None
             counts_N = torch.stack([count for _, count in validated])
-            # The mean over no token, for which torch's loss function returns NaN, counts nothing.
+            # For a batch without counting tokens torch's loss is NaN; leave it out.
             means_N = torch.stack([mean for mean, _ in validated]).masked_fill(counts_N == 0, 0.0)
             if (mixture := find_mixture(val_dataloader)) is not None:
                 return self.corpora.mean(mixture, means_N, counts_N)
@@ -92,13 +92,13 @@ class TokenMeans:
 
 
 class RunningMean:
-    """The mean of the last losses, in the place of torchmetrics', which waits for the device at every one of them.
+    """The mean of the last losses; replaces torchmetrics' class, which waits for the device at every loss.
 
-    A loss that is not a number is not left out of the mean, as torchmetrics does.
+    Unlike torchmetrics, it does not leave NaN losses out of the mean.
 
     Args:
-        window: Their number.
-        **_options: Of torchmetrics' class, without effect here.
+        window: Number of losses.
+        **_options: Options of torchmetrics' class, without effect here.
     """
 
     def __init__(self, window: int, **_options: Any) -> None:
@@ -109,17 +109,17 @@ class RunningMean:
         return self
 
     def update(self, loss: Tensor) -> None:
-        """Take over a loss, a scalar."""
+        """Add a loss, a scalar."""
         self._losses.append(loss)
 
     def compute(self) -> Tensor:
-        """Return the mean, float32 or the type of larger losses, added up one by one as torchmetrics does."""
+        """Return the mean, summed one by one as in torchmetrics; float32, or float64 for float64 losses."""
         losses = [loss if loss.dtype == torch.float64 else loss.float() for loss in self._losses]
         return functools.reduce(torch.add, losses) / len(losses)
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Return whether every number is finite, an int64 scalar on the device of the first tensor: 1 or 0."""
-    # Of shards that wait on the CPU some are gathered on the GPU after a validation.
+    """Return 1 if every number is finite, else 0, as an int64 scalar on the device of the first tensor."""
+    # With shards offloaded to the CPU, some are still gathered on the GPU after a validation.
     found = [tensor.isfinite().all().to(tensors[0].device) for tensor in tensors]
     return torch.stack(found).all().long()

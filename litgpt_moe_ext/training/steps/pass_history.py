@@ -1,4 +1,4 @@
-"""What the passes of a run have been so far, as far as it decides when they are captured and for what sizes.
+"""The history of a run's passes, which decides when to capture them and for what sizes.
 
 Shape legend: B batch, T tokens.
 """
@@ -11,8 +11,8 @@ from torch import Tensor
 from litgpt_moe_ext.training.steps.captured_passes import Inputs
 from litgpt_moe_ext.training.steps.room import Room
 
-# Kernels are compiled in the first step, which a capture does not allow, and the optimizer makes its states. In the
-# second, waits for the device are noticed, which no graph can hold.
+# The first step compiles kernels, which a capture does not allow, and the optimizer creates its states. The second is
+# watched for waits for the device, which a graph cannot contain.
 _WATCHED = 2
 
 
@@ -21,8 +21,8 @@ class Turn(NamedTuple):
 
     Attributes:
         inputs: The micro-batch.
-        begins: Whether a step begins with it: no parameter has a gradient.
-        watched: Whether waits for the device are to be noticed.
+        begins: Whether it is the first of a step: no parameter has a gradient.
+        watched: Whether to watch for waits for the device.
         captures: Whether passes may be captured with it.
     """
 
@@ -33,10 +33,10 @@ class Turn(NamedTuple):
 
 
 class PassHistory:
-    """Counts the steps, and remembers the shapes that have run.
+    """Counts the steps and remembers the shapes that have run.
 
     Args:
-        room: What passes must have room for.
+        room: Sizes that passes must have room for.
 
     Attributes:
         accumulates: Whether a step has had more than one micro-batch.
@@ -44,11 +44,11 @@ class PassHistory:
 
     def __init__(self, room: Room) -> None:
         self._room, self._steps = room, 0
-        self._sizes: dict[torch.Size, tuple[int, ...]] = {}  # of the shapes that have run: what they needed room for
+        self._sizes: dict[torch.Size, tuple[int, ...]] = {}  # largest sizes needed so far, by shape
         self.accumulates = False
 
     def note(self, ids_BT: Tensor, targets_BT: Tensor, begins: bool) -> Turn:
-        """Return the place of the next micro-batch, which needs what those of its shape have needed so far."""
+        """Return the turn of the next micro-batch, with the largest sizes that its shape has needed so far."""
         self._steps += begins
         self.accumulates |= not begins
         sizes, before = self._room.needed(ids_BT), self._sizes.get(ids_BT.shape)

@@ -1,4 +1,4 @@
-"""What captured passes must have room for beside the shape of a batch, since a graph's sizes are those of its capture.
+"""Sizes besides a batch's shape that captured passes must have room for: a graph keeps the sizes of its capture.
 
 Shape legend: B batch, T tokens.
 """
@@ -9,21 +9,21 @@ from torch import Tensor
 
 
 class Room(Protocol):
-    """Sizes that the values of a batch decide, known on the host. Passes for larger ones compute smaller ones too."""
+    """Sizes that depend on the values of a batch, known on the host. Passes for larger sizes serve smaller ones too."""
 
     def needed(self, ids_BT: Tensor) -> tuple[int, ...]:
-        """Return the sizes that passes for a batch must have, with something to spare for the batches after it.
+        """Return the sizes that passes for a batch must have, with a margin for the batches after it.
 
         Args:
             ids_BT: Token ids, int64.
         """
 
     def reserve(self, ids_BT: Tensor, sizes: tuple[int, ...]) -> None:
-        """Have passes over `ids_BT`, whose values will change, made with these sizes."""
+        """Have passes over `ids_BT`, whose values will change, captured with these sizes."""
 
 
 class NoRoom:
-    """For models whose sizes depend on the shape of a batch alone."""
+    """For models whose sizes depend only on the shape of a batch."""
 
     def needed(self, ids_BT: Tensor) -> tuple[int, ...]:
         """Return no sizes."""

@@ -1,6 +1,6 @@
-"""LitGPT's validation, which a signal ends early: a cluster or a user may not wait until it is over.
+"""LitGPT's validation, ended early by a signal, as the cluster or the user may not wait until it is over.
 
-The loss of a part is not logged. A run that goes on later makes up for the validation.
+An incomplete validation loss is not logged; a resumed run repeats the validation.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class StoppableValidation(Callback):
-    """Looks for signals between the batches of a validation, and remembers a validation that was cut short.
+    """Checks for signals between the batches of a validation, and remembers whether one was cut short.
 
     Args:
         fabric: The running Fabric.
-        stop: Told of a signal, by all processes before the same batch; the validation goes on if it returns.
-        first_batches: Checks what the data return first.
+        stop: Called with a signal, on all processes before the same batch; if it returns, the validation continues.
+        first_batches: Checks the first batch of the loader.
 
     Attributes:
         is_due: Whether a validation is under way, or was cut short and must be repeated.
@@ -38,10 +38,10 @@ class StoppableValidation(Callback):
         self.is_due = False
 
     def wrap(self, validate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return LitGPT's validation with batches that a signal ends."""
+        """Return LitGPT's validation, stoppable by a signal between batches."""
 
         def stoppable(fabric: Any, model: Any, loader: Any, max_iters: int, verbose: bool = True) -> Tensor:
-            # LitGPT's sanity check does not count as one.
+            # LitGPT's sanity check (not verbose) does not count as a validation.
             was_due, self.is_due = self.is_due, self.is_due or verbose
             loss = validate(fabric, model, self._batches(loader, max_iters), max_iters=max_iters, verbose=verbose)
             self.is_due = was_due and not verbose
@@ -61,7 +61,7 @@ class StoppableValidation(Callback):
             yield batch
 
     def _in_common(self, loader: Any) -> int:
-        """Return how many batches every process has; 0 where that is not known."""
+        """Return the number of batches that every process has; 0 if unknown."""
         if self._shared is None:
             try:
                 self._shared = len(loader)
