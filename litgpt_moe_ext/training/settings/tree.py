@@ -67,8 +67,8 @@ class Settings(Section):
     compile: bool | Literal["auto"] = "auto"
     """Whether to use torch.compile; auto: where it works and pays off, as the log says."""
     cuda_graphs: bool | Literal["auto"] = "auto"
-    """Whether to run forward and backward passes as CUDA graphs, which saves launch time; auto: on one GPU, where they
-    work and fit in memory; true: also under ddp, which then reduces gradients after the backward pass."""
+    """Whether to run forward and backward passes as CUDA graphs, which saves launch time; auto: on one GPU, if they
+    work and fit in memory; true: insist, also under ddp, which then reduces gradients after the backward pass."""
     float32_matmul_precision: Literal["highest", "high", "medium"] | None = None
     """As in torch.set_float32_matmul_precision: high and medium let GPUs use TF32 or bf16 for float32 products, medium
     lets CPUs use oneDNN; null: torch's default."""
@@ -79,8 +79,7 @@ class Settings(Section):
     progress: bool | None = None
     """Draw a progress bar in a terminal; files, always including train.log, get a line per log interval."""
     peak_tflops: PositiveFloat | None = None
-    """Peak TFLOP/s of a device, without sparsity, for the utilization (mfu) in the log; null: from a table of known
-    GPUs."""
+    """Peak TFLOP/s of a device, without sparsity, for the utilization (mfu) in the log; null: known for many GPUs."""
     sample: SampleArgs = field(default_factory=SampleArgs)
     """Text that the model writes after every validation."""
     evaluate: EvaluateArgs = field(default_factory=EvaluateArgs)
