@@ -23,8 +23,6 @@ _OTHER_ON_CPUS = (*RANDOM, "bf16", "Muon")
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 _ON_BOTH = 0.7
 """How many of the trainings that a CPU computes alike are held against it."""
-_WAYS = ("true", "auto", "false", "full", "selective")
-"""Values of `cuda_graphs`, or of `activation_checkpointing`, beside which there are no graphs."""
 
 
 def attack(seed: int, folder: Path, corpus: dict[str, Any], gpu: TrainingsOnGpu) -> Iterator[str]:
@@ -44,27 +42,25 @@ def attack(seed: int, folder: Path, corpus: dict[str, Any], gpu: TrainingsOnGpu)
         yield f"refused: {str(refused).partition(':')[0]}"
         return
     begin = checkpoint_of(whole)
+    mode = ("--activation_checkpointing", chance.choice(("none", "none", *RECOMPUTED)))
     if not any(word in str(runs.sections) for word in _OTHER_ON_CPUS) and chance.random() < _ON_BOTH:
-        way = chance.choice(_WAYS)
-        odd = check_close(_train(gpu, runs, way, "--resume", begin, "--precision", "32-true"), whole)
-        yield f"on the CPU, and on the GPU with {_flag(way)}{odd}"
+        graphs = chance.choice(("true", "auto", "false"))
+        ours = _train(gpu, runs, graphs, *mode, "--resume", begin, "--precision", "32-true")
+        yield f"on the CPU, and on the GPU, cuda_graphs: {graphs}{check_close(ours, whole)}"
         return
     rows, micro_batch = (runs.sections["train"][f"{name}_batch_size"] for name in ("global", "micro"))
     # With graphs a sum of micro-batches is rounded once where it is kept in 16 bits, else twice.
     precision = chance.choice(_PRECISIONS if rows == micro_batch else _PRECISIONS[:-1])
-    begin = ("--initial_checkpoint_dir", begin, "--precision", precision, "--train.max_steps", "4")
-    check_same(_train(gpu, runs, "true", *begin), _train(gpu, runs, "false", *begin))
+    how = (*mode, "--initial_checkpoint_dir", begin, "--precision", precision, "--train.max_steps", "4")
+    check_same(_train(gpu, runs, "true", *how), _train(gpu, runs, "false", *how))
     yield f"on the GPU with and without graphs, in {precision}"
 
 
-def _flag(way: str) -> str:
-    return f"--{'activation_checkpointing' if way in RECOMPUTED else 'cuda_graphs'}={way}"
-
-
-def _train(gpu: TrainingsOnGpu, runs: Runs, way: str, *flags: str | Path) -> Path:
-    said = gpu.train(runs.folder / f"{way}.txt", "--config", runs.recipe(way), _flag(way), *flags)
-    assert ("CUDA graphs: on" in said) == (way in ("true", "auto")), said
-    return runs.folder / way
+def _train(gpu: TrainingsOnGpu, runs: Runs, graphs: str, *flags: str | Path) -> Path:
+    name = f"graphs-{graphs}"
+    said = gpu.train(runs.folder / f"{name}.txt", "--config", runs.recipe(name), "--cuda_graphs", graphs, *flags)
+    assert ("CUDA graphs: on" in said) == (graphs != "false"), said
+    return runs.folder / name
 
 
 if __name__ == "__main__":

@@ -46,6 +46,12 @@ def test_gradients_are_those_of_the_cpu(settings):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_outer_products():
+    """For which torch has a Triton kernel of its own."""
+    a, b = torch.randn(3, 5, 1), torch.randn(3, 1, 7)
+    torch.testing.assert_close(torch.bmm(a.cuda(), b.cuda()).cpu(), torch.bmm(a, b))
+
+
 def test_products_of_16_bits_in_float32():
     head = nn.Linear(8, 40)
     x, targets = torch.randn(1, 6, 8, requires_grad=True), torch.randint(40, (1, 6))
