@@ -32,6 +32,7 @@ from litgpt_moe_ext.moe.kernels.triton import (  # noqa: E402
     orthogonality,
     projecting,
     routing,
+    routing_blocks,
 )
 from litgpt_moe_ext.moe.kernels.triton.tiles import CARDS, Work, card_for, precision_of  # noqa: E402
 
@@ -340,6 +341,20 @@ def test_every_gate_on_hopper(monkeypatch, tmp_path):
     "capability", [(8, 6), *(pytest.param(c, marks=pytest.mark.slow) for c in CAPABILITIES[1:])], ids=str
 )
 def test_products_move_16_bytes_at_a_time_and_use_tensor_cores(monkeypatch, capability, dtype):
+@triton.jit
+def _store_softplus(x, out):
+    triton.language.store(out, routing_blocks._softplus(triton.language.load(x)))
+
+
+def test_a_deviation_that_is_no_number_stays_none(monkeypatch):
+    """The minimum of NaN and 20 is NaN in the interpreter, and 20 on a GPU."""
+    compiler = Compiler(monkeypatch, (8, 6))
+    compiler.launch(_store_softplus, (1,), (torch.empty(1), torch.empty(1)), warps=1)
+    code = compiler.kernels[0][1].asm["ptx"]
+    assert "ex2.approx" in code
+    assert not re.search(r"\bm(in|ax)\.f32", code)
+
+
     """Nothing else would say that a compiler no longer knows how numbers are aligned, which makes products slow.
 
     Tensor Cores of Hopper and of Blackwell for data centres read TF32 only with the numbers of a sum side by side, so

@@ -46,8 +46,9 @@ def text(given, token_T, live_T):
 
 @triton.jit
 def _softplus(x):
-    # log1p by Kahan's formula, which keeps small results exact; linear from where torch's is.
-    y = tl.exp(tl.minimum(x, 20.0))
+    # log1p by Kahan's formula, which keeps small results exact; linear from where torch's is. On a GPU the minimum of a
+    # number and one that is none is the number.
+    y = tl.exp(tl.where(x > 20.0, 20.0, x))
     u = 1.0 + y
     log1p = tl.where(u == 1.0, y, tl.log(u) * (y / tl.where(u == 1.0, 1.0, u - 1.0)))
     return tl.where(x > 20.0, x, log1p)
