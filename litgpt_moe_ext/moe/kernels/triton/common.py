@@ -122,6 +122,15 @@ def dot(a, b, total, FORM: constexpr):
 
 
 @triton.jit
+def token_of(choice_M, TOP_K: constexpr):
+    """Return the tokens that choices are of, int32, in which rows are counted.
+
+    To divide 64 bits by what is no constant would be a third of the instructions in the loop of a product.
+    """
+    return choice_M.to(tl.int32) // TOP_K
+
+
+@triton.jit
 def find_tile(plan, tile, ROWS: constexpr, EXPERTS: constexpr):
     """Return the expert of block `tile`, its first row, and where the expert's rows end.
 

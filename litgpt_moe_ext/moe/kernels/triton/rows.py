@@ -20,6 +20,7 @@ from litgpt_moe_ext.moe.kernels.triton.common import (
     rows_of,
     stack_of,
     tiles_for,
+    token_of,
 )
 from litgpt_moe_ext.moe.kernels.triton.tiles import Work
 
@@ -36,6 +37,7 @@ class _Form(NamedTuple):
     even_in: bool
     precision: str
     experts: int
+    top_k: int
     wide: bool
 
 
@@ -56,6 +58,7 @@ def multiply_rows(product: Product) -> Tensor:
         n_in % tile.inner == 0,
         precision,
         max(power_of_two(plan.n_expert), 16),
+        plan.top_k,
         max(rows.reach, stack.reach) >= 2**31,
     )
     grid = ((ceil_div(n_row, tile.rows) + plan.n_expert) * ceil_div(n_out, tile.out),)
@@ -84,7 +87,7 @@ def _multiply_rows(x, weight, y, plan, FORM: constexpr, TILE: constexpr):
     WORD: tl.constexpr = tl.int64 if FORM.wide else tl.int32  # pyrefly: ignore[bad-assignment]  # as above
     source_M = near_M.to(WORD)
     if FORM.gather:
-        source_M = (tl.load(plan.rows + near_M) // plan.top_k).to(WORD)
+        source_M = token_of(tl.load(plan.rows + near_M), FORM.top_k).to(WORD)
     o_N = (within // height) * TILE.out + tl.arange(0, TILE.out)
     i_K = tl.arange(0, TILE.inner)
     x_start = x.data

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from litgpt_moe_ext.kernels.launch import ceil_div, launch
 from litgpt_moe_ext.moe.kernels.plan import Outer, Plan
-from litgpt_moe_ext.moe.kernels.triton.common import constexpr, dot, processors_of, rows_of, stack_of, tiles_for
+from litgpt_moe_ext.moe.kernels.triton.common import (
+    constexpr,
+    dot,
+    processors_of,
+    rows_of,
+    stack_of,
+    tiles_for,
+    token_of,
+)
 from litgpt_moe_ext.moe.kernels.triton.tiles import Work
 
 
@@ -26,6 +34,7 @@ class _Form(NamedTuple):
     precision: str
     wide: bool
     add: bool
+    top_k: int
 
 
 def sum_outer_products(outer: Outer, dtype: torch.dtype, total_EOI: Tensor | None = None) -> Tensor:
@@ -38,7 +47,7 @@ def sum_outer_products(outer: Outer, dtype: torch.dtype, total_EOI: Tensor | Non
     tile = tiles.for_weights(Work(plan.n_expert, plan.rows.size(0), n_out, n_in, processors_of(left.device)), add)
     left_rows, right_rows = rows_of(left), rows_of(right)
     wide = max(left_rows.reach, right_rows.reach) >= 2**31
-    form = _Form(gather_left, gather_right, precision, wide, add)
+    form = _Form(gather_left, gather_right, precision, wide, add, plan.top_k)
     grid = (ceil_div(n_out, tile.out) * ceil_div(n_in, tile.inner), plan.n_expert)
     arguments = (left_rows, right_rows, stack_of(sum_EOI), plan, form, tile)
     launch(_sum_outer_products, grid, arguments, tile.warps, tile.stages)
@@ -46,8 +55,8 @@ def sum_outer_products(outer: Outer, dtype: torch.dtype, total_EOI: Tensor | Non
 
 
 @triton.jit
-def _token(plan, row_M, end):
-    return (tl.load(plan.rows + row_M, mask=row_M < end, other=0) // plan.top_k).to(tl.int64)
+def _choice(plan, row_M, end):
+    return tl.load(plan.rows + row_M, mask=row_M < end, other=0)
 
 
 @triton.jit
@@ -67,12 +76,12 @@ def _sum_outer_products(left, right, out, plan, FORM: constexpr, TILE: constexpr
     sum_NK = tl.full((TILE.out, TILE.inner), 0.0, tl.float32)
     # Where the rows of the next step are is looked up one step ahead: loads that wait for a load of the same step would
     # not be started early.
-    next_M = _token(plan, first + tl.arange(0, TILE.rows), end)
+    next_M = _choice(plan, first + tl.arange(0, TILE.rows), end)
     for start in range(first, end, TILE.rows):
         row_M = start + tl.arange(0, TILE.rows)
         live_M = row_M < end
-        token_M = next_M
-        next_M = _token(plan, row_M + TILE.rows, end)
+        token_M = token_of(next_M, FORM.top_k)
+        next_M = _choice(plan, row_M + TILE.rows, end)
         left_M = (token_M if FORM.gather_left else row_M).to(WORD)
         right_M = (token_M if FORM.gather_right else row_M).to(WORD)
         left_NM = left.data + left_M[None, :] * left.stride + o_N[:, None]
@@ -96,6 +105,11 @@ class _Sums(NamedTuple):
     width: Any
 
 
+class _SumForm(NamedTuple):
+    gather: bool
+    top_k: int
+
+
 def sum_rows(x: Tensor, gates_TK: Tensor | None, plan: Plan, gather: bool, dtype: torch.dtype) -> Tensor:
     """Return the sum of the rows of each expert, (E, O) in `dtype`.
 
@@ -109,12 +123,12 @@ def sum_rows(x: Tensor, gates_TK: Tensor | None, plan: Plan, gather: bool, dtype
     sum_EO = x.new_empty(plan.n_expert, x.size(1), dtype=dtype)
     sums = _Sums(sum_EO, None if gates_TK is None else gates_TK.contiguous(), x.size(1))
     grid = (ceil_div(x.size(1), 64), plan.n_expert)
-    launch(_sum_rows, grid, (rows_of(x), sums, plan, gather), warps=4, stages=2)
+    launch(_sum_rows, grid, (rows_of(x), sums, plan, _SumForm(gather, plan.top_k)), warps=4, stages=2)
     return sum_EO
 
 
 @triton.jit
-def _sum_rows(x, sums, plan, GATHER: constexpr):
+def _sum_rows(x, sums, plan, FORM: constexpr):
     expert = tl.program_id(1)
     o_N = tl.program_id(0) * 64 + tl.arange(0, 64)
     first, end = _first_row(plan, expert), tl.load(plan.ends + expert)
@@ -122,8 +136,8 @@ def _sum_rows(x, sums, plan, GATHER: constexpr):
     for start in range(first, end, 32):
         row_M = start + tl.arange(0, 32)
         live_M = row_M < end
-        source_M = _token(plan, row_M, end) if GATHER else row_M.to(tl.int64)
-        x_MN = x.data + source_M[:, None] * x.stride + o_N[None, :]
+        source_M = token_of(_choice(plan, row_M, end), FORM.top_k) if FORM.gather else row_M
+        x_MN = x.data + source_M.to(tl.int64)[:, None] * x.stride + o_N[None, :]
         part_MN = tl.load(x_MN, mask=live_M[:, None] & (o_N < sums.width)[None, :], other=0.0).to(tl.float32)
         if sums.gates is not None:
             choice_M = tl.load(plan.rows + row_M, mask=live_M, other=0)
