@@ -20,7 +20,7 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Pointwise:
-    """A function of single numbers. The second and third form are for speed; autograd stands in for them.
+    """An elementwise function. `into` and `gradient_into` are optional and for speed.
 
     Attributes:
         function: Returns the function of `x`, differentiable.
@@ -76,7 +76,7 @@ SQUARED_RELU = Pointwise(
     lambda upstream, x, out: torch.clamp_min(x, 0.0, out=out).mul_(upstream).mul_(2.0),
 )
 
-# GPT-OSS: the gate limited from above, its sigmoid steeper than SiLU's, and the other projection limited and raised.
+# GPT-OSS clamps the gate from above, with a sigmoid steeper than SiLU's, and clamps the up projection and adds 1.
 _ALPHA, _LIMIT = 1.702, 7.0
 
 
@@ -147,7 +147,7 @@ class Activation:
     def backward_into(
         self, h_NG: Tensor, da_NF: Tensor, a_NF: Tensor, dh_NG: Tensor | None, dots_N: Tensor | None
     ) -> None:
-        """Go backward through the activation, computing it again on the way.
+        """Run the backward pass of the activation, recomputing its output.
 
         Args:
             h_NG: Its input.

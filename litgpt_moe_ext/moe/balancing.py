@@ -8,7 +8,7 @@ received fewer rises. The bias enters the choice of experts only, never the gate
 The tokens of a step are counted by `litgpt_moe_ext.moe.tally`. The bias moves in torch's global optimizer-step hook,
 which works in any training loop.
 
-Shape legend: N numbers, E experts, L layers.
+Shape legend: E experts, L layers.
 """
 
 import warnings
@@ -48,7 +48,7 @@ def updated_bias(bias_LE: Tensor, counts_LE: Tensor, rate: float | Tensor) -> Te
 
 
 def scheduled_rate(rate: float, schedule: Mapping[str, int], updates: Tensor) -> Tensor:
-    """Return the step size of the bias after `updates` earlier ones.
+    """Return the step size of the bias after `updates` updates.
 
     It rises linearly over `warmup_steps`, and from `decay_start` on falls linearly to 0 over `decay_steps`, at once if
     `decay_steps` is 0 (DeepSeek-V3 freezes its bias for the last part of the training, arXiv:2412.19437, section 4.2).
@@ -94,7 +94,7 @@ def install_optimizer_hook() -> None:
 
 
 def leave_to_caller(optimizer: torch.optim.Optimizer) -> None:
-    """Let the steps of `optimizer` move no bias: its owner calls `update_routers`, once a step.
+    """Leave the biases alone when `optimizer` steps: its owner calls `update_routers` once per step.
 
     For owners such as DeepSpeed, which step it several times, each time with flat copies of some of the weights.
     """
@@ -109,7 +109,7 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs:
     if not pending:
         return
     # Two models, or two optimizers on one model, may step at different times: a router follows the optimizer that owns
-    # its gate. A router without gate has nothing but statistics to take care of.
+    # its gate. A router without a gate has only statistics to update.
     owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     mine = [router for router in pending if router.weight is None or id(router.weight) in owned]
     if mine:
@@ -132,7 +132,7 @@ def _warn_unowned(routers: "list[Router]", optimizer: torch.optim.Optimizer) -> 
 
 
 def begin_schedules(routers: "Iterable[Router]") -> None:
-    """Restart the schedules of the bias update rates, for a training that starts from another one's weights."""
+    """Restart the schedules of the bias update rates, for a run that starts from another run's weights."""
     for router in routers:
         if router.bias_update_schedule is not None:
             router.bias_updates.zero_()
@@ -150,8 +150,7 @@ def forget_step(routers: "Iterable[Router]") -> None:
 def update_routers(routers: "Iterable[Router]") -> None:
     """Take the tallies of `routers`, sum them over all ranks in one all-reduce, and move their balancing biases.
 
-    After it `router.record` holds the sums of the step, the tokens per expert among them. Nothing here waits for the
-    device.
+    Afterwards `router.record` holds the sums of the step, tokens per expert first. Does not wait for the device.
 
     Args:
         routers: Routers of one model, in the same order on every rank.

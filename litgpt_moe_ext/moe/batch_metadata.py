@@ -1,7 +1,7 @@
-"""What MoE layers need to know about a batch besides its hidden states. It is passed as arguments of their blocks.
+"""What MoE layers need to know about a batch besides its hidden states.
 
-So batches cannot be mixed up, neither by two threads that share a model nor by activation checkpointing, which computes
-a batch again after others.
+It is passed as an argument of their blocks, so neither threads that share a model nor activation checkpointing, which
+recomputes a batch after others, can mix up batches.
 
 Shape legend: B batch, T tokens (of one sequence, or all of a batch once flattened), E experts.
 """
@@ -36,7 +36,7 @@ class TokenIds:
     def hashes(self, n_expert: int) -> Tensor:
         """Return a pseudo-random number for each token and expert, int64 (T, E); computed once for all layers."""
         if torch.compiler.is_compiling():
-            # A compiler merges equal computations itself, and allows no caching within what is recomputed.
+            # A compiler merges equal computations itself, and does not allow caching in recomputed code.
             return self._hash(n_expert)
         if n_expert not in self._hashes:
             self._hashes[n_expert] = self._hash(n_expert)
@@ -49,12 +49,12 @@ class TokenIds:
 
 @dataclass(frozen=True, slots=True)
 class BatchMetadata:
-    """What takes the place of a block's attention mask if its MoE layer needs more than hidden states.
+    """Replaces a block's attention mask if its MoE layer needs more than hidden states.
 
     Attributes:
         mask: The mask itself.
         real_BT: True for text, False for padding, bool; None if all is text.
-        ids: The ids of the tokens, for routers that need them, else None.
+        ids: The token ids, for routers that need them; otherwise None.
     """
 
     mask: Any

@@ -48,8 +48,8 @@ class Experts(nn.Module):
         self.dropout = config.expert_dropout or 0.0
         self.gate_on_input = bool(config.expert_gate_on_input)
         self.forced_backend: str | None = config.expert_backend
-        # LitGPT's scheme: GPT-NeoX's standard deviation for what reads the residual stream, and one that falls with the
-        # depth of the model for what writes to it (arXiv:2204.06745, section 2.3).
+        # LitGPT's scheme: GPT-NeoX's standard deviation for weights that read the residual stream, and one that falls
+        # with the depth of the model for weights that write to it (arXiv:2204.06745, section 2.3).
         self.init_std = math.sqrt(2.0 / 5 / config.n_embd)
         self.init_std_out = 1 / math.sqrt(config.n_embd) / config.n_layer
         E, D, F_ = self.n_expert, self.n_embd, self.intermediate_size
@@ -61,13 +61,13 @@ class Experts(nn.Module):
 
     @property
     def weights(self) -> ExpertWeights:
-        """The parameters under the names that the backends use."""
+        """The parameters, by the names that the backends use."""
         return ExpertWeights(
             getattr(self, f"{self._up}_proj"), getattr(self, f"{self._up}_bias"), self.down_proj, self.down_bias
         )
 
     def reset_parameters(self) -> None:
-        """Initialise as LitGPT initialises its linear layers when pretraining; biases are zero."""
+        """Initialise the weights as LitGPT does for pretraining; biases are zero."""
         weights = self.weights
         nn.init.normal_(weights.up_EGD, mean=0.0, std=self.init_std)
         nn.init.normal_(weights.down_EDF, mean=0.0, std=self.init_std_out)
@@ -81,7 +81,7 @@ class Experts(nn.Module):
         Args:
             x_TD: Tokens.
             routing: The router's decision for them.
-            added_TD: What is added to the sum, such as the output of shared experts.
+            added_TD: Added to the sum, such as the output of the shared experts; None for nothing.
 
         Returns:
             The sums; at padding the values are arbitrary, and may be NaN.
@@ -89,7 +89,7 @@ class Experts(nn.Module):
         if routing.real_T is not None:
             x_TD = _EndAtPadding.apply(x_TD, routing.real_T)
         if self.gate_on_input:
-            # Every choice becomes a row of its own, which goes to one expert at weight 1.
+            # Every choice becomes a row of its own, for one expert at weight 1.
             x_TKD = x_TD.unsqueeze(1) * routing.weights_TK.unsqueeze(2)
             y_RD = self._compute(x_TKD.flatten(0, 1).to(x_TD.dtype), _one_choice_per_row(routing), None)
             y_TD = y_RD if x_TKD.size(1) == 1 else y_RD.view(x_TKD.shape).sum(1)
@@ -150,5 +150,5 @@ def _one_choice_per_row(routing: Routing) -> Routing:
     if real_R is not None and top_k > 1:
         real_R = real_R.repeat_interleave(top_k)
     ones_R1 = torch.ones_like(experts_R1, dtype=routing.weights_TK.dtype)
-    # Only the row order of the decision is used, and that is the same.
+    # Of the decision only the order of rows is used, which is unchanged.
     return Routing(ones_R1, experts_R1, routing.counts_E, real_R, routing.decision)

@@ -12,7 +12,7 @@ from litgpt_moe_ext.moe.router import Choice, Router
 
 
 class FixedRouter(Router):
-    """A router whose gate values are 1 / K whatever expert is chosen."""
+    """A router whose gate values are all 1 / K."""
 
     def rule(self) -> Rule | None:
         """Return the rule of `choose`, None for subclasses with another one."""
@@ -56,7 +56,7 @@ class HashRouter(FixedRouter):
 
 
 class UniformRouter(FixedRouter):
-    """Every set of K experts is equally likely, anew for each token; in evaluation, the choice of `HashRouter`.
+    """Draws K experts for each token, every set equally likely; in evaluation chooses as `HashRouter` does.
 
     Stochastic experts as in THOR (arXiv:2110.04260), but evaluation is deterministic.
     """
@@ -65,6 +65,6 @@ class UniformRouter(FixedRouter):
         """Return random numbers."""
         if not self.training:
             return self.by_token_id(x_TD, ids)
-        # Not in torch's default dtype. With `bf16-true` that is bfloat16 in a forward pass, in which many numbers would
-        # be equal, but not when activation checkpointing repeats the pass, which would then choose other experts.
+        # Not torch's default dtype: with `bf16-true` that is bfloat16 in the forward pass, where many numbers would be
+        # equal, but not when activation checkpointing repeats the pass, which would then choose other experts.
         return torch.rand(len(x_TD), self.n_expert, dtype=torch.float32, device=x_TD.device)

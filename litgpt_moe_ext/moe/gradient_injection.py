@@ -1,8 +1,7 @@
-"""Giving an auxiliary loss its gradient without touching the loss that a training loop computes and prints.
+"""Adds the gradient of an auxiliary loss without touching the loss that a training loop computes and prints.
 
-`inject` is the identity on a tensor that lies on the way to the loss; in the backward pass it starts the gradient of
-the auxiliary loss. It works in any loop, and under activation checkpointing whichever forward pass the gradient
-takes.
+`inject` is the identity on a tensor on the path to the loss; its backward pass starts the gradient of the auxiliary
+loss. It works in any loop, and under activation checkpointing whichever forward pass the gradient goes through.
 
 If a loop divides its loss by the number of accumulated batches, or multiplies it by the scale of a gradient scaler, the
 auxiliary loss must be scaled as well. The gradient that arrives at the loss is exactly that factor. `remember_scale`
@@ -67,20 +66,20 @@ def inject(carrier: Tensor, loss: Tensor) -> Tensor:
     """Return `carrier` unchanged; its backward pass adds the gradient of `loss`.
 
     Args:
-        carrier: A tensor on the way from the parameters to the training loss.
+        carrier: A tensor on the path from the parameters to the training loss.
         loss: The auxiliary loss with its weight, a scalar.
     """
     return _Inject.apply(carrier, loss)
 
 
 def remember_scale(loss: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Return `loss` unchanged; its backward pass keeps the factor that the training loop scales it by, for `inject`.
+    """Return `loss` unchanged; its backward pass keeps the training loop's scale of it for `inject`.
 
     Args:
         loss: The training loss of a micro-batch, a scalar.
         weight: Another factor of the micro-batch's auxiliary losses, a scalar; None means 1.
     """
-    # A meta loss, with which FLOPs are counted, has no factor.
+    # A meta loss, used to count FLOPs, has no scale.
     return _RememberScale.apply(loss, weight) if loss.requires_grad and not loss.is_meta else loss
 
 

@@ -1,4 +1,4 @@
-"""The feed-forward layers that `mlp_class_name` names: `MoE`, or a name with another router by default; `FeedForward`.
+"""The feed-forward layers: `FeedForward`, `MoE`, and names of the latter that default to another router.
 
 Shape legend: B batch, T tokens (of one sequence, or all of a batch once flattened), D model width.
 """
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 class FeedForward(LLaMAMLP):
     """Two projections with an activation between them: dense layers, and the shared experts of an MoE layer.
 
-    Parameters have the names that LitGPT gives them: as in `LLaMAMLP` (`fc_1`, `fc_2`, `proj`) with a gated activation,
-    as in `GptNeoxMLP` (`fc`, `proj`) otherwise. It is a subclass of `LLaMAMLP` because LitGPT's initialisation scales
-    the output projections of that class by the depth of the model.
+    Parameters are named as in LitGPT: as in `LLaMAMLP` (`fc_1`, `fc_2`, `proj`) with a gated activation, as in
+    `GptNeoxMLP` (`fc`, `proj`) otherwise. It is a subclass of `LLaMAMLP` because LitGPT's initialisation scales the
+    output projections of that class by the depth of the model.
 
     Args:
         config: A `litgpt.Config`; uses `n_embd`, `bias`, `mlp_activation`, `gelu_approximate` and `expert_backend`.
@@ -58,7 +58,7 @@ class FeedForward(LLaMAMLP):
         self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output, of the shape of `x`, in the dtype of `x` or that of autocast."""
+        """Return the output, shaped like `x`, in the dtype of `x` or of autocast."""
         x = narrowed(x)
         *into, out = self._projections(x)
         hidden = [project(x) for project in into]
@@ -72,7 +72,7 @@ class FeedForward(LLaMAMLP):
 
     def _projections(self, x: Tensor) -> list[Callable[[Tensor], Tensor]]:
         linears: list[Any] = [getattr(self, name) for name in self._names]
-        # Without gradients, autocast's cache serves all passes in its scope.
+        # Without gradients, autocast's own cache serves all passes in its scope.
         learns = torch.is_grad_enabled()
         if self._fusible and learns and fused_router.works_on(x) and can_cast(linears, x.dtype):
             return cast_together([linears[:-1], linears[-1:]], x.dtype)
@@ -83,8 +83,8 @@ class MoE(nn.Module):
     """Routed experts plus, if the configuration asks for them, shared experts that every token visits.
 
     `y = sum over chosen experts of gate * expert(x) + shared(x)` (DeepSeekMoE, arXiv:2401.06066, equation 9; the
-    residual connection is LitGPT's). With `shared_expert_gate` the shared part is weighed by `sigmoid(x w)`, as in
-    Qwen2-MoE. Parameters have the names of LitGPT's `LLaMAMoE`, except that the experts are stacked; the shared experts
+    residual connection is LitGPT's). With `shared_expert_gate` the shared part is multiplied by `sigmoid(x w)`, as in
+    Qwen2-MoE. Parameters are named as in LitGPT's `LLaMAMoE`, except that the experts are stacked; the shared experts
     are one network as wide as all of them together.
 
     Args:
@@ -103,7 +103,7 @@ class MoE(nn.Module):
             self.shared_experts = FeedForward(config, width)
             if config.shared_expert_gate:
                 self.shared_expert_gate = nn.Linear(config.n_embd, 1, bias=False)
-        # As torch's layers do; not by the classes themselves, whose subclasses are still to add parameters.
+        # Initialised here and not by the classes themselves, whose subclasses may add parameters after `__init__`.
         self.gate.reset_parameters()
         self.experts.reset_parameters()
 
@@ -112,8 +112,8 @@ class MoE(nn.Module):
 
         Args:
             x_BTD: Tokens.
-            real_BT: Which of them are not padding, bool; None if all. Padding takes part in nothing and becomes 0.
-            ids: Their ids, for routers that need them.
+            real_BT: Which of them are not padding, bool; None if all. Padding is ignored, and its output is 0.
+            ids: The token ids, for routers that need them.
         """
         x_TD = x_BTD.reshape(-1, x_BTD.size(-1))
         n_sequence = x_BTD.size(0) if x_BTD.dim() == 3 else 1
@@ -128,14 +128,14 @@ class MoE(nn.Module):
         return self.all_experts(routed_TD, shared_BTD, routing).view(x_BTD.shape)
 
     def all_experts(self, routed_TD: Tensor, shared_BTD: Tensor, routing: Routing) -> Tensor:
-        """Return the outputs of routed and of shared experts added up, (T, D).
+        """Return the sum of the outputs of routed and shared experts, (T, D).
 
-        Selective activation checkpointing computes this twice; what the router has chosen is kept.
+        Selective activation checkpointing repeats this, but keeps the router's decision.
 
         Args:
             routed_TD: Tokens for the routed experts.
             shared_BTD: The same tokens for the shared experts.
-            routing: Of the former.
+            routing: The router's decision for them.
         """
         if self.shared_experts is None:
             return _ending_at_padding(self.experts(routed_TD, routing), routing.real_T)
@@ -144,14 +144,6 @@ class MoE(nn.Module):
     def _with_shared_experts(
         self, shared_experts: FeedForward, routed_TD: Tensor, x_BTD: Tensor, routing: Routing
     ) -> Tensor:
-        """Return the outputs of routed and of shared experts added up, (T, D).
-
-        Args:
-            shared_experts: The shared experts.
-            routed_TD: Tokens for the routed experts.
-            x_BTD: The same tokens for the shared experts.
-            routing: Of the former.
-        """
         special = self.shared_expert_gate is not None or routing.real_T is not None
         fused = special and self._own_sum and fused_router.works_on(routed_TD)
         with part(x_BTD) if goes_aside(x_BTD) else contextlib.nullcontext():
@@ -183,13 +175,13 @@ def _flat(x: Tensor) -> Tensor:
 def narrowed(x: Tensor) -> Tensor:
     """Return `x` in the dtype of the matrix products.
 
-    Autocast would cast it, and its gradient, once for every projection.
+    Left to autocast, it and its gradient would be cast once for every projection.
     """
     return x.to(matmul_dtype(x))
 
 
 class SharedExpertMoE(MoE):
-    """`MoE` with DeepSeek-V3's router unless `router_type` names another."""
+    """`MoE` with DeepSeek-V3's router, unless `router_type` names another."""
 
 
 class NoisyTopKMoE(MoE):

@@ -1,7 +1,7 @@
 """Routers that learn.
 
-Router arithmetic is done in float32 (float64 for a float64 model) whatever the precision of the model and whatever
-autocast says: a bfloat16 logit has 8 bits, too few to order experts whose scores are close.
+Router arithmetic is float32 (float64 for a float64 model) whatever the precision of the model or of autocast: a
+bfloat16 logit has 8 bits, too few to order experts whose scores are close.
 
 Shape legend: T tokens, D model width, E experts, K chosen experts per token, G expert groups.
 """
@@ -52,14 +52,14 @@ class LearnedRouter(Router):
             nn.init.zeros_(self.bias)
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        """Return the gate's logits, (T, E), of inputs with jitter in training (arXiv:2101.03961, section 2.2)."""
+        """Return the gate's logits, (T, E); in training, inputs are jittered (arXiv:2101.03961, section 2.2)."""
         if self.jitter and self.training:
             x_TD = x_TD.to(_router_dtype(x_TD))
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter)
         return self._biased(self.project(x_TD, self.weight))
 
     def read(self, x_TD: Tensor) -> tuple[Tensor, Passed | None]:
-        """Return the logits, and the experts' input where it is a by-product."""
+        """Return the logits, and the experts' input if it is a by-product."""
         # A subclass may compute its logits in another way.
         others = type(self).logits is not LearnedRouter.logits or type(self).project is not LearnedRouter.project
         if others or (self.jitter and self.training) or not self._has_own_product(x_TD, self.weight):
@@ -84,12 +84,12 @@ class LearnedRouter(Router):
             return _WideLinear.apply(x_TD, weight_ED, dtype)
 
     def extra_repr(self) -> str:
-        """Return the sizes."""
+        """Return the sizes that `print(model)` shows."""
         return f"n_embd={self.weight.size(1)}, n_expert={self.n_expert}, top_k={self.top_k}"
 
 
 class _WideLinear(torch.autograd.Function):
-    """A linear map computed in a wider dtype than its inputs have, which keeps the narrow inputs for backward."""
+    """A linear map computed in a wider dtype than its inputs; keeps the narrow inputs for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> Tensor:
@@ -192,8 +192,8 @@ class TopKRouter(LearnedRouter):
         return (grouped_TGe + masked_TG.unsqueeze(-1)).flatten(1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "TopKRouter":
-        # In bfloat16 a bias stops moving as soon as its rate is less than its last bit. So it keeps its dtype when the
-        # model is converted, and only follows it to another device.
+        # A bfloat16 bias would stop moving once its rate is less than its last bit. So the bias keeps its dtype when
+        # the model is converted, and only follows it to another device.
         before_E = self.e_score_correction_bias
         super()._apply(fn, recurse)
         after_E = self.e_score_correction_bias

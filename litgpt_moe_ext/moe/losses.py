@@ -2,8 +2,8 @@
 
 Each docstring gives the value at perfectly even load, so that the weights of different losses can be compared.
 
-Where some tokens are padding, `real_T` (bool) is true for the others, and padding has "chosen" the expert E, which does
-not exist. All means are then over real tokens.
+If there is padding, `real_T` (bool) is false for it, its "chosen" expert is E, which does not exist, and all means are
+over real tokens.
 
 Shape legend: T tokens, E experts, K chosen experts per token, S sequences of T / S tokens.
 """
@@ -16,12 +16,12 @@ def load_balancing_loss(probabilities_TE: Tensor, experts_TK: Tensor, real_T: Te
     """Return `E * sum_i f_i P_i` (Switch Transformer, arXiv:2101.03961, equations 4 to 6; there with K = 1).
 
     `f_i` is the share of routed tokens that expert i received and `P_i` the mean probability that the router gave it.
-    Hugging Face's Mixtral divides by T instead of T * K, and pools the tokens of all layers, where this is computed for
-    each layer and summed: with L layers of the same load theirs is K times one layer's, and K / L times the sum.
+    Hugging Face's Mixtral divides by T instead of T * K and pools the tokens of all layers; here the losses of the
+    layers are summed. With L equally loaded layers, theirs is K times the loss of one layer and K / L times the sum.
 
-    Over a micro-batch both factors are the micro-batch's. With `router_load_balancing_loss_scope: global_batch`,
-    `f_i` is that of the optimizer step over all ranks and gradient accumulation steps so far (arXiv:2501.11873), which
-    `litgpt_moe_ext.moe.step_shares` knows; the gradient, `E * f_i` for each `P_i`, is otherwise the same.
+    Here both factors are taken over a micro-batch. With `router_load_balancing_loss_scope: global_batch`, `f_i` is
+    taken over all ranks and the accumulated micro-batches so far (arXiv:2501.11873), by
+    `litgpt_moe_ext.moe.step_shares`; the gradient is still `E * f_i` for each `P_i`.
 
     Args:
         probabilities_TE: Router probabilities; rows sum to 1; differentiable.
@@ -43,7 +43,7 @@ def sequence_balancing_loss(
         probabilities_TE: Router probabilities, or scores divided by their sum; rows sum to 1; differentiable.
         experts_TK: Chosen experts, int64.
         n_sequence: Number of sequences S, each with the same number of consecutive tokens.
-        real_T: Which tokens are not padding; None if all. A sequence counts by its real tokens.
+        real_T: Which tokens are not padding; None if all. Sequences are weighted by their real tokens.
 
     Returns:
         A scalar; 1 for even load in every sequence.
@@ -57,7 +57,7 @@ def sequence_balancing_loss(
         sums_SE = _masked(probabilities_TE, real_T).unflatten(0, (n_sequence, -1)).sum(dim=1)
         visits_S1 = n_real_S1 * experts_TK.size(1)
         losses_S = n_expert * (chosen_SE / visits_S1.clamp(min=1) * sums_SE / n_real_S1.clamp(min=1)).sum(dim=1)
-        # By tokens, as the micro-batches of a step are weighed: how sequences are spread over them changes nothing.
+        # Weighted by tokens, as micro-batches are, so how sequences are spread over micro-batches does not matter.
         return losses_S.dot(n_real_S1[:, 0].to(losses_S.dtype)) / n_real_S1.sum().clamp(min=1)
     shares_SE = probabilities_TE.new_zeros(n_sequence, n_expert).scatter_add_(
         1, experts_SR, probabilities_TE.new_full((), 1 / experts_SR.size(1)).expand(experts_SR.shape)
@@ -134,7 +134,7 @@ def load_loss(clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top_k: int, re
     """
     best_TK1 = noisy_TE.topk(top_k + 1, dim=-1).values
     last_in_T1, first_out_T1 = best_TK1[:, -2:-1], best_TK1[:, -1:]
-    # Without expert i, the k-th highest is the first that was left out if i was in, and the last that was in otherwise.
+    # Without expert i, the k-th highest is the (k+1)-th of all if i was chosen, and the k-th of all otherwise.
     threshold_TE = torch.where(noisy_TE >= last_in_T1, first_out_T1, last_in_T1)
     among_best_TE = torch.special.ndtr((clean_TE - threshold_TE) / std_TE)
     return cv_squared((among_best_TE if real_T is None else _masked(among_best_TE, real_T)).sum(dim=0))
@@ -143,11 +143,11 @@ def load_loss(clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, top_k: int, re
 def orthogonality_loss(weight_ED: Tensor, real_T: Tensor | None = None) -> Tensor:
     """Return `sum_ij (w_i . w_j - [i = j])²` of the router's rows scaled to length 1 (ERNIE 4.5, section 3.2).
 
-    It keeps experts from sharing a direction, so that what a token says tells them apart.
+    It keeps experts from sharing a direction, so that tokens can tell them apart.
 
     Args:
         weight_ED: The router's weights, one row for each expert; floating, differentiable.
-        real_T: Which tokens are not padding; None if all. Padding alone has no loss.
+        real_T: Which tokens are not padding; None if all. The loss of padding alone is 0.
 
     Returns:
         A scalar; 0 if all rows are orthogonal, which takes E <= D; E (E - 1) if all are parallel.

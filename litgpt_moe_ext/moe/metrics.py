@@ -58,7 +58,7 @@ def load_metrics(model: nn.Module) -> dict[str, float]:
         smallest balancing bias, worst layer; only with a bias), and auxiliary losses by name, with their weights and
         summed over layers.
 
-        `moe_layer_LL/NAME` has those that mean something for one layer, LL being its number among all layers.
+        `moe_layer_LL/NAME` has those that are defined for one layer; LL is its index among all layers.
 
         `moe_load_LL/expert_EE` is the load of an expert over the mean of its layer.
     """
@@ -67,8 +67,8 @@ def load_metrics(model: nn.Module) -> dict[str, float]:
         return {}
     records = [router.record for router in routers.values() if router.record is not None]
     biases = [router.e_score_correction_bias for router in routers.values() if router.bias_update_rate]
-    # All layers in one transfer: each would have to wait for the device. Put together by type first: a GPU copies
-    # tensors of different types one by one.
+    # One transfer for all layers, since each transfer waits for the device. Concatenated by dtype first: a GPU copies
+    # tensors of mixed dtypes one by one.
     together = torch.cat([torch.cat(alike).to(records[0].dtype) for alike in (records, biases) if alike])
     tensors = iter(together.cpu().split([len(tensor) for tensor in records + biases]))
     records, biases = list(itertools.islice(tensors, len(records))), tensors

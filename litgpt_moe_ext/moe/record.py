@@ -1,4 +1,4 @@
-"""The record of a router: what it sums over an optimizer step, which the backward pass adds to its tally.
+"""The record of a router: its sums over an optimizer step, which the backward pass adds to its tally.
 
 Shape legend: T tokens, E experts, K chosen experts per token, N numbers of a record.
 """
@@ -22,12 +22,12 @@ SUMS = ("gate", "squared_logit", "entropy")
 
 
 class Counted(NamedTuple):
-    """What a record has of a batch that its choice does not say.
+    """What is recorded of a batch besides the router's choice.
 
     Attributes:
         counts_E: Tokens per expert.
         real_T: Which tokens are not padding, bool; None if all.
-        losses: Auxiliary losses with their weights, in the order of the record; None for one that is known later.
+        losses: Weighted auxiliary losses, in the order of the record; None for one that is known only later.
     """
 
     counts_E: Tensor
@@ -73,8 +73,7 @@ def count_in_backward(
 class _CountInBackward(torch.autograd.Function):
     """The identity on gate values, whose backward pass adds the batch to a tally as the "gradient" of its leaf.
 
-    It also returns the gradient of a load-balancing loss over the global batch, that of `mean_E`, the mean
-    probabilities.
+    It also returns the gradient of the global batch's load-balancing loss by `mean_E`, the mean probabilities.
     """
 
     @staticmethod
@@ -122,8 +121,8 @@ def tokens_per_expert(experts_TK: Tensor, n_expert: int, real_T: Tensor | None) 
         n_expert: E.
         real_T: Which tokens are not padding; None if all.
     """
-    # One row per token, because a GPU's atomic additions would queue at one address per expert. Padding has the last
-    # column.
+    # One row per token, so that a GPU's atomic additions do not queue at one address per expert. The last column is for
+    # padding.
     columns = n_expert if real_T is None else n_expert + 1
     chosen_TE = experts_TK.new_zeros(len(experts_TK), columns, dtype=torch.bool).scatter_(1, experts_TK, True)
     return chosen_TE.sum(dim=0)[:n_expert]

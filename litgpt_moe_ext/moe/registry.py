@@ -1,7 +1,7 @@
 """The routers, auxiliary losses and activations that a configuration can name, as plain data.
 
-A new one is one entry here, and `litgpt_moe_ext.extend` adds entries from other packages. Functions and classes are
-named by import path, so that checking a configuration does not import torch; other packages may give the object itself.
+To add one, add an entry here; other packages add theirs with `litgpt_moe_ext.extend`. Functions and classes are named
+by import path, so that checking a configuration does not import torch; other packages may give the object itself.
 """
 
 import importlib
@@ -17,14 +17,14 @@ class RouterType:
     Attributes:
         router: The subclass of `litgpt_moe_ext.moe.router.Router`, or its import path.
         doc: How it chooses experts, for tables.
-        features: What it has; a configuration field or a loss that needs something else is refused. Any name will do;
-            these mean something to the package:
+        features: What it has; fields and losses that need a missing feature are refused. Any name is allowed; these
+            mean something to the package:
 
             - `logits`: a linear gate; `Choice.logits_TE` is set and the gate values are differentiable.
             - `noise`: `Choice.noisy_TE` and `Choice.std_TE` are set in training.
             - `score_function`, `norm_topk_prob`, `groups`, `bias`: reads the fields of that name.
             - `sums_to_one`: the gate values of a token always sum to 1.
-            - `copies`: chooses experts whose rows in the gate are equal together.
+            - `copies`: experts with equal rows in the gate are chosen together.
             - `softmax_of_chosen`: in evaluation, gate values are the softmax of the highest logits.
             - `token_ids`: `choose` and `given` take `litgpt_moe_ext.moe.batch_metadata.TokenIds` after hidden states.
         defaults: Defaults of fields that differ from those in the table of fields.
@@ -43,10 +43,10 @@ class Loss:
     Attributes:
         function: Returns the loss without its weight, a scalar; or its import path.
         inputs: What the function is given, by name: attributes of `litgpt_moe_ext.moe.router.Choice` and of the router,
-            `probabilities_TE`, `n_sequence`, and `real_T`: which tokens are not padding, or None if all. A function
-            that does not ask for `real_T` is given the other tokens only, for which a GPU has to be waited for.
+            `probabilities_TE`, `n_sequence`, and `real_T`: which tokens are not padding, or None if all. Without
+            `real_T` the function is given real tokens only, and selecting them waits for the GPU.
         doc: What it does, for tables.
-        needs: Features of the router that it cannot do without.
+        needs: Features that the router must have.
     """
 
     function: str | Callable[..., Any]
@@ -62,8 +62,8 @@ class ActivationType:
     Attributes:
         function: A `litgpt_moe_ext.moe.activations.Pointwise`, or its import path.
         gated: Whether it gates a second projection: `f(gate(x)) * up(x)` (arXiv:2002.05202).
-        up: What is done to that projection first, if anything, as `function`.
-        tanh: What takes its place under `gelu_approximate: tanh`, if anything does.
+        up: Applied to the up projection first, given as `function` is; None for nothing.
+        tanh: Replaces `function` under `gelu_approximate: tanh`; None to keep it.
     """
 
     function: Any
@@ -143,7 +143,7 @@ ACTIVATIONS: dict[str, ActivationType] = {
     "relu2": ActivationType("litgpt_moe_ext.moe.activations.SQUARED_RELU"),
 }
 
-# What may compute the routed experts (`litgpt_moe_ext.moe.kernels.registry`); a registered backend adds its name.
+# Names of expert backends (`litgpt_moe_ext.moe.kernels.registry`); registering a backend adds its name.
 EXPERT_BACKENDS = ["loop", "grouped_cpu", "grouped_mm", "triton"]
 
 
@@ -153,7 +153,7 @@ def loss_field(name: str) -> str:
 
 
 def load(entry: Any) -> Any:
-    """Return the object that an entry of a registry names by import path, or the entry itself if it is the object."""
+    """Return the entry of a registry, imported if it is an import path."""
     if not isinstance(entry, str):
         return entry
     module, _, name = entry.rpartition(".")

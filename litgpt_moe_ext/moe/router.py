@@ -1,4 +1,4 @@
-"""What all routers share: the routing they return, auxiliary losses, and whether kernels decide.
+"""What all routers share: the routing they return, auxiliary losses, and the choice between kernels and operators.
 
 Shape legend: T tokens, D model width, E experts, K chosen experts per token.
 """
@@ -45,8 +45,8 @@ class Passed(NamedTuple):
 
     Attributes:
         routed_TD: For the routed experts.
-        shared_TD: For the shared experts. It has the same values, but is a tensor of its own: the router's backward
-            pass adds up the gradients of both, instead of autograd.
+        shared_TD: For the shared experts: the same values in a separate tensor, so that the router's backward pass, not
+            autograd, adds up the gradients of both.
     """
 
     routed_TD: Tensor
@@ -58,8 +58,8 @@ class Routing(NamedTuple):
 
     Attributes:
         weights_TK: Gate value of every chosen expert, float32 or float64, differentiable.
-        experts_TK: Index of every chosen expert, int64; no expert twice for one token, in no particular order. E, which
-            no expert has, for padding.
+        experts_TK: Index of every chosen expert, int64; distinct for each token, in no particular order. For padding E,
+            which is no expert's index.
         counts_E: Tokens per expert, int64; padding is not counted.
         real_T: Which tokens are not padding, bool; None if all.
         decision: The full result of the fused kernels, if they made the decision.
@@ -75,15 +75,15 @@ class Routing(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What a router's rule has chosen, and the numbers that the choice is based on.
+    """The choice of a router's rule, and the numbers that it is based on.
 
     Attributes:
         weights_TK: Gate values before `routed_scaling_factor`.
         experts_TK: Chosen experts, int64.
-        logits_TE: Router logits without noise, or None for a router that has none.
+        logits_TE: Router logits without noise; None for a router without logits.
         scores_TE: Positive scores of all experts, such as the sigmoid of the logits; the softmax of the logits if None.
-        noisy_TE: Logits with noise, where there is noise.
-        std_TE: Standard deviation of the noise, where there is noise.
+        noisy_TE: Logits with noise; None without noise.
+        std_TE: Standard deviation of the noise; None without noise.
     """
 
     weights_TK: Tensor
@@ -107,29 +107,29 @@ class Choice(NamedTuple):
         return self._replace(weights_TK=weights_TK, experts_TK=self.experts_TK.masked_fill(padding_T1, n_expert))
 
     def rows(self, keep_T: Tensor) -> "Choice":
-        """Return the decision for some of the tokens; waits for the device."""
+        """Return the choice for the tokens of `keep_T` (bool); waits for the device."""
         given = {name: values[keep_T] for name, values in self._asdict().items() if values is not None}
         return self._replace(**given)
 
 
 class Router(nn.Module):
-    """Chooses experts, by a rule that subclasses give as `choose`.
+    """Chooses experts by a rule that subclasses implement in `choose`.
 
     Args:
-        config: A configuration that passed `litgpt_moe_ext.config.rules.resolve`. Read are `n_expert`,
-            `n_expert_per_token`, `routed_scaling_factor` and the weights of the losses.
+        config: A configuration that passed `litgpt_moe_ext.config.rules.resolve`; uses `n_expert`,
+            `n_expert_per_token`, `routed_scaling_factor`, `expert_backend` and the fields of the losses.
 
     Attributes:
         weight: The gate, (E, D), or None for a router that does not learn.
         tally: Tokens per expert and sums since the last optimizer step.
-        record: The same of the last finished optimizer step, over all ranks, or None before the first.
-        loss_coefs: Weights of the auxiliary losses by name, those that are not 0.
+        record: The same for the last finished optimizer step, over all ranks; None before the first.
+        loss_coefs: Nonzero weights of the auxiliary losses, by name.
         loss_names: Their names in the order of the record.
         e_score_correction_bias: The balancing bias, (E,), float32; only where there is a `bias_update_rate`.
         bias_updates: How often the bias has moved, int64; only where there is a `bias_update_schedule`.
         bias_update_rate: Step size of the balancing bias; 0 for routers that have none.
         bias_update_schedule: How the step size changes (`litgpt_moe_ext.moe.balancing.scheduled_rate`).
-        own_kernels: Whether the package's own kernels may be used, and not only torch's operators.
+        own_kernels: Whether the package's own kernels may be used; otherwise only torch's operators.
         step_shares: Each expert's share of the global batch, for a load-balancing loss over it; None without one.
     """
 
@@ -147,7 +147,7 @@ class Router(nn.Module):
         self.scaling_factor = config.routed_scaling_factor
         self.loss_coefs = {name: coef for name in LOSSES if (coef := getattr(config, loss_field(name)))}
         self.loss_names = tuple(self.loss_coefs)
-        # Loaded once, where a compiler does not look.
+        # Loaded here, where no compiler traces.
         self._loss_functions = {name: load(LOSSES[name].function) for name in self.loss_names}
         self.step_shares: StepShares | None = None
         if _STEP_LOSS in self.loss_coefs and config.router_load_balancing_loss_scope == "global_batch":
@@ -157,7 +157,7 @@ class Router(nn.Module):
         # `expert_backend: loop` asks for torch's operators only.
         self.own_kernels = config.expert_backend != "loop"
         self._foreign_losses = {name for name, loss in self._loss_functions.items() if loss.__module__ != _LOSSES}
-        # The kernels know the package's own losses.
+        # The kernels know only the package's own losses.
         self._fusible = (
             self.own_kernels
             and set(self.loss_names) <= {*_FUSED_LOSSES, _WEIGHT_LOSS}
@@ -170,7 +170,7 @@ class Router(nn.Module):
         watch(self)
 
     def reset_parameters(self) -> None:
-        """Initialise the weights, of which a router that does not learn has none."""
+        """Initialise the weights; a router that does not learn has none."""
 
     def forward(
         self, x_TD: Tensor, n_sequence: int = 1, real_T: Tensor | None = None, ids: TokenIds | None = None
@@ -179,9 +179,9 @@ class Router(nn.Module):
 
         Args:
             x_TD: Tokens, any floating dtype.
-            n_sequence: Number of sequences of equal length that they are from.
+            n_sequence: Number of sequences, of equal length, that the tokens are from.
             real_T: Which tokens are not padding, bool; None if all.
-            ids: The ids of the tokens, for a router that needs them; `choose` and `given` are then given them as well.
+            ids: The token ids, for a router that needs them; passed on to `choose` and `given`.
         """
         tokens = _tokens(x_TD, ids)
         if self._fusible and fused_router.works_on(x_TD) and (rule := self.rule()) is not None:
@@ -210,7 +210,7 @@ class Router(nn.Module):
         return Routing(weights_TK, experts_TK, counts_E, real_T)
 
     def _check(self, choice: Any, x_TD: Tensor) -> None:
-        """Raise if a choice is not what `choose` is to return; the ids are not read, which on a GPU is a wait."""
+        """Raise if a choice is malformed. The indices are not read, because that would wait for the GPU."""
         where = f"{type(self).__name__}.choose"
         if not isinstance(choice, Choice):
             raise TypeError(f"{where} returns a {type(choice).__name__}; it must return a Choice")
@@ -226,7 +226,7 @@ class Router(nn.Module):
             )
 
     def _trains_on(self, x_TD: Tensor) -> bool:
-        # An empty batch has no losses, which are means, and adds nothing to a tally.
+        # An empty batch has no losses (they are means) and adds nothing to a tally.
         return self.training and torch.is_grad_enabled() and x_TD.size(0) > 0
 
     def _decide(self, tokens: tuple[Any, ...], rule: Rule, n_sequence: int, real_T: Tensor | None) -> Routing:
@@ -247,7 +247,7 @@ class Router(nn.Module):
         return Routing(decision.weights_TK, decision.experts_TK, decision.counts_E, real_T, decision, passed)
 
     def rule(self) -> Rule | None:
-        """Return the rule that `choose` follows, if the fused kernels have it; `given` returns their inputs."""
+        """Return the rule of `choose` for the fused kernels, or None if they do not implement it."""
         return None
 
     def given(self, x_TD: Tensor) -> tuple[Given, Passed | None]:
@@ -255,7 +255,7 @@ class Router(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has a rule and must return its inputs from `given`")
 
     def choose(self, x_TD: Tensor) -> Choice:
-        """Decide for each token."""
+        """Choose experts for each token."""
         raise NotImplementedError(f"{type(self).__name__} must say how it chooses experts")
 
     def scores(self, x_TD: Tensor, ids: TokenIds | None = None) -> Tensor | None:
@@ -267,14 +267,14 @@ class Router(nn.Module):
         """Return the auxiliary loss `name` without its weight, a scalar; 0 for padding alone.
 
         Args:
-            name: A name in `litgpt_moe_ext.moe.registry.LOSSES`, which says what the loss is given.
+            name: A name in `litgpt_moe_ext.moe.registry.LOSSES`, which lists the inputs of the loss.
             choice: The decision for a batch.
             n_sequence: As in `forward`.
             real_T: As in `forward`.
 
         Raises:
-            ValueError: If there is padding, and the loss looks at sequences but not at padding; or if a loss of an
-                extension returns something else than a number.
+            ValueError: If there is padding and the loss takes `n_sequence` but not `real_T`, or if a loss of an
+                extension does not return a floating scalar.
         """
         loss = LOSSES[name]
         if real_T is not None and "real_T" not in loss.inputs:
@@ -282,7 +282,7 @@ class Router(nn.Module):
                 raise ValueError(f"{loss_field(name)}: a loss per sequence must have real_T among its inputs; add it")
             choice, real_T = choice.rows(real_T), None
             if not len(choice.weights_TK):
-                return choice.weights_TK.new_zeros(())  # means over no token are no numbers
+                return choice.weights_TK.new_zeros(())  # a mean over no tokens would be NaN
 
         def value_of(name: str) -> Any:
             if name == "probabilities_TE":
@@ -315,7 +315,7 @@ class Router(nn.Module):
         return self
 
     def __setstate__(self, state: dict) -> None:
-        # Copies and unpickled routers do not pass through `__init__`; their balance must be looked after as well.
+        # Copied and unpickled routers skip `__init__`, but must be balanced as well.
         super().__setstate__(state)
         watch(self)
 

@@ -19,11 +19,11 @@ class StepShares:
 
     The load-balancing loss is linear in these shares and no gradient passes through them, so they are needed in the
     backward pass only. By then every layer has counted its tokens in the forward pass: the first layer to go backward
-    sums the counts of all layers over the ranks, in one all-reduce. Over accumulated micro-batches the counts add up,
-    and each micro-batch uses those up to its own, as in arXiv:2501.11873 (section 3.1, "buffer"), because later ones
-    are not known yet.
+    sums the counts of all layers over the ranks, in one all-reduce. Counts add up over accumulated micro-batches, and
+    each micro-batch uses those up to its own, because later ones are not known yet (arXiv:2501.11873, section 3.1,
+    "buffer").
 
-    Forward passes that activation checkpointing repeats do not count; they run within a backward pass.
+    Forward passes repeated by activation checkpointing run within a backward pass and are not counted.
 
     The counts of a step are added up in place, so that passes which were captured as CUDA graphs go on adding to them.
     """
@@ -70,12 +70,12 @@ class StepShares:
         self._has_counted = True
 
     def __reduce__(self) -> tuple:
-        # A copy has a handle of its own, and has not counted.
+        # A copy gets a handle of its own, and starts without counts.
         return StepShares, ()
 
 
 def _collect(members: list[StepShares]) -> None:
-    # The order is that of construction, the same on every rank.
+    # In the order of construction, the same on every rank.
     counts = [sum(member._pending[1:], member._pending[0]) for member in members]
     sums = torch.cat(counts).to(counting_dtype(counts[0].device))
     sum_over_ranks(sums)
@@ -84,9 +84,9 @@ def _collect(members: list[StepShares]) -> None:
 
 
 def add_up() -> None:
-    """Add up what forward passes have counted since the last backward pass, as the next one would.
+    """Add up the counts of forward passes since the last backward pass, as the next backward pass would.
 
-    Passes that are captured add up all that waits for it, and would do so again in every replay.
+    Call it before capturing passes: they add up all pending counts, and would do so again in every replay.
     """
     if members := [shares for shares in _step_shares.values() if shares._pending]:
         _collect(members)
@@ -98,7 +98,7 @@ def begin_step(members: Iterable[StepShares]) -> None:
     for member in members:
         member._pending.clear()
         member._has_counted = False
-        if member._sums_E is not None:  # a graph that was replayed may have counted, of which nothing here knows
+        if member._sums_E is not None:  # a replayed graph may have counted, unseen
             sums.append(member._sums_E)
     if sums:
         torch._foreach_zero_(sums)
@@ -106,7 +106,7 @@ def begin_step(members: Iterable[StepShares]) -> None:
 
 @contextlib.contextmanager
 def nothing_counted() -> Iterator[None]:
-    """Put the counts of all routers back at the end of the scope, whose passes are only tried."""
+    """Restore the counts of all routers at the end of the scope, whose passes are only trials."""
     before = [
         (shares, list(shares._pending), shares._has_counted, None if shares._sums_E is None else shares._sums_E.clone())
         for shares in _step_shares.values()
@@ -122,7 +122,7 @@ def nothing_counted() -> Iterator[None]:
                 shares._sums_E.zero_()
 
 
-# To a compiler these are two opaque operators, which their inputs keep in the right order.
+# Compilers see two opaque operators, whose order follows from their inputs.
 _handles = itertools.count()
 _step_shares: "weakref.WeakValueDictionary[int, StepShares]" = weakref.WeakValueDictionary()
 

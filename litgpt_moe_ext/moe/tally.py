@@ -1,13 +1,13 @@
-"""Counting the tokens of each expert, and what else is to be summed over an optimizer step.
+"""Counts the tokens of each expert, and sums a router's other statistics, over an optimizer step.
 
-Counting is done by the backward pass. Each router owns a leaf tensor that takes part in no computation; an autograd
-function returns the token counts of the batch, and what else is to be summed over a step, as the "gradient" of that
-leaf. Autograd then does what a counter in the forward pass would have to be taught: a batch counts once however often
-activation checkpointing runs the forward pass again, evaluation does not count, gradient accumulation adds up, and
-`torch.compile` sees a pure function. The leaf is neither a parameter nor a buffer, so no optimizer, gradient clipping,
-precision conversion or distributed wrapper touches it.
+The backward pass does the counting. Each router owns a leaf tensor that takes part in no computation; an autograd
+function returns the token counts and other statistics of the batch as the "gradient" of that leaf. Autograd then does
+by itself what a counter in the forward pass would need code for: a batch counts once however often activation
+checkpointing repeats the forward pass, evaluation does not count, gradient accumulation adds up, and `torch.compile`
+sees a pure function. The leaf is neither a parameter nor a buffer, so no optimizer, gradient clipping, precision
+conversion or distributed wrapper touches it.
 
-A load-balancing loss over the global batch needs counts of all ranks while the step still runs; see
+A load-balancing loss over the global batch needs the counts of all ranks before the step ends; see
 `litgpt_moe_ext.moe.step_shares`.
 
 Shape legend: N numbers.
@@ -28,11 +28,11 @@ class Tally:
     """
 
     def __init__(self, size: int) -> None:
-        # Where the parameters of the router are made, which need not be moved then.
+        # Created where the router's parameters are, so that it need not be moved later.
         self._leaf_N = _new_leaf(size, torch.empty(0).device)
 
     def leaf_on(self, device: torch.device) -> Tensor:
-        """Return the leaf, (N,) on `device`. What a backward pass returns as its gradient is added to the tally."""
+        """Return the leaf, (N,) on `device`. Whatever a backward pass returns as its gradient is added to the tally."""
         if self._leaf_N.device != device:
             sums_N = self._leaf_N.grad
             self._leaf_N = _new_leaf(self._leaf_N.numel(), device)
@@ -41,9 +41,9 @@ class Tally:
         return self._leaf_N
 
     def follow(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Move to the device to which `change`, as `nn.Module._apply` gives it, moves a router's tensors.
+        """Move to the device to which `change`, the function of `nn.Module._apply`, moves a router's tensors.
 
-        Eager code could do so at the next batch, but compilers cannot trace how a leaf is made.
+        Eager code could do this at the next batch, but compilers cannot trace the creation of a leaf.
         """
         self.leaf_on(change(torch.empty(0, device=self._leaf_N.device)).device)
 
@@ -60,13 +60,13 @@ class Tally:
 
 
 def sum_over_ranks(sums_N: Tensor) -> None:
-    """Add what the other processes have counted, in place; nothing happens where there are none."""
+    """Add the sums of the other processes in place; do nothing in a single process."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(sums_N)
 
 
 def counting_dtype(device: torch.device) -> torch.dtype:
-    """Return the type that counts: float64, or float32 on devices without it."""
+    """Return the dtype of counts: float64, or float32 on devices without it."""
     # float64 holds every integer up to 2**53; float32 only up to 2**24, which a large batch can exceed.
     return torch.float32 if device.type == "mps" else torch.float64
 

@@ -1,6 +1,6 @@
-"""How routed experts are computed: backends behind one signature, who chooses, and the rest of a layer on a GPU.
+"""How routed experts are computed: backends behind one signature, the choice among them, and other kernels of a layer.
 
-What a backend is and who chooses has the files that `litgpt_moe_ext.attention.kernels` has for attention:
+Backends and their choice are in the same files as those of attention (`litgpt_moe_ext.attention.kernels`):
 
 | file          | what it holds                                                               |
 | ------------- | --------------------------------------------------------------------------- |

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Place(NamedTuple):
-    """Where and in what experts are computed.
+    """Where experts are computed, and in which dtype and size.
 
     Attributes:
         device: `cpu`, `cuda`, `hip` (AMD), `mps` or another type of device.
@@ -36,10 +36,10 @@ class ExpertBackend:
         name: Its name in configurations.
         function: Takes tokens (T, D), their routing, the weights, and what happens between the projections; returns the
             weighted sum of the experts' outputs, (T, D) in the dtype of the tokens. Where the routing has `real_T`,
-            the other tokens are padding: their numbers may be anything, their expert is E, they are not among the
-            counts, and what is returned for them, and as their gradient, is not read.
-        obstacle: Returns what keeps it from working at a place, as the end of a sentence, or None.
-        adds: Whether `function` takes one more argument, (T, D) in the dtype of the tokens, which it adds to the sum.
+            the other tokens are padding: their values are arbitrary, their expert is E, they are not counted, and their
+            outputs and gradients are not read.
+        obstacle: Returns why it cannot work at a place, as the end of a sentence, or None if it can.
+        adds: Whether `function` takes one more argument, (T, D) in the dtype of the tokens, and adds it to the sum.
     """
 
     name: str

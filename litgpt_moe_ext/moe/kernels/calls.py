@@ -13,7 +13,7 @@ from litgpt_moe_ext.moe.activations import Activation
 
 
 class ExpertWeights(NamedTuple):
-    """Stacked weights of the experts; biases are None where there are none."""
+    """Stacked weights of the experts; biases may be None."""
 
     up_EGD: Tensor
     up_bias_EG: Tensor | None
@@ -45,11 +45,11 @@ def has_gradient(*tensors: Tensor | None) -> bool:
 
 
 def check_sums(name: str, y_TD: object, x_TD: Tensor, learns: bool) -> None:
-    """Raise if what a backend of another package returns is not what it is to return, as numbers cannot tell.
+    """Raise if a backend of another package returns something malformed; values are not checked.
 
     Args:
-        name: Its name.
-        y_TD: What it returns.
+        name: Name of the backend.
+        y_TD: Its result.
         x_TD: The tokens that it was given.
         learns: Whether the tokens or the weights need a gradient.
     """

@@ -1,4 +1,4 @@
-"""Casting the weights of several linear layers in one launch, where autocast takes one for each weight and bias.
+"""Casts the weights of several linear layers in one launch, where autocast takes one for each weight and bias.
 
 The weights of layers with the same input are cast into one matrix, so that each pass has one product for all of them.
 """
@@ -51,13 +51,13 @@ class _CastTogether(torch.autograd.Function):
 
 
 def cast_together(groups: Sequence[Sequence[Any]], dtype: torch.dtype) -> list[Callable[[Tensor], Tensor]]:
-    """Return, for each group of linear layers, what computes their outputs side by side, (..., sum of their widths).
+    """Return, for each group of linear layers, a function to their outputs side by side, (..., sum of their widths).
 
-    Weights and biases are in `dtype`; gradients are the layers'.
+    Weights and biases are cast to `dtype`; gradients reach the layers' parameters.
 
     Args:
-        groups: Layers for which, taken together, `can_cast` is true; those of a group have the same input.
-        dtype: Of their inputs.
+        groups: Layers for which, taken together, `can_cast` is true; the layers of a group have the same input.
+        dtype: Dtype of their inputs.
     """
     given: list[Tensor] = []
     n_each: list[int] = []

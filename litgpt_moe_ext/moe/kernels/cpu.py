@@ -1,17 +1,17 @@
 """The routed experts on a CPU, eager: one expert after the other, with a backward pass written by hand.
 
-What it saves over the plain loop (`litgpt_moe_ext.moe.kernels.loop`), the most valuable first:
+What it saves over the plain loop (`litgpt_moe_ext.moe.kernels.loop`), largest gain first:
 - Rows are gathered expert by expert, instead of all at once, into memory that all experts share, so it stays in the
   cache.
-- The backward pass keeps the tokens, the first projection's output and the routing, and nothing else: it computes the
-  activations again. No expert's output is kept, because the gradient of a gate value is the dot product of activations
+- Only the tokens, the first projection's output and the routing are kept for the backward pass, which recomputes the
+  activations. No expert's output is kept, because the gradient of a gate value is the dot product of activations
   and their gradient.
 - The sums over a token's experts, of outputs and of input gradients, are `embedding_bag`, which reads each row once,
-  weighs it, writes each token once, and adds in float32 whatever the dtype.
-- Gradients of weights are written where they belong in the stacked gradient.
+  weights it, writes each token once, and adds in float32 whatever the dtype.
+- Gradients of weights are written straight into the stacked gradient.
 
 Rows of one expert are padded to a multiple of `_padding`. oneDNN, which multiplies bfloat16 matrices, compiles code
-for each new number of rows (half a millisecond), and the routing would give new numbers again and again. The padding
+for each new number of rows (half a millisecond), and routing would produce new numbers again and again. The padding
 rows of an expert are zeros. Their results lie where the rows of the next expert begin, which overwrites them.
 
 Shape legend: T tokens, K chosen experts per token, E experts, D model width, F hidden width of one expert, G width of
@@ -44,7 +44,7 @@ class Segment(NamedTuple):
 
 
 class Dispatch(NamedTuple):
-    """Which rows go where.
+    """The assignment of rows to experts and tokens.
 
     Attributes:
         segments: One for each expert that has tokens, in order.
@@ -60,7 +60,7 @@ class Dispatch(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """How one layer is computed: which rows go where, what happens between the projections, and in which dtype."""
+    """How one layer is computed: the dispatch of rows, what happens between the projections, and the dtype."""
 
     plan: Dispatch
     hidden: Hidden
@@ -93,8 +93,8 @@ def dispatch(experts_TK: Tensor, counts_E: Tensor, padding: int) -> Dispatch:
 def grouped_cpu_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hidden) -> Tensor:
     """Return, for each token, the weighted sum of its experts' outputs, (T, D) in the dtype of `x_TD`.
 
-    Matrices are multiplied in the dtype of `x_TD`, or in autocast's; each expert's weights are cast when its turn
-    comes. Can be differentiated once.
+    Matrices are multiplied in the dtype of `x_TD` or of autocast; each expert's weights are cast when it is computed.
+    Can be differentiated once.
 
     Args:
         x_TD: Tokens, any floating dtype.
@@ -119,15 +119,15 @@ def _plan(routing: Routing, dtype: torch.dtype) -> Dispatch:
 
 
 def _padding(dtype: torch.dtype, mean_count: int) -> int:
-    """Return the number whose multiples segments are padded to: for oneDNN about a sixteenth of the mean segment.
+    """Return the multiple to which segments are padded: for oneDNN about a sixteenth of the mean segment.
 
     Any fixed number would either waste work on small segments or leave too many different sizes of large ones: oneDNN
-    remembers 1024 pieces of code, of which a layer needs six for each size.
+    caches 1024 kernels, and a layer needs six for each size.
     """
     if dtype == torch.float64 or (dtype == torch.float32 and float32_precision("cpu") == "ieee"):
-        return 1  # Multiplied by the BLAS library, which compiles nothing.
+        return 1  # The BLAS library multiplies these, and compiles nothing.
     if mean_count < 16:
-        return 1  # So few that there are few different numbers of them.
+        return 1  # Small segments have few different sizes.
     return 1 << max(mean_count.bit_length() - 5, 4)
 
 
@@ -184,7 +184,7 @@ def _forward(x_TD: Tensor, weights_TK: Tensor, weights: ExpertWeights, job: _Job
 
 
 class _Gradients(NamedTuple):
-    """Memory for the gradients of the weights, None where none is asked for."""
+    """Memory for the gradients of the weights; None for those that are not needed."""
 
     up_EGD: Tensor | None
     up_bias_EG: Tensor | None
@@ -193,7 +193,7 @@ class _Gradients(NamedTuple):
 
 
 def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the six tensor arguments, None where none is asked for."""
+    """Return the gradients of the six tensor arguments; None for those that are not needed."""
     x_TD, weights_TK, *tensors = ctx.saved_tensors
     weights, (tokens_R, positions_TK), saved = ExpertWeights(*tensors[:4]), tensors[4:6], tensors[6:]
     _, need_x, need_weights, *need_parameters = ctx.needs_input_grad
@@ -231,7 +231,7 @@ def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         activation.backward_into(h_NG, da_NF, a_NF, dh_NG, dots_N)
         if weights.down_bias_ED is not None and dots_N is not None:
             dots_N += (dy_ND * weights.down_bias_ED[expert].to(dtype)).sum(1, dtype=dots_N.dtype)
-        # The gate value is a factor of every gradient of weights. It is cheapest where it meets the narrow operand.
+        # The gate value is a factor of every gradient of weights, and is cheapest to apply to the narrow operand.
         if ddown_EDF is not None or ddown_bias_ED is not None:
             dy_ND.mul_(weights_N1)
         if ddown_EDF is not None:
@@ -256,14 +256,14 @@ def _backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _workspace(segments: Sequence[Segment], like: Tensor, width: int) -> Tensor:
-    """Return memory for the rows of the longest segment: used again for each, it stays in the cache."""
+    """Return memory for the rows of the longest segment; reused for all segments, it stays in the cache."""
     return like.new_empty(max((end - start for _, start, _, end in segments), default=0), width)
 
 
 def _gather(x_TD: Tensor, tokens_R: Tensor, segment: Segment, space_ND: Tensor) -> Tensor:
     """Return the rows of one expert in the given memory, and zeros for its padding.
 
-    Rows of other experts would do as padding, if they could not overflow in this one.
+    Rows of other experts would serve as padding too, but could overflow in this one.
     """
     _, start, stop, end = segment
     n = stop - start
@@ -291,7 +291,7 @@ def _by_row(weights_TK: Tensor, positions_TK: Tensor, n_row: int) -> Tensor:
 
 
 def _matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """Write `a @ b` to `out`, which under autocast has another dtype than the operands."""
+    """Write `a @ b` to `out`, whose dtype differs from the operands' under autocast."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     else:

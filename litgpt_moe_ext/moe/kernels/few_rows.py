@@ -15,12 +15,12 @@ from litgpt_moe_ext.moe.router import Routing
 
 # Up to this many rows the BLAS library is faster with the weight as the left factor (benchmarks/moe_layer.py).
 _FEW_ROWS = 4
-# Up to this many chosen experts copies of their weights are made; more would be more memory than a step should need.
+# Up to this many chosen experts, their weights are copied; more would take more memory than a step should need.
 MOST_GATHERED = 16
 
 
 def decodes(most: int, x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hidden) -> bool:
-    """Return whether at most `most` experts were chosen, with no gradient, padding or dropout to look after."""
+    """Return whether at most `most` experts were chosen, and there is no gradient, padding or dropout."""
     return (
         routing.experts_TK.numel() <= most
         and routing.real_T is None
@@ -65,7 +65,7 @@ def linear(x_NI: Tensor, weight_OI: Tensor, bias_EO: Tensor | None, expert: int)
     n = len(x_NI)
     if n > _FEW_ROWS or x_NI.dtype != torch.float32 or float32_precision("cpu") != "ieee":
         return F.linear(x_NI, weight_OI, bias_O)
-    # A product with one column would be handed to a matrix-vector routine that is slower than one with two.
+    # A product with one column would go to a matrix-vector routine, which is slower than a product with two columns.
     x_IN = (x_NI if n > 1 else x_NI.expand(2, -1).contiguous()).t()
     y_NO = torch.mm(weight_OI, x_IN).t()[:n]
     return y_NO if bias_O is None else y_NO + bias_O
@@ -76,7 +76,7 @@ def gather_experts(
 ) -> Tensor:
     """Return the weighted sum of the chosen experts' outputs, (T, D), from copies of their weights.
 
-    For a handful of tokens on a GPU without Triton: nothing waits for the device, and other experts are not touched.
+    For a handful of tokens on a GPU without Triton: it does not wait for the device, nor read other experts.
 
     Args:
         x_TD: A few tokens.

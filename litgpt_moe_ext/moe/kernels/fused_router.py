@@ -1,4 +1,4 @@
-"""Routers on a GPU in few launches: the decision, the losses and the statistics of the package's own routers at once.
+"""Fused routers on a GPU: the decision, losses and statistics of the package's own routers in few launches.
 
 The reference is `litgpt_moe_ext.moe.router` and its subclasses, which use torch's operators. It also runs on CPUs,
 under compilers, for routers and losses of other packages, and with `expert_backend: loop`.
@@ -19,7 +19,7 @@ from litgpt_moe_ext.kernels.operator import define
 from litgpt_moe_ext.moe.gradient_injection import present_scale
 from litgpt_moe_ext.moe.step_shares import StepShares
 
-# More experts would be more than a block of registers holds.
+# More experts do not fit into the registers of a block.
 MOST_EXPERTS = 1024
 
 
@@ -28,20 +28,20 @@ class Rule(NamedTuple):
 
     Attributes:
         score: `sigmoid` or `softmax` of the logits; `chosen`: the softmax of the chosen logits, with noise; `even`: the
-            same gate value for all that are chosen.
+            same gate value for all chosen experts.
         top_k: K.
         normalize: Whether gate values are divided by their sum.
         scale: Factor of the gate values.
         groups: Number of groups of experts; 1 without.
-        best_groups: How many of them take part.
-        best_in_group: By how many of its experts a group is valued.
+        best_groups: How many groups take part.
+        best_in_group: How many of a group's best scores make up its value.
         balancing: Weight of the load-balancing loss.
         sequence: Weight of the load-balancing loss of each sequence.
         z: Weight of the z-loss.
         importance: Weight of the importance loss.
         load: Weight of the load loss.
         global_batch: Whether the load-balancing loss is over the global batch, whose shares are known later.
-        sequences: Number of sequences of equal length that tokens are from; 1 where no loss asks.
+        sequences: Number of sequences, of equal length, that tokens are from; 1 if no loss needs it.
     """
 
     score: str
@@ -69,7 +69,7 @@ class Given(NamedTuple):
     """Inputs of a decision.
 
     Attributes:
-        logits_TE: Logits, float32, contiguous; to choose evenly any numbers, hashes for example.
+        logits_TE: Logits, float32, contiguous; for `even` any numbers, such as hashes.
         bias_E: Balancing bias, float32, or None.
         noise_TE: Standard normal noise, or None.
         spread_TE: Its standard deviation before the softplus, contiguous, or None.
@@ -86,18 +86,18 @@ class Given(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What was decided.
+    """The result of a decision.
 
     Attributes:
         weights_TK: Gate values, float32; 0 for padding.
         experts_TK: Chosen experts, int64; E for padding.
         counts_E: Tokens per expert, int64.
         ends_E: Where the rows of each expert end, int32.
-        rows_R: For each row in the order of experts, and of tokens within an expert, which of the T * K choices it is,
-            int64; padding comes last.
-        slopes_LE: Gradients of the load-balancing loss by the mean of each expert's probabilities (over the global
-            batch: the sum of the probabilities itself), of the importance loss by the sum of its gate values, and of
-            the load loss by that of its expected tokens; and with a loss per sequence, as the first for each of them.
+        rows_R: For each row, ordered by expert and then by token, its index among the T * K choices, int64; padding
+            comes last.
+        slopes_LE: Gradients of the load-balancing loss by each expert's mean probability (for the global batch: the sum
+            of the probabilities instead), of the importance loss by the sum of its gate values, and of the load loss
+            by its expected tokens; with a loss per sequence, then a row like the first for each sequence.
         tally_N: What a router sums over a step, float64; empty unless training.
     """
 
@@ -112,7 +112,7 @@ class Decision(NamedTuple):
 
 def works_on(x: Tensor) -> bool:
     """Return whether a router's decision for `x` can be made here: on a GPU, in float32."""
-    # Logits of float64 tokens are float64, whatever the gate's weights are.
+    # The logits of float64 tokens are float64, whatever the dtype of the gate.
     return x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling() and triton_works_on(x.device)
 
 
@@ -129,7 +129,7 @@ def decide(given: Given, rule: Rule, leaf_N: Tensor | None, shares: StepShares |
 
 
 def block_shape(n_expert: int) -> tuple[int, int]:
-    """Return how many tokens, and for how many experts, a program of the kernels decides: as many as registers hold."""
+    """Return the tokens and experts of a program's block: as many as fit into registers."""
     width = max(power_of_two(n_expert), 4)
     return min(max(2048 // width, 1), 64), width
 
@@ -141,7 +141,7 @@ class _Decide(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         decision = Decision(*route_operator(*given, *rule, leaf_N is not None))
         ctx.rule, ctx.shares = rule, shares
-        # Random numbers of a router that does not learn are not kept.
+        # The random numbers of a router that does not learn are not kept.
         kept = given if any(ctx.needs_input_grad[3:]) else (None,) * _N_GIVEN
         ctx.save_for_backward(*kept, *decision[1:])
         ctx.mark_non_differentiable(*decision[1:])
@@ -172,7 +172,7 @@ class _Decide(torch.autograd.Function):
 
 
 def _with_shares(decision: Decision, rule: Rule, shares_E: Tensor) -> Decision:
-    # Adds the load-balancing loss over the global batch, whose shares the kernels did not know.
+    # Add the load-balancing loss over the global batch, whose shares the kernels did not know.
     n_expert = shares_E.size(0)
     slope_E = rule.balancing * n_expert * shares_E
     slopes_LE, tally_N = decision.slopes_LE.clone(), decision.tally_N.clone()

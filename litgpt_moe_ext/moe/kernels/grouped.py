@@ -1,4 +1,4 @@
-"""The routed experts as grouped products: all experts at once, without asking the device how many rows each has.
+"""The routed experts as grouped products: all experts at once, without waiting for their numbers of rows.
 
 Shape legend: T tokens, K chosen experts per token, D model width, F hidden width of one expert, R = T * K routed rows
 in the order of experts.
@@ -19,7 +19,7 @@ from litgpt_moe_ext.moe.kernels.operators.up import Up, expert_up
 from litgpt_moe_ext.moe.kernels.plan import Identity, kind_of, sort_rows
 from litgpt_moe_ext.moe.router import Routing
 
-# Up to this many routed rows are not sorted: each reads its expert's weights by itself.
+# Up to this many routed rows are not sorted: each reads its own expert's weights.
 _FEW_ROWS = 32
 
 
@@ -28,8 +28,8 @@ def triton_experts(
 ) -> Tensor:
     """Return, for each token, the weighted sum of its experts' outputs, (T, D) in the dtype of `x_TD`.
 
-    Matrices are multiplied in the dtype of `x_TD`, or in autocast's, with float32 sums; float32 is multiplied as
-    `torch.set_float32_matmul_precision` says. Can be differentiated once. Two runs give the same bits.
+    Matrices are multiplied in the dtype of `x_TD` or of autocast, with float32 sums; float32 products follow
+    `torch.set_float32_matmul_precision`. Can be differentiated once. Deterministic.
 
     Args:
         x_TD: Tokens, float32, bfloat16 or float16.
@@ -48,7 +48,7 @@ def triton_experts(
 def grouped_mm_experts(
     x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hidden, added_TD: Tensor | None = None
 ) -> Tensor:
-    """Do the same with torch's grouped products.
+    """Do the same as `triton_experts` with torch's grouped products.
 
     Args:
         x_TD: As above; rows of D and of F elements must be multiples of 16 bytes long.

@@ -1,4 +1,4 @@
-"""The routed experts one after the other with ordinary operators: everywhere, and the reference for the others.
+"""The routed experts one after the other with ordinary operators: works everywhere; the reference for other backends.
 
 Shape legend: T tokens, D model width, F hidden width of one expert, K chosen experts per token, N rows of one expert,
 R = T * K routed rows in the order of experts.
@@ -24,7 +24,7 @@ def loop_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden:
         hidden: What happens between the two projections.
     """
     if x_TD.device.type not in ("cpu", "meta") and decodes(MOST_GATHERED, x_TD, routing, weights, hidden):
-        # On a GPU the loop would wait for the device, and read the weights of every expert.
+        # The loop would wait for the GPU and read the weights of every expert.
         return gather_experts(x_TD, routing, weights, hidden.activation, matmul_dtype(x_TD))
     rows_R = routing.experts_TK.flatten().argsort(stable=True)
     if routing.real_T is not None and not x_TD.is_meta:
@@ -33,13 +33,13 @@ def loop_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden:
     tokens_R = rows_R.div(routing.experts_TK.size(1), rounding_mode="floor")
     x_RD = x_TD.index_select(0, tokens_R)
     if x_RD.is_meta:
-        # Meta tensors do not tell which rows go where, but the work is known: every row passes through one expert of
-        # the same size. FLOP counters then see the active experts and no others.
+        # Meta tensors hold no routing, but the work is known: every row passes through one expert, and all have the
+        # same size. FLOP counters then see only the active experts.
         y_RD = _expert(x_RD, _each(weights)[0], hidden)
     else:
         y_RD = _one_by_one(x_RD, routing.counts_E, weights, hidden)
     weights_R1 = routing.weights_TK.flatten().index_select(0, rows_R).unsqueeze(1)
-    # The sum over a token's experts is taken in the gate's precision, as Hugging Face's DeepSeek-V3 takes it.
+    # The sum over a token's experts has the gate's precision, as in Hugging Face's DeepSeek-V3.
     y_TD = weights_R1.new_zeros(x_TD.shape).index_add(0, tokens_R, y_RD * weights_R1)
     return y_TD.to(x_TD.dtype)
 
@@ -50,8 +50,8 @@ def _one_by_one(x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights, hidden: 
 
 
 def _each(weights: ExpertWeights) -> list[ExpertWeights]:
-    # `unbind` keeps the backward pass linear in E: indexing each expert's weight would create a gradient of the size of
-    # the whole stack for every expert.
+    # `unbind` keeps the backward pass linear in E: indexing would create a gradient of the whole stack for every
+    # expert.
     none = (None,) * len(weights.up_EGD)
     up_bias = none if weights.up_bias_EG is None else weights.up_bias_EG.unbind()
     down_bias = none if weights.down_bias_ED is None else weights.down_bias_ED.unbind()

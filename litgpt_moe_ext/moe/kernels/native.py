@@ -1,8 +1,8 @@
-"""The grouped products by `torch.nn.functional.grouped_mm`, and everything around them by ordinary operators.
+"""Grouped products with `torch.nn.functional.grouped_mm`, and everything around them with ordinary operators.
 
 torch has native grouped products for bfloat16 on compute capabilities 9.x and 10.x; elsewhere it computes group by
-group and waits for the device. Rows of D and of F elements must be multiples of 16 bytes long. Everything is added in a
-fixed order: adding into a row by its index would be atomic on a GPU.
+group and waits for the device. Rows of D and of F elements must be multiples of 16 bytes long. Sums have a fixed order;
+index additions, which are atomic on a GPU, would not.
 
 The functions have the names, arguments and results of those in `litgpt_moe_ext.moe.kernels.triton`.
 
@@ -34,7 +34,7 @@ def multiply_rows(product: Product) -> Tensor:
     if bias_EO is not None:
         row_R = torch.arange(y_RO.size(0), dtype=torch.int32, device=y_RO.device)
         y_RO += bias_EO.to(y_RO.dtype).index_select(0, _expert_of_rows(plan, row_R))
-    # No row is written twice, so the order of writing does not matter.
+    # No row is written twice, so the order of writes does not matter.
     return torch.empty_like(y_RO).index_copy_(0, plan.rows, y_RO) if scatter else y_RO
 
 
@@ -55,9 +55,9 @@ def sum_outer_products(outer: Outer, dtype: torch.dtype, total_EOI: Tensor | Non
 
 
 def leaves_empty_groups(device: torch.device) -> bool:
-    """Return whether torch's sum over no rows is arbitrary: on Blackwell and AMD, it is what registers happen to hold.
+    """Return whether torch's sum over no rows is arbitrary: on Blackwell and AMD it is left-over register contents.
 
-    Reported for the B200 (pytorch/pytorch#172439, NVIDIA/cutlass#2674); Hopper's sums are zero.
+    Reported for the B200 (pytorch/pytorch#172439, NVIDIA/cutlass#2674); on Hopper it is zero.
     """
     if device.type != "cuda":
         return False
@@ -65,11 +65,11 @@ def leaves_empty_groups(device: torch.device) -> bool:
 
 
 def sums_fast(outer: Outer) -> bool:
-    """Return whether torch makes gradients of weights faster than Triton's kernel: on Hopper, but for narrow weights.
+    """Return whether torch computes gradients of weights faster than Triton: on Hopper, unless they are narrow.
 
     Hopper's tensor cores can read both operands of this product across their rows, which Triton does at half their
-    speed. Torch needs a copy of the tokens in the order of experts instead, which weighs the more, the narrower the
-    weights are. On an H200 both took the same time at a width of 512.
+    speed. Torch in turn needs a copy of the tokens in the order of experts, which costs relatively more the narrower
+    the weights are. On an H200 both took the same time at a width of 512.
     """
     left, right, _, gather_left, _ = outer
     met = right.size(1) if gather_left else left.size(1)
@@ -100,7 +100,7 @@ def activate(h_RG: Tensor, activation: Any, mask: Mask) -> Tensor:
 
 
 def activate_backward(h_RG: Tensor, da_RF: Tensor, gates: Gates, activation: Any, mask: Mask) -> Gradients:
-    """Go backward through gate values, dropout and activation, computing the activations again."""
+    """Run the backward pass of gate values, dropout and activation, recomputing the activations."""
     gates_R = gates.gates_TK.flatten().index_select(0, gates.rows_R)
     gates_R1 = gates_R.to(torch.promote_types(da_RF.dtype, torch.float32)).unsqueeze(1)
     dots_R = torch.empty_like(gates_R, dtype=torch.float32)
@@ -114,7 +114,7 @@ def activate_backward(h_RG: Tensor, da_RF: Tensor, gates: Gates, activation: Any
 def combine(
     y_RD: Tensor, gates_TK: Tensor | None, n_token: int, dtype: torch.dtype, added_TD: Tensor | None = None
 ) -> Tensor:
-    """Return the sum of each token's rows, and of what is added, (T, D) in `dtype`; rows are in the order of tokens."""
+    """Return the sum of each token's rows and `added_TD`, (T, D) in `dtype`; rows are in the order of tokens."""
     y_TKD = y_RD.view(n_token, y_RD.size(0) // max(n_token, 1), -1) if n_token else y_RD.view(0, 1, y_RD.size(1))
     if gates_TK is not None:
         y_TD = (y_TKD * gates_TK.unsqueeze(2)).sum(1)
@@ -124,7 +124,7 @@ def combine(
 
 
 def _expert_of_rows(plan: Plan, row_R: Tensor) -> Tensor:
-    # Rows behind the last expert's are padding, and given to it.
+    # Rows after the last expert's are padding, and are assigned to it.
     return torch.searchsorted(plan.ends[:-1], row_R, right=True)
 
 

@@ -1,11 +1,11 @@
-"""The orthogonality loss of a router's weights on a GPU: a product and a kernel, and two products and one backward.
+"""The orthogonality loss of a router's weights on a GPU: a product and a kernel forward, two products and one backward.
 
-With torch's operators (`litgpt_moe_ext.moe.losses.orthogonality_loss`, the reference, and what runs everywhere else) it
-takes eight launches, and more than twenty backward. Compilers, meta tensors, checkpointing and the FLOP counter see an
-operator, as with the experts' products.
+The reference, `litgpt_moe_ext.moe.losses.orthogonality_loss`, runs everywhere else; it takes eight launches forward and
+more than twenty backward. Compilers, meta tensors, checkpointing and the FLOP counter see an operator, as with the
+experts' products.
 
-Both passes start from the products of all rows, W W^T, whose diagonal has the squares of their lengths. With s_i one
-over the length of row i, and A the cosines minus the identity, the gradient is a product as well: H W with
+Both passes start from the products of all rows, W W^T, whose diagonal holds their squared lengths. With s_i one over
+the length of row i, and A the cosines minus the identity, the gradient is also a product: H W with
 `H_ij = 4 s_i s_j (A_ij - [i = j] sum_k A_ik (A_ik + [i = k]))`.
 
 Shape legend: D model width, E experts.
@@ -32,7 +32,7 @@ class Directions(NamedTuple):
 
 
 class DirectionsBackward(NamedTuple):
-    """Arguments of `weighted_orthogonality_backward`: the gradient of the loss, a scalar, and those of the loss."""
+    """Arguments of `weighted_orthogonality_backward`: the gradient of the loss, a scalar, and the loss's arguments."""
 
     dloss: Tensor
     weight_ED: Tensor
@@ -46,7 +46,7 @@ def _kernels() -> Any:
 
 
 def _products(weight_ED: Tensor) -> tuple[Tensor, Tensor]:
-    # The weights in float32, and the products of their rows, in the precision that torch is set to.
+    # The weights in float32, and the products of their rows in the precision of torch's settings.
     weight_ED = weight_ED.float()
     return weight_ED, weight_ED @ weight_ED.t()
 

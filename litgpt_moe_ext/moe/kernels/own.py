@@ -57,9 +57,9 @@ OWN_BACKENDS = (
     ExpertBackend("triton", triton_experts, _needs_triton, adds=True),
 )
 
-# The first that covers a place decides. The loops ask how many rows each expert has, which no compiler can see.
+# The first that covers a place decides. The loops read how many rows each expert has, which compilers cannot trace.
 OWN_PREFERENCES = (
-    # Measured on an H200, where Triton saves the copies of rows; nobody has measured the data centre's Blackwell yet.
+    # Measured on an H200, where Triton saves the copies of rows; Blackwell for data centres has not been measured yet.
     Preference(("triton", "grouped_mm", "loop"), device="cuda", majors=(9,), dtypes=(torch.bfloat16,)),
     Preference(("grouped_mm", "triton", "loop"), device="cuda", majors=(10,), dtypes=(torch.bfloat16,)),
     Preference(("triton", "loop"), device="cuda"),

@@ -17,7 +17,7 @@ class Plan(NamedTuple):
     """Which rows belong to which expert.
 
     Attributes:
-        rows: For each row in the order of experts, which of the T * K choices it is, int64 (R,).
+        rows: For each row in the order of experts, its index among the T * K choices, int64 (R,).
         ends: Where the rows of each expert end, int32 (E,).
         n_expert: E.
         top_k: K.
@@ -30,15 +30,15 @@ class Plan(NamedTuple):
 
 
 class Product(NamedTuple):
-    """Rows times the weights of their experts, and where rows come from and go to.
+    """Rows times the weights of their experts, and where the rows are read and written.
 
     Attributes:
-        x: Rows: of tokens, (T, I), if `gather`, otherwise in the order of experts, (R, I).
+        x: Tokens, (T, I), if `gather`; otherwise rows in the order of experts, (R, I).
         weight_EOI: Weights, any strides, in the dtype of `x`.
         bias_EO: Biases, or None.
         plan: Which rows belong to which expert.
         gather: Whether `x` has one row for each token.
-        scatter: Whether the result has its rows in the order of tokens and their K choices, not of experts.
+        scatter: Whether the rows of the result are in the order of tokens and their K choices, not of experts.
     """
 
     x: Tensor
@@ -50,7 +50,7 @@ class Product(NamedTuple):
 
 
 class Outer(NamedTuple):
-    """Two matrices whose rows are multiplied with each other and summed for each expert.
+    """Two matrices whose rows' outer products are summed for each expert.
 
     Attributes:
         left: (R, O) in the order of experts, or (T, O) if `gather_left`.
@@ -71,8 +71,8 @@ class Mask(NamedTuple):
     """Which hidden activations are kept.
 
     Attributes:
-        keep_RF: True for those that are kept; None without dropout.
-        scale: Factor of those that are kept.
+        keep_RF: True for kept activations; None without dropout.
+        scale: Factor of kept activations.
     """
 
     keep_RF: Any = None
@@ -84,7 +84,7 @@ class Gates(NamedTuple):
 
     Attributes:
         gates_TK: Gate values, contiguous.
-        rows_R: For each row in the order of experts, which of the choices it is.
+        rows_R: For each row in the order of experts, its index among the choices.
     """
 
     gates_TK: Any
@@ -135,7 +135,7 @@ class Identity:
 
 
 def activation_of(call: Any) -> Any:
-    """Return the activation that the arguments of an operator name, by `activation` and `approximate`."""
+    """Return the activation that an operator's arguments name in `activation` and `approximate`."""
     return _activation(call.activation, call.approximate)
 
 
@@ -150,7 +150,7 @@ def plan_of(rows_R: Tensor, ends_E: Tensor, n_token: int) -> Plan:
 
 
 def sort_rows(experts_TK: Tensor, counts_E: Tensor, padded: bool = False) -> tuple[Tensor, Tensor]:
-    """Sort the T * K choices by expert, keeping the order of tokens, without asking the device for numbers.
+    """Sort the T * K choices by expert, keeping the order of tokens, without waiting for the device.
 
     Args:
         experts_TK: Chosen experts, int64.
@@ -158,7 +158,7 @@ def sort_rows(experts_TK: Tensor, counts_E: Tensor, padded: bool = False) -> tup
         padded: Whether there may be padding, whose expert is E.
 
     Returns:
-        For each row in the order of experts, which of the choices it is, int64 (R,), padding last; and where the rows
+        For each row in the order of experts, its index among the choices, int64 (R,), padding last; and where the rows
         of each expert end, int32 (E,).
     """
     # A radix sort makes a pass over all keys for every byte of a key.

@@ -1,7 +1,7 @@
 """The backends that can compute the routed experts, by name, and which of them is preferred where.
 
-`register_backend` adds one from outside of this package, which is then chosen, announced and forced (`expert_backend`
-in the model configuration) like the package's own.
+`register_backend` adds one from outside this package; it is then chosen, announced and forced (`expert_backend` in the
+model configuration) like the package's own.
 """
 
 from litgpt_moe_ext.entries import require
@@ -11,17 +11,17 @@ from litgpt_moe_ext.moe.registry import EXPERT_BACKENDS
 
 BACKENDS: dict[str, ExpertBackend] = {backend.name: backend for backend in OWN_BACKENDS}
 OWN = frozenset(BACKENDS)
-"""The names of this package's; what others return is checked."""
+"""Names of this package's backends; the results of others are checked."""
 PREFERENCES: list[Preference] = list(OWN_PREFERENCES)
-# What has been chosen, for a place and a forced backend: it is asked for in every layer and micro-batch.
+# Cached choices by place and forced backend, which every layer looks up in every micro-batch.
 CHOSEN: dict[tuple[Place, str | None], str] = {}
 
 
 def register_backend(backend: ExpertBackend, *preferences: Preference) -> None:
-    """Make a backend known under its name, and preferred where `preferences` say, before all others.
+    """Register a backend under its name, preferred over all others where `preferences` say.
 
     Raises:
-        ValueError: If another one has the name, or what is given is no backend and no preference of known ones.
+        ValueError: If the name is taken, or the arguments are not a backend and preferences of known backends.
     """
     require(backend.name if isinstance(backend, ExpertBackend) else "backend", backend, ExpertBackend)
     name = backend.name

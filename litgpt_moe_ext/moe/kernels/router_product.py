@@ -1,7 +1,7 @@
 """A router's product on a GPU at nearly the accuracy of float32, reading tokens in their own dtype.
 
-Torch's product, which stays the reference, needs a float32 copy of 16-bit tokens, and for so few outputs takes about
-ten times as long as reading them. It is still used under compilers, for float64, and with `expert_backend: loop`.
+Torch's product, the reference, needs a float32 copy of 16-bit tokens, and for so few outputs takes about ten times as
+long as reading them. It is still used under compilers, for float64, and with `expert_backend: loop`.
 Compilers, meta tensors, checkpointing and the FLOP counter see an operator, as with the experts' products.
 
 A layer's tokens are read three times: by the router, and in 16 bits by routed and by shared experts. The router comes
@@ -21,13 +21,13 @@ from torch.autograd.function import once_differentiable
 from litgpt_moe_ext.kernels.operator import operator
 from litgpt_moe_ext.moe.kernels import fused_router
 
-# Up to how many experts the product here is used, by the dtype of the tokens; 0 is never (`benchmarks/gpu.py`, table
-# `router_product`). Without bfloat16's Tensor Cores, up to as many as cost no more than 16.
+# This product is used for up to so many experts, by the dtype of the tokens; 0 is never (`benchmarks/gpu.py`, table
+# `router_product`). Without bfloat16 Tensor Cores, up to as many as cost no more than 16.
 MOST_EXPERTS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 64}
 MOST_WITHOUT_TENSOR_CORES = 16
-# Tokens times width. Fewer are read in less time than the host takes to start kernels, torch's being started sooner.
-# With 2,048 tokens on an H200, forward and backward, 12 and 15 us (torch) of width 128, 26 and 26 of 768, which
-# a block of tokens walks in six steps.
+# Least tokens times width. Below it the time to launch dominates, and torch launches sooner. With 2,048 tokens on an
+# H200, forward and backward take 12 us (torch: 15) at width 128, and 26 (torch: 26) at width 768, which a block of
+# tokens walks in six steps.
 FEWEST_NUMBERS, FEWEST_WIDE_NUMBERS, WIDE = 2**18, 2**21, 256
 
 
@@ -37,7 +37,7 @@ class Projected(NamedTuple):
     Attributes:
         logits_TE: `x_TD @ weight_ED.T`, float32.
         routed_TD: Tokens for the routed experts.
-        shared_TD: The same tokens for the shared experts, as a tensor with a gradient of its own.
+        shared_TD: The same tokens for the shared experts, a tensor with a gradient of its own.
     """
 
     logits_TE: Tensor
@@ -51,7 +51,7 @@ class Projection(NamedTuple):
     Attributes:
         x_TD: Tokens, float32 or 16-bit.
         weight_ED: Weights, float32 or 16-bit.
-        dtype: In which tokens are passed on.
+        dtype: Dtype in which tokens are passed on.
     """
 
     x_TD: Tensor
@@ -67,7 +67,7 @@ class ProjectionBackward(NamedTuple):
         x_TD: Tokens.
         weight_ED: Weights.
         routed_TD: Gradient of the tokens for routed experts, or None.
-        shared_TD: That of the tokens for shared experts, or None.
+        shared_TD: Gradient of the tokens for shared experts, or None.
         need_x: Whether the gradient of tokens is needed.
         need_weight: Whether the gradient of weights is needed.
     """
@@ -83,7 +83,7 @@ class ProjectionBackward(NamedTuple):
 
 def works_on(x_TD: Tensor, weight_ED: Tensor) -> bool:
     """Return whether the product of `x_TD` and `weight_ED` should be computed here."""
-    # This comes first, because compilers must not look at sizes.
+    # Checked first, because compilers must not look at sizes.
     if not fused_router.works_on(x_TD) or weight_ED.dtype not in MOST_EXPERTS:
         return False
     n_expert = weight_ED.size(0)
@@ -108,7 +108,7 @@ def project(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
 
 
 def project_and_pass(x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> Projected:
-    """Return the same, and the tokens in `dtype` for the experts."""
+    """Return the result of `project`, and the tokens in `dtype` for the experts."""
     return Projected(*_Project.apply(x_TD, weight_ED, dtype))
 
 
@@ -166,7 +166,7 @@ def _flops(x_shape: Any, weight_shape: Any) -> int:
     flops=lambda shapes: _flops(shapes.x_TD, shapes.weight_ED),
 )
 def project_tokens(call: Projection) -> tuple[Tensor, Tensor]:
-    """Return logits, (T, E), float32, and the tokens in another dtype, (T, D), empty if it is their own."""
+    """Return logits, (T, E), float32, and the tokens in `dtype`, (T, D); the latter empty if they have it already."""
     return _kernels().project(*call)
 
 

@@ -36,13 +36,13 @@ class Down(NamedTuple):
         bias_ED: Biases, or None.
         keep_RF: Which hidden activations are kept, or None without dropout.
         experts_TK: Chosen experts.
-        rows_R: For each row in the order of experts, which of the T * K choices it is.
+        rows_R: For each row in the order of experts, its index among the T * K choices.
         ends_E: Where the rows of each expert end, int32.
-        added_TD: Outputs that are added, those of shared experts, or None.
+        added_TD: Added to the result: the output of shared experts, or None.
         activation: Name of the activation; `identity` if `h_RG` has been activated already.
         approximate: `gelu_approximate` of the activation.
         scale: Factor of the hidden activations that are kept.
-        dtype: Of the result.
+        dtype: Dtype of the result.
         engine: `triton` or `torch`.
     """
 
@@ -83,7 +83,7 @@ class ActivationBackward(NamedTuple):
     flops=lambda shapes: product_flops(shapes.rows_R[0], shapes.weight_EDF),
 )
 def expert_down(call: Down) -> Tensor:
-    """Return the weighted sum of the experts' outputs and of what is added, (T, D)."""
+    """Return the weighted sum of the experts' outputs plus `added_TD`, (T, D)."""
     around, n_token = beside(call, call.h_RG), call.gates_TK.size(0)
     a_RF = around.activate(call.h_RG, activation_of(call), Mask(call.keep_RF, call.scale))
     weight_EDF, plan = step_weights.cast(call.weight_EDF, a_RF.dtype), plan_of(call.rows_R, call.ends_E, n_token)
@@ -133,9 +133,9 @@ def activate_backward(call: ActivationBackward) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _bias_share(dy_TD: Tensor, bias_ED: Tensor, experts_TK: Tensor) -> Tensor:
-    # The biases' part of the gradient of the gate values, (T, K).
+    # The contribution of the biases to the gradient of the gate values, (T, K).
     by_expert_TE = dy_TD.float() @ bias_ED.float().t()
-    # Padding has an expert that does not exist.
+    # The expert of padding does not exist.
     return by_expert_TE.gather(1, experts_TK.clamp_max(bias_ED.size(0) - 1))
 
 

@@ -1,6 +1,6 @@
-"""Who computes the grouped products: `litgpt_moe_ext.moe.kernels.triton`, or torch's own grouped product.
+"""The modules that compute grouped products: `litgpt_moe_ext.moe.kernels.triton`, or `native` with torch's product.
 
-Triton is imported when the first operator runs; a fake tensor needs none.
+Triton is imported when the first operator runs; fake tensors do not need it.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from litgpt_moe_ext.moe.kernels import native
 
 
 def engine_of(call: Any) -> Any:
-    """Return the module of the products.
+    """Return the module that computes the products.
 
     Args:
         call: Arguments of an operator, whose `engine` is `triton` or `torch`.
@@ -21,9 +21,9 @@ def engine_of(call: Any) -> Any:
 
 
 def beside(call: Any, x: Tensor) -> Any:
-    """Return the module of all but the products.
+    """Return the module that computes everything but the products.
 
-    Triton's kernels take one launch for each, so they also go with torch's products.
+    Triton's kernels take one launch each, so they are used with torch's products too.
 
     Args:
         call: As above.

@@ -21,10 +21,10 @@ class RowProduct(NamedTuple):
     Attributes:
         x: Tokens, (T, I), if `gather`; otherwise rows in the order of experts, (R, I).
         weight_EOI: Weights, any strides, in the dtype of `x`.
-        rows_R: For each row in the order of experts, which of the T * K choices it is.
+        rows_R: For each row in the order of experts, its index among the T * K choices.
         ends_E: Where the rows of each expert end, int32.
         n_token: T.
-        gather: Whether rows go from tokens to the order of experts; otherwise the result has them in the order of
+        gather: Whether rows are gathered from tokens into the order of experts; otherwise the result is in the order of
             tokens and their K choices.
         engine: `triton` or `torch`.
     """
@@ -39,7 +39,7 @@ class RowProduct(NamedTuple):
 
 
 class OuterProduct(NamedTuple):
-    """Arguments of `sum_outer_products`, of which one operand is of tokens (`left` if `gather_left`), one of rows."""
+    """Arguments of `sum_outer_products`: one operand is of tokens (`left` if `gather_left`), the other of rows."""
 
     left: Tensor
     right: Tensor
@@ -51,7 +51,7 @@ class OuterProduct(NamedTuple):
 
 
 class RowSum(NamedTuple):
-    """Arguments of `sum_rows`: of tokens with their gate values, or of rows without."""
+    """Arguments of `sum_rows`: tokens with gate values, or rows without."""
 
     x: Tensor
     gates_TK: Tensor | None
@@ -71,7 +71,7 @@ class Combination(NamedTuple):
 
 
 def product_flops(n_row: int, weight_shape: torch.Size) -> int:
-    """Return the FLOPs of rows that each meet the weights of one expert, two per multiply-add."""
+    """Return the FLOPs of rows that are each multiplied by one expert's weights, two per multiply-add."""
     return 2 * n_row * weight_shape[1] * weight_shape[2]
 
 
@@ -110,7 +110,7 @@ def _sum_outer_products(call: OuterProduct, total_EOI: Tensor | None) -> Tensor:
 
 
 def transposed(weight_EOI: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return weights for the way back, (E, I, O), in `dtype`.
+    """Return transposed weights for the backward pass, (E, I, O), in `dtype`.
 
     Callers must not hold on to them: a temporary cast should be freed before the weights' gradient is allocated.
     """
@@ -118,7 +118,7 @@ def transposed(weight_EOI: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def weight_gradient(weight_EOI: Tensor, call: OuterProduct) -> Tensor | None:
-    """Return the gradient of weights, or None if it has been added to the one that they already have."""
+    """Return the gradient of weights, or None if it has been added to their existing gradient."""
     total_EOI = step_weights.gradient_to_extend(weight_EOI)
     if total_EOI is None:
         return sum_outer_products(call)

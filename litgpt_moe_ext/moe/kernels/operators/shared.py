@@ -1,6 +1,6 @@
 """The gated activation of shared experts, and their sum with the routed ones, as torch operators of one launch each.
 
-Triton computes them, for those to whom launches matter; `litgpt_moe_ext.moe.layer` has the same by ordinary operators.
+Triton computes them; `litgpt_moe_ext.moe.layer` does the same with ordinary operators.
 
 Shape legend: T tokens, D model width, F hidden width.
 """
@@ -36,7 +36,7 @@ class Glu(NamedTuple):
     """Arguments of `glu`.
 
     Attributes:
-        gate: Output of the gate projection, (T, F), or without `up_TF` that of both side by side, (T, 2F); contiguous.
+        gate: Output of the gate projection, (T, F), or, without `up_TF`, of both side by side, (T, 2F); contiguous.
         up_TF: Output of the up projection, contiguous, or None.
         activation: As in `down.Down`.
         approximate: As in `down.Down`.
@@ -60,7 +60,7 @@ class GluBackward(NamedTuple):
 
 @operator("add_gated", GatedSum, lambda c: torch.empty_like(c.routed_TD))
 def add_gated(call: GatedSum) -> Tensor:
-    """Return `routed + shared * sigmoid(logits)`, (T, D), by Triton, or their sum without logits; 0 for padding."""
+    """Return `routed + shared * sigmoid(logits)`, (T, D), or the plain sum without logits; 0 for padding."""
     from litgpt_moe_ext.moe.kernels.triton import gating
 
     return gating.add_gated(*call)
@@ -76,7 +76,7 @@ def _empty_gated(call: GatedSumBackward) -> tuple[Tensor, Tensor, Tensor]:
 
 @operator("add_gated_backward", GatedSumBackward, _empty_gated, n_result=3)
 def add_gated_backward(call: GatedSumBackward) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `routed_TD` (empty where it is another's), `shared_TD` and `logits_T1`."""
+    """Return the gradients of `routed_TD`, `shared_TD` and `logits_T1`, as `triton.gating` does."""
     from litgpt_moe_ext.moe.kernels.triton import gating
 
     return gating.add_gated_backward(*call)
@@ -89,7 +89,7 @@ def _empty_activations(call: Glu) -> Tensor:
 
 @operator("glu", Glu, _empty_activations)
 def glu(call: Glu) -> Tensor:
-    """Return the hidden activations of a gated activation, (T, F), by Triton."""
+    """Return the hidden activations of a gated activation, (T, F)."""
     from litgpt_moe_ext.moe.kernels.triton import activation
 
     return activation.glu(call.gate, call.up_TF, activation_of(call))
@@ -101,7 +101,7 @@ def _empty_glu(call: GluBackward) -> tuple[Tensor, Tensor]:
 
 @operator("glu_backward", GluBackward, _empty_glu, n_result=2)
 def glu_backward(call: GluBackward) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `gate` and `up_TF`; that of None is empty."""
+    """Return the gradients of `gate` and `up_TF`; empty for an `up_TF` of None."""
     from litgpt_moe_ext.moe.kernels.triton import activation
 
     return activation.glu_backward(call.da_TF, call.gate, call.up_TF, activation_of(call))

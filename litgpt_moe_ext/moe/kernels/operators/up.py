@@ -35,9 +35,9 @@ class Up(NamedTuple):
         x_TD: Tokens.
         weight_EGD: First projections, any floating dtype.
         bias_EG: Biases, or None.
-        rows_R: For each row in the order of experts, which of the T * K choices it is.
+        rows_R: For each row in the order of experts, its index among the T * K choices.
         ends_E: Where the rows of each expert end, int32.
-        dtype: In which matrices are multiplied.
+        dtype: Dtype of the matrix products.
         engine: `triton` or `torch`.
     """
 

@@ -1,6 +1,6 @@
 """Grouped products in Triton, for every NVIDIA card since Turing; nothing here waits for the device.
 
-Has the functions of `litgpt_moe_ext.moe.kernels.native`, and `decode` for a handful of tokens.
+It has the functions of `litgpt_moe_ext.moe.kernels.native`, and `decode` for a handful of tokens.
 """
 
 from litgpt_moe_ext.moe.kernels.triton.activation import activate, activate_backward

@@ -1,7 +1,7 @@
 """Activations of experts in Triton, forward and backward, with dropout and gate values; one launch each.
 
-Everything between loading and storing is float32. Routed experts have gate and up projection side by side in one
-matrix, shared ones there or in two, and neither dropout nor gate values.
+Everything between loading and storing is float32. The gate and up projections of routed experts are side by side in one
+matrix; those of shared experts, which have neither dropout nor gate values, are in one matrix or in two.
 
 Shape legend: T tokens, K chosen experts per token, R = T * K routed rows in the order of experts, F hidden width
 of one expert, G width of the first projection (2 * F with a gate), M a block of R or T, N a block of F.
@@ -20,7 +20,7 @@ from litgpt_moe_ext.moe.kernels.triton.common import block_of, constexpr
 
 
 class _Hidden(NamedTuple):
-    # What the function is applied to and what that is multiplied by; without a gate the same.
+    # The argument of the activation function, and the factor of its value; the same without a gate.
     x: Any
     up: Any
     stride: Any
@@ -29,8 +29,8 @@ class _Hidden(NamedTuple):
 
 
 class _Found(NamedTuple):
-    # Gradients of what the function is applied to, of what that is multiplied by, and of gate values; `a` as in
-    # `Gradients`. The last two are None without gate values.
+    # Gradients of the fields of `_Hidden` and of the gate values; `a` as in `Gradients`. The last two are None without
+    # gate values.
     x: Any
     up: Any
     a: Any
@@ -59,7 +59,7 @@ def glu(gate: Tensor, up_TF: Tensor | None, activation: Any) -> Tensor:
     """Return the hidden activations, (T, F), of a gated activation.
 
     Args:
-        gate: Output of the gate projection, (T, F), or without `up_TF` that of both side by side, (T, 2F); contiguous.
+        gate: Output of the gate projection, (T, F), or, without `up_TF`, of both side by side, (T, 2F); contiguous.
         up_TF: Output of the up projection, contiguous, or None.
         activation: The activation function.
     """
@@ -67,7 +67,7 @@ def glu(gate: Tensor, up_TF: Tensor | None, activation: Any) -> Tensor:
 
 
 def activate_backward(h_RG: Tensor, da_RF: Tensor, gates: Gates, activation: Any, mask: Mask) -> Gradients:
-    """Go backward through gate values, dropout and activation, computing the activations again.
+    """Run the backward pass of gate values, dropout and activation, recomputing the activations.
 
     Args:
         h_RG: Input of the activation, contiguous.
@@ -86,7 +86,7 @@ def activate_backward(h_RG: Tensor, da_RF: Tensor, gates: Gates, activation: Any
 
 
 def glu_backward(da_TF: Tensor, gate: Tensor, up_TF: Tensor | None, activation: Any) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `gate` and `up_TF`; that of None is empty.
+    """Return the gradients of `gate` and `up_TF`; empty for an `up_TF` of None.
 
     Args:
         da_TF: Gradient of the hidden activations, contiguous.
@@ -154,7 +154,7 @@ def value_of(x, FORM: constexpr):
 
 @triton.jit
 def factor_of(up, FORM: constexpr):
-    """Return what the activation function is multiplied by, from the up projection."""
+    """Return the factor of the activation function's value, from the up projection."""
     if FORM.kind == "clamped_silu":
         return tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up)) + 1.0
     else:
@@ -184,8 +184,8 @@ def _slope_of(x, FORM: constexpr):
 
 @triton.jit
 def _load(hidden, row_M, f_N, GATED: constexpr):
-    # Where the block is among activations and where among projections, which of it exists, what the function is applied
-    # to, and what it is multiplied by.
+    # The block's positions among activations and among projections, which of them exist, the argument of the function,
+    # and its factor.
     inside_MN = (row_M < hidden.rows)[:, None] & (f_N < hidden.width)[None, :]
     row_M = row_M.to(tl.int64)
     at_MN = row_M[:, None] * hidden.width + f_N[None, :]

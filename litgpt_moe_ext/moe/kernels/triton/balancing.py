@@ -1,8 +1,8 @@
 """Moves the balancing biases of many layers in one launch, by the rule of `litgpt_moe_ext.moe.balancing`.
 
-Which counts are above the mean is exact, not only as exact as float64: counts and their sum are integers, which it
-holds up to 2^53, and a quotient that is an integer is not rounded, while one that is none is at least 1/E away from the
-next, which is further than rounding gets. The mean of a bias is a float64 sum too, so its order does not show.
+The comparison of counts with their mean is exact. Counts and their sum are integers, which float64 holds up to 2^53; a
+mean that is an integer is not rounded, and any other is at least 1/E from the nearest integer, more than the rounding
+error. The mean of a bias is a float64 sum too, so the order of its additions does not show.
 
 Shape legend: E experts, L layers, N numbers of a record.
 """
@@ -17,12 +17,12 @@ from litgpt_moe_ext.kernels.launch import launch, power_of_two
 from litgpt_moe_ext.moe.kernels.balancing import Moved
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr
 
-# Layers of a launch. Each has three addresses, and the arguments of a kernel may be 4 KiB in all.
+# Layers per launch. Each takes three addresses, and the arguments of a kernel are limited to 4 KiB.
 _MOST_LAYERS = 128
 
 
 class _Form(NamedTuple):
-    # A schedule, with 0 for what it does not have.
+    # A schedule, with 0 for missing settings.
     experts: int
     warmup_steps: int = 0
     decay_start: int = 0
@@ -30,7 +30,7 @@ class _Form(NamedTuple):
 
 
 def move_biases(moved: Moved) -> None:
-    """Move all biases, and count that; see `litgpt_moe_ext.moe.kernels.balancing`."""
+    """Move all biases and count the update; see `litgpt_moe_ext.moe.kernels.balancing`."""
     n_expert, schedule = moved.biases[0].numel(), dict(moved.schedule or {})
     if "decay_start" in schedule:
         schedule["decay_steps"] = max(schedule.get("decay_steps", 0), 1)
@@ -49,7 +49,7 @@ def move_biases(moved: Moved) -> None:
 
 @triton.jit
 def _of_layer(addresses):
-    # Addresses that are arguments need no table on the device, which would have to follow every tensor.
+    # Addresses are arguments, because a table on the device would have to follow every tensor.
     address = addresses[0]
     for layer in tl.static_range(1, len(addresses)):
         address = tl.where(tl.program_id(0) == layer, addresses[layer], address)
@@ -72,7 +72,7 @@ def _next_rate(updates, rate, FORM: constexpr):
     if FORM.decay_steps != 0:
         past = tl.maximum(n - FORM.decay_start + 1, 0)
         factor *= tl.maximum(1.0 - _quotient(past, FORM.decay_steps), 0.0)
-    # Every thread loads it, and one stores.
+    # Every thread loads it before one stores.
     tl.debug_barrier()
     tl.store(update, n + 1)
     return rate * factor

@@ -1,4 +1,4 @@
-"""Biases of experts added to rows that torch has multiplied, which are brought to the order of tokens on the way.
+"""Adds the biases of experts to the rows of torch's product, optionally bringing them into the order of tokens.
 
 Shape legend: E experts, R = T * K routed rows in the order of experts, O width of the output, M a block of R, N a block
 of O.
@@ -36,7 +36,7 @@ def add_biases(y_RO: Tensor, bias_EO: Tensor, plan: Plan, scatter: bool) -> Tens
         y_RO: Rows in the order of experts, contiguous; overwritten unless `scatter`.
         bias_EO: Biases, contiguous, any floating dtype.
         plan: Which rows belong to which expert.
-        scatter: Whether the result has its rows in the order of tokens and their K choices.
+        scatter: Whether the rows of the result are in the order of tokens and their K choices.
     """
     sum_RO = torch.empty_like(y_RO) if scatter else y_RO
     y = _Rows(y_RO, *y_RO.shape)
@@ -55,7 +55,7 @@ def _add_biases(y, bias, plan, out, FORM: constexpr):
     expert_M = tl.sum((end_E[None, :] <= row_M[:, None]).to(tl.int32), 1)
     live_M = row_M < y.rows
     inside_MN = live_M[:, None] & (o_N < y.width)[None, :]
-    # Rows behind the last expert's are padding, which has no bias.
+    # Rows after the last expert's are padding, which has no bias.
     bias_MN = bias + expert_M.to(tl.int64)[:, None] * y.width + o_N[None, :]
     bias_MN = tl.load(bias_MN, mask=inside_MN & (expert_M < plan.n_expert)[:, None], other=0.0).to(tl.float32)
     y_MN = tl.load(y.data + row_M.to(tl.int64)[:, None] * y.width + o_N[None, :], mask=inside_MN, other=0.0)

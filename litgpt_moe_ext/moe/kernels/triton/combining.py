@@ -26,14 +26,14 @@ class _Sizes(NamedTuple):
 def combine(
     y_RD: Tensor, gates_TK: Tensor | None, n_token: int, dtype: torch.dtype, added_TD: Tensor | None = None
 ) -> Tensor:
-    """Return the sum of each token's rows, and of what is added, (T, D) in `dtype`.
+    """Return the sum of each token's rows and `added_TD`, (T, D) in `dtype`.
 
     Args:
         y_RD: Rows in the order of tokens and their K choices, contiguous.
         gates_TK: Factors of the rows, contiguous, or None.
         n_token: T.
-        dtype: Of the result.
-        added_TD: What is added, or None.
+        dtype: Dtype of the result.
+        added_TD: Added to the sum, or None.
     """
     n_row, width = y_RD.shape
     y_TD = y_RD.new_empty(n_token, width, dtype=dtype)

@@ -1,8 +1,7 @@
 """A handful of tokens, as in decoding, where reading the weights is all the work.
 
 Each program looks up the expert of its row on the device and reads that expert's weights, in whatever dtype they are
-stored; other experts' weights are not touched, nothing is sorted, and the host waits for nothing. Two launches per
-layer.
+stored. Other experts' weights are not read, nothing is sorted, and the host does not wait. Two launches per layer.
 
 Shape legend: T tokens, K chosen experts per token, E experts, D model width, F hidden width of one expert, G width of
 the first projection (2 * F with a gate), N a block of outputs, M a block of inputs.
@@ -51,7 +50,7 @@ def decode(
     kind = kind_of(activation)
     fused = _Form(kind or "none", activation.gated and kind is not None)
     n_hidden = down_EDF.size(2) if kind is not None else up_EGD.size(1)
-    # Kept in float32: a few rows of numbers beside megabytes of weights.
+    # Kept in float32: a few rows are nothing beside megabytes of weights.
     a_RF = x_TD.new_empty(experts_TK.numel(), n_hidden, dtype=torch.float32)
     grid = (experts_TK.numel(), ceil_div(n_hidden, 16))
     launch(_first, grid, (rows_of(x_TD), stack_of(up_EGD), up_bias, choice, rows_of(a_RF), fused), warps=4)
@@ -65,7 +64,7 @@ def decode(
 
 @triton.jit
 def _product(x, w, o_N, live_N, weight, BLOCK: constexpr):
-    # Rows `o_N` of one expert's weights times one row of inputs.
+    # One row of inputs times rows `o_N` of one expert's weights.
     i_M = tl.arange(0, BLOCK)
     sum_NM = tl.full((o_N.shape[0], BLOCK), 0.0, tl.float32)
     for start in range(0, weight.n_in, BLOCK):

@@ -1,4 +1,4 @@
-"""The sum of routed and of shared experts, which may have a gate, in one launch each way; arithmetic is float32.
+"""The sum of routed and (optionally gated) shared experts, in one launch each way; arithmetic is float32.
 
 Shape legend: T tokens, D model width, M a block of T, N a block of D.
 """
@@ -34,7 +34,7 @@ def add_gated(routed_TD: Tensor, shared_TD: Tensor, logits_T1: Tensor | None, re
     Args:
         routed_TD: Output of the routed experts, contiguous.
         shared_TD: Output of the shared experts, contiguous.
-        logits_T1: Logits of their gate, contiguous; None without.
+        logits_T1: Logits of their gate, contiguous; None without a gate.
         real_T: Which tokens are not padding, bool, contiguous; None if all.
     """
     sum_TD, block = torch.empty_like(routed_TD), block_of(routed_TD.size(1))
@@ -49,7 +49,7 @@ def add_gated_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of `routed_TD`, `shared_TD` and `logits_T1`.
 
-    Without padding that of `routed_TD` is `dsum_TD`, without a gate that of `shared_TD`, and empty here.
+    The first is empty where it equals another tensor: `dsum_TD` without padding, the second result without a gate.
 
     Args:
         dsum_TD: Gradient of the sum, contiguous.
@@ -67,7 +67,7 @@ def add_gated_backward(
 
 @triton.jit
 def _tokens(shared, BLOCK: constexpr):
-    # The tokens of the program, which of them exist, which are not padding, and their gate.
+    # The tokens of the program, which of them exist, which are not padding, and their gate values.
     token_M = (tl.program_id(0) * BLOCK[0] + tl.arange(0, BLOCK[0])).to(tl.int64)
     live_M = token_M < shared.n_token
     if shared.logits is None:
@@ -89,7 +89,7 @@ def _add_gated(shared, routed, out, BLOCK: constexpr):
     text_MN = text_M[:, None] & width_N
     sum_MN = tl.load(routed + at_MN, mask=text_MN, other=0.0).to(tl.float32)
     sum_MN += tl.load(shared.y + at_MN, mask=text_MN, other=0.0).to(tl.float32) * gate_M[:, None]
-    # Of padding nothing was read, but its gate may not be a number.
+    # Padding was not read, but its gate may be NaN.
     tl.store(out + at_MN, tl.where(text_MN, sum_MN, 0.0).to(out.dtype.element_ty), mask=live_M[:, None] & width_N)
 
 

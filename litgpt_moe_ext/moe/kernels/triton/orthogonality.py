@@ -1,4 +1,4 @@
-"""How far a router's directions are from orthogonal, and its slopes, from the products of all rows with each other.
+"""The orthogonality loss of a router's directions, and its slopes, from the products of all pairs of rows.
 
 Arithmetic is float32 and sums are in a fixed order, so two runs give the same bits.
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from litgpt_moe_ext.kernels.launch import ceil_div, launch, power_of_two
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr
 
-# Cosines of a block, as many as the registers of so many warps hold.
+# Cosines of a block: as many as fit into the registers of its warps.
 _BLOCK, _WARPS = 4096, 8
-# The least length of a row, as `torch.nn.functional.normalize` has it.
+# The least length of a row, as in `torch.nn.functional.normalize`.
 _SHORTEST = tl.constexpr(1e-12)
 
 
@@ -30,7 +30,7 @@ def loss(products_EE: Tensor, coef: float) -> Tensor:
     """Return `coef` times the sum of all squared cosines minus the identity, a scalar, float32.
 
     Args:
-        products_EE: Products of all rows with each other, float32, contiguous.
+        products_EE: Products of all pairs of rows, float32, contiguous.
         coef: A factor.
     """
     form, n_block = _form(products_EE)
@@ -40,7 +40,7 @@ def loss(products_EE: Tensor, coef: float) -> Tensor:
 
 
 def slopes(products_EE: Tensor, dloss: Tensor, coef: float) -> Tensor:
-    """Return what the rows are to be multiplied by for the gradient of `loss`, (E, E).
+    """Return the matrix whose product with the rows is the gradient of `loss`, (E, E).
 
     Args:
         products_EE: As above.
@@ -62,7 +62,7 @@ def _form(products_EE: Tensor) -> tuple[_Form, int]:
 
 @triton.jit
 def _cosines(products, n_expert, FORM: constexpr):
-    # Cosines of a block of rows with all, of which they are with themselves, and by what the products were divided.
+    # Cosines of a block of rows with all rows, which of them are on the diagonal, and the divisors of the products.
     i_M = tl.program_id(0) * FORM.rows + tl.arange(0, FORM.rows)
     j_E = tl.arange(0, FORM.experts)
     live_M, real_E = i_M < n_expert, j_E < n_expert
@@ -87,7 +87,7 @@ def _sum_squares(products, coef, sums, n_expert, FORM: constexpr):
 def _store_slopes(products, coef, dloss, slopes, n_expert, FORM: constexpr):
     cosine_ME, same_ME, lengths_ME, length_M, at_ME, inside_ME = _cosines(products, n_expert, FORM)
     apart_ME = cosine_ME - same_ME.to(tl.float32)
-    # What a row's own direction has of the gradient, which a longer row does not change, unless it is too short.
+    # The gradient's part along the row itself is removed, as scaling a row changes nothing unless it is too short.
     along_M = tl.where(length_M > _SHORTEST, tl.sum(apart_ME * cosine_ME, 1), 0.0)
     apart_ME -= tl.where(same_ME, along_M[:, None], 0.0)
     slope_ME = apart_ME * (4.0 * coef * tl.load(dloss).to(tl.float32)) / lengths_ME

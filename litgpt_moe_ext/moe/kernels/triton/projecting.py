@@ -1,14 +1,14 @@
 """A router's product at nearly the accuracy of float32, reading tokens once in their own dtype.
 
-A gate has so few outputs that its product should take as long as reading the tokens. On Tensor Cores arithmetic does:
-a float32 number is exactly the sum of three bfloat16 numbers, a float16 number of two, so the products of these parts,
-added up in float32, are float32's product (those of parts that are less than its last bit are left out). On the
-ordinary cores float32 products of 16k tokens of width 768 would take an H100 5 us at full speed with 8 experts, half as
-long as reading, but 40 us with 64. Cards without bfloat16, and AMD's, do that.
+A gate has so few outputs that its product should take no longer than reading the tokens. Tensor Cores achieve that: a
+float32 number is exactly the sum of three bfloat16 numbers, a float16 number of two, so the products of these parts,
+added up in float32, are float32's product (products below its last bit are left out). On the ordinary cores, float32
+products of 16k tokens of width 768 would take an H100 5 us at full speed with 8 experts, half as long as reading, but
+40 us with 64. Cards without bfloat16, and AMD's, use them.
 
-`_project` writes the tokens in 16 bits besides, for the experts. `_project_backward` makes of a block of tokens, from
-one reading, the weights' gradient and the tokens' own, to which it adds those of the experts; torch adds up the blocks
-of the former. No atomics, and blocks that depend on shapes alone: two runs give the same bits.
+`_project` also writes the tokens in 16 bits for the experts. `_project_backward` reads a block of tokens once and
+computes the block's share of the weights' gradient, and the tokens' gradient, to which it adds those of the experts;
+torch adds up the shares. There are no atomics, and blocks depend on shapes alone, so two runs give the same bits.
 
 Shape legend: T tokens, D model width, E experts, B blocks of tokens, M some tokens of a block, N a block of D, K a step
 of the sum over D.
@@ -26,8 +26,8 @@ from litgpt_moe_ext.moe.kernels.router_product import ProjectionBackward
 from litgpt_moe_ext.moe.kernels.triton import common
 from litgpt_moe_ext.moe.kernels.triton.common import Rows, constexpr, dot, rows_of
 
-# Into how many blocks tokens are divided: so many that they occupy a card; of long blocks, so few that their partial
-# sums are not worth mentioning. With 16k tokens of width 768, 64 and 128 blocks take 43 and 47 us on an H200.
+# Least and largest number of blocks of tokens: enough to occupy a card, and few enough that adding up their partial
+# sums costs little. With 16k tokens of width 768, 64 and 128 blocks take 43 and 47 us on an H200.
 _BLOCKS, _MOST_BLOCKS = 64, 128
 # Tokens and columns of a block by experts (the power of two): for 16-bit tokens, for float32. None of them spills
 # registers worth mentioning; none was chosen on a card.
@@ -35,10 +35,10 @@ _Blocks = dict[int, tuple[tuple[int, int], tuple[int, int]]]
 
 
 class _Tables(NamedTuple):
-    # Tensor Cores of Hopper read operands from shared memory, which leaves registers free. Those of Blackwell for data
-    # centres are not used: where a loop adds several products to one sum, Triton up to 3.8 computes something else
-    # (triton-lang/triton#10821), and may do so by chance (#9871, #10590). A product of fewer than 64 rows goes by those
-    # that every card has, as all do in a program of two warps.
+    # Hopper's Tensor Cores read operands from shared memory, which leaves registers free. Those of Blackwell for data
+    # centres are not used: where a loop adds several products to one sum, Triton up to 3.8 computes wrong results
+    # (triton-lang/triton#10821), sometimes only by chance (#9871, #10590). Products of fewer than 64 rows, and all
+    # products in a program of two warps, use the instructions that every card has.
     usual: _Blocks
     hopper: _Blocks
     blackwell: _Blocks
@@ -54,13 +54,13 @@ _BACKWARD = _Tables(
     hopper={16: ((32, 128), (32, 128)), 32: ((32, 64), (32, 32)), 64: ((64, 64), (64, 32))},
     blackwell={16: ((32, 128), (32, 128)), 32: ((32, 64), (32, 32)), 64: ((16, 32), (16, 32))},
 )
-# Widths that blocks do not divide, and products without Tensor Cores.
+# For widths that blocks do not divide, and for products without Tensor Cores.
 _ODD, _IEEE = (32, 32), (16, 32)
 _PARTS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 1}
 
 
 class _Gate(NamedTuple):
-    # Weights, and how many tokens and what else there is.
+    # The weights and the sizes.
     weight: Rows
     n_token: Any
     n_expert: Any
@@ -68,7 +68,7 @@ class _Gate(NamedTuple):
 
 
 class _Form(NamedTuple):
-    # Sizes of blocks, whether D is a multiple of them, of how many parts numbers consist, and how parts are multiplied.
+    # Sizes of blocks, whether they divide D, the number of parts of a number, and how parts are multiplied.
     experts: int
     rows: int
     inner: int
@@ -83,7 +83,7 @@ class _Form(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    # Of logits; of the tokens that experts read, None where there is none; and what becomes of them.
+    # Gradients of the logits and of the experts' tokens (or None), and the results.
     logits: Any
     routed: Any
     shared: Any
@@ -92,12 +92,12 @@ class _Gradients(NamedTuple):
 
 
 def project(x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return `x_TD @ weight_ED.T`, (T, E), float32, and `x_TD` in another `dtype`, empty if it is its own.
+    """Return `x_TD @ weight_ED.T`, (T, E), float32, and `x_TD` in `dtype`; the latter empty if it has that dtype.
 
     Args:
         x_TD: Tokens, float32 or 16-bit.
         weight_ED: Weights, float32 or 16-bit.
-        dtype: Of the second result.
+        dtype: Dtype of the second result.
     """
     logits_TE = x_TD.new_empty(x_TD.size(0), weight_ED.size(0), dtype=torch.float32)
     narrows = dtype != x_TD.dtype
@@ -110,7 +110,7 @@ def project(x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> tuple[Tensor
 
 
 def project_backward(call: ProjectionBackward) -> tuple[Tensor, Tensor]:
-    """Return the gradients of tokens and weights in the dtypes that these have; empty where they are not needed."""
+    """Return the gradients of tokens and weights in their dtypes; empty where they are not needed."""
     x_TD, weight_ED, need_x, need_weight = call.x_TD, call.weight_ED, call.need_x, call.need_weight
     (n_token, width), n_expert = x_TD.shape, weight_ED.size(0)
     form = _form(x_TD, weight_ED, _BACKWARD)._replace(need_x=need_x, need_weight=need_weight)
@@ -133,7 +133,7 @@ def _gate(x_TD: Tensor, weight_ED: Tensor) -> _Gate:
 
 def _form(x_TD: Tensor, weight_ED: Tensor, tables: _Tables) -> _Form:
     capability, width = common.capability_of(x_TD.device), x_TD.size(1)
-    # The fewest that Tensor Cores multiply are 16.
+    # Tensor Cores multiply at least 16.
     experts = max(power_of_two(weight_ED.size(0)), 16)
     split = capability is None or (capability >= (8, 0) and torch.version.hip is None)
     block, warps = _IEEE, 4
@@ -143,7 +143,7 @@ def _form(x_TD: Tensor, weight_ED: Tensor, tables: _Tables) -> _Form:
         block = table[min(experts, 64)][x_TD.dtype.itemsize > 2]
         if width % block[1]:
             block = min(block[0], _ODD[0]), _ODD[1]
-        # The gradient of weights has as many rows as there are experts.
+        # The gradient of the weights has one row per expert.
         warps = 2 if tables is _BACKWARD and major == 10 and experts >= 64 else 4
     parts = (_PARTS[x_TD.dtype], _PARTS[weight_ED.dtype])
     precision = "widened" if capability is None else "ieee"
@@ -152,7 +152,7 @@ def _form(x_TD: Tensor, weight_ED: Tensor, tables: _Tables) -> _Form:
 
 @triton.jit
 def _parts(x, FORM: constexpr):
-    # Numbers that add up to `x`, each of which has the first bits of what is left; those that are 0 are not used.
+    # Parts that add up to `x`, each with the leading bits of the remainder; parts that are always 0 are not used.
     if FORM.split:
         first = x.to(tl.bfloat16)
         rest = x.to(tl.float32) - first.to(tl.float32)
@@ -165,7 +165,7 @@ def _parts(x, FORM: constexpr):
 
 @triton.jit
 def _add_product(a, b, total, A: constexpr, B: constexpr, BITS: constexpr, FORM: constexpr):
-    # `total + a @ b` of operands in A and B parts, to 16 bits or to float32's 24. Small products first.
+    # `total + a @ b` for operands in A and B parts, accurate to 16 bits or to float32's 24. Small products come first.
     if FORM.split:
         if BITS == 24:
             if B == 3:
@@ -207,7 +207,7 @@ def _project(x, gate, out, narrow, FORM: constexpr):
         if narrow is not None:
             narrow_MK = narrow + first.to(tl.int64) * gate.width + token_M[:, None] * gate.width + (d + d_K)[None, :]
             tl.store(narrow_MK, a.to(narrow.dtype.element_ty), mask=inside_MK)
-        # Tensor Cores cut off what does not fit to a sum, 20 times float32's error after 768 terms: not to this one.
+        # A sum for each step: Tensor Cores truncate what they add to, 20 times the error of float32 after 768 terms.
         product_ME = tl.full((FORM.rows, FORM.experts), 0.0, tl.float32)
         a_parts, b_parts = _parts(a, FORM), _parts(b, FORM)
         sum_ME += _add_product(a_parts, b_parts, product_ME, FORM.x_parts, FORM.weight_parts, 24, FORM)
@@ -247,18 +247,18 @@ def _project_backward(x, gate, gradients, per_block, FORM: constexpr):
         dy_ME = tl.load(dlogits_ME, mask=live_M[:, None] & real_E[None, :], other=0.0)
         dy = _parts(dy_ME, FORM)
         if FORM.need_weight:
-            # Those past the last have no gradient, but whatever they are they must be numbers.
+            # Tokens past the last have no gradient, but must not be NaN.
             near_M = tl.minimum(token_M, n_token - 1)
             x_MN = x_start + near_M[:, None] * x.stride + d_N[None, :]
             b_MN = tl.load(x_MN) if FORM.even else tl.load(x_MN, mask=real_N[None, :], other=0.0)
             dy_t = (tl.trans(dy[0]), tl.trans(dy[1]), tl.trans(dy[2]))
             sum_EN = _add_product(dy_t, _parts(b_MN, FORM), sum_EN, 3, FORM.x_parts, 24, FORM)
         if FORM.need_x:
-            # A gradient that is rounded to 16 bits has no use for more.
+            # A gradient that is rounded to 16 bits needs no more.
             BITS: tl.constexpr = 24 if FORM.x_parts == 3 else 16  # pyrefly: ignore[bad-assignment]  # kernels have no types
             dx_MN = tl.full((FORM.rows, FORM.inner), 0.0, tl.float32)
             at_MN, inside_MN = token_M[:, None] * gate.width + d_N[None, :], live_M[:, None] & real_N[None, :]
-            # Before the product, which needs registers. What Tensor Cores cut off is less than their 16 bits' last.
+            # Before the product, which needs registers. What Tensor Cores truncate is below the last of 16 bits.
             dx_MN = _added(dx_MN, gradients.routed, first * gate.width, at_MN, inside_MN)
             dx_MN = _added(dx_MN, gradients.shared, first * gate.width, at_MN, inside_MN)
             dx_MN = _add_product(dy, weight, dx_MN, 3, FORM.weight_parts, BITS, FORM)

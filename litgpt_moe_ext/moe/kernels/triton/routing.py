@@ -1,16 +1,16 @@
 """A router's decision, its losses and its statistics in two to four launches, and their backward pass in one.
 
-Written out with torch's operators (`litgpt_moe_ext.moe.router`, which stays the reference) this is twenty to forty
-launches per layer, of a few microseconds each, for arithmetic that takes less. Everything between loading and storing
-is float32, sums over all tokens are float64; blocks are added in a fixed order, so two runs give the same bits.
+With torch's operators (`litgpt_moe_ext.moe.router`, the reference) this takes twenty to forty launches per layer, each
+of a few microseconds, longer than the arithmetic. Everything between loading and storing is float32, sums over all
+tokens are float64; blocks are added in a fixed order, so two runs give the same bits.
 
-1. `route_block` chooses for a block of tokens and sums up the block. One that is alone, and does not train, is all
-   there is.
+1. `route_block` chooses for a block of tokens and sums up the block. Without training, a single block needs nothing
+   else.
 2. `sum_up`, a single program, adds up the blocks: tokens per expert, losses, their slopes, and how many rows of an
-   expert precede a block. Where it would have much to read (many experts and tokens), `sum_blocks` adds them up
-   before, a few experts and one kind of numbers in each program, and leaves it one block of each sequence.
-3. `place_rows` sorts the rows by expert, by counting. Of few blocks each looks at the others itself, in one launch
-   with 2.
+   expert precede a block. If it would have much to read (many experts and tokens), `sum_blocks` first adds up a few
+   experts and one kind of numbers in each program, and leaves one block per sequence.
+3. `place_rows` sorts the rows by expert, by counting. If there are few blocks, each counts the others itself, in the
+   same launch as 2.
 
 A block has tokens of one sequence only where a loss is per sequence; elsewhere all tokens count as one sequence.
 
@@ -32,14 +32,14 @@ from litgpt_moe_ext.moe.kernels.triton.routing_decision import route_block, rout
 from litgpt_moe_ext.moe.kernels.triton.routing_rows import place_rows, sum_up_and_place
 from litgpt_moe_ext.moe.kernels.triton.routing_sums import COLUMNS, sum_blocks, sum_up
 
-# More numbers than this are added up by several programs: 2 MiB, which one would read for longer than a launch takes.
+# More numbers than this (2 MiB) are added up by several programs: one would read them for longer than a launch takes.
 _MOST_FOR_ONE = 2**19
-# Up to so many blocks, of up to so many experts, are looked at by each.
+# With up to so many blocks, of up to so many experts, each block counts the others itself.
 _FEW_BLOCKS, _FEW_EXPERTS = 64, 128
 
 
 class _Sizes(NamedTuple):
-    # Tokens and blocks are those of one sequence.
+    # Numbers of tokens and blocks are per sequence.
     n_token: Any
     n_expert: Any
     n_block: Any
@@ -52,7 +52,7 @@ class _Chosen(NamedTuple):
 
 
 class _Form(NamedTuple):
-    # A rule, with what the kernels need besides.
+    # A rule, and what else the kernels need.
     score: str
     top_k: int
     normalize: bool
@@ -73,7 +73,7 @@ class _Form(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    # Rows of each expert before each block are None where they have been written, or nobody asks.
+    # `before`, the rows of each expert before each block, is None if they have been placed already or are not needed.
     counts: Any
     ends: Any
     before: Any
@@ -83,15 +83,15 @@ class _Sums(NamedTuple):
 
 
 class _Alone(NamedTuple):
-    # What there is to sum up of a block that is alone. Triton before 3.7 does not ask whether a group is None that has
-    # a None in it.
+    # The sums of a single block. A type of its own, since Triton before 3.7 cannot test a group for None if it holds a
+    # None.
     counts: Any
     ends: Any
     rows: Any
 
 
 def route(given: Given, rule: Rule, trains: bool) -> tuple[Tensor, ...]:
-    """Decide for all tokens; returns what `litgpt_moe_ext.moe.kernels.fused_router.Decision` holds, in its order."""
+    """Decide for all tokens; return the fields of `litgpt_moe_ext.moe.kernels.fused_router.Decision`, in order."""
     n_token, n_expert = given.logits_TE.shape
     new = functools.partial(given.logits_TE.new_empty, dtype=torch.float32)
     form = _form(rule, n_expert, trains)
@@ -109,9 +109,9 @@ def route(given: Given, rule: Rule, trains: bool) -> tuple[Tensor, ...]:
     )
     kernel = route_block_evenly if rule.score == "even" else route_block
     n_block = S * sizes.n_block
-    # A program has at most 1024 threads, a warp of AMD's up to 64, each with more registers.
+    # A program has at most 1024 threads. AMD's warps have up to 64, each with more registers.
     warps = _warps(form, 32 if torch.version.hip is None else 16)
-    # A few tokens without statistics, as when text is generated, are a single program's.
+    # A few tokens without statistics, as in generation, take a single program.
     alone = not trains and n_block == 1
     whole = _Alone(sums.counts, sums.ends, sums.rows) if alone else None
     launch(kernel, (n_block,), (given, chosen, whole, parts, sizes, form), warps)
@@ -137,13 +137,13 @@ def _add_up(parts: Tensor, sums: _Sums, other_loss: Tensor | None, sizes: _Sizes
 
 
 def route_backward(given: Given, rule: Rule, *upstream: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the logits, and of the logits of the noise (without noise something empty).
+    """Return the gradients of the logits, and of the logits of the noise (empty without noise).
 
     Args:
-        given: What the decision was made of.
-        rule: By what rule.
-        *upstream: The chosen experts, where the rows of each expert end, gradients of the losses, all as `route`
-            returned them; the gradient of the gate values, contiguous; and by what the losses are scaled, a scalar.
+        given: Inputs of the decision.
+        rule: Its rule.
+        *upstream: The chosen experts, where the rows of each expert end, and slopes of the losses, all as `route`
+            returned them; the gradient of the gate values, contiguous; and the scale of the losses, a scalar.
     """
     n_token, n_expert = given.logits_TE.shape
     dlogits_TE = torch.empty_like(given.logits_TE)
@@ -157,12 +157,12 @@ def route_backward(given: Given, rule: Rule, *upstream: Tensor) -> tuple[Tensor,
 
 def _form(rule: Rule, n_expert: int, trains: bool) -> _Form:
     rows, width = block_shape(n_expert)
-    # How many blocks are added up at a time: as many as registers hold.
+    # As many blocks are added up at a time as fit into registers.
     return _Form(*rule[:-1], rows, width, min(32, 16384 // width), trains)
 
 
 def _warps(form: _Form, most: int = 8) -> int:
-    # So many that no kernel spills registers. More where there are few experts would be another order of additions.
+    # So many that no kernel spills registers. More for few experts would change the order of additions.
     return 4 if form.experts <= 256 else min(most, form.experts // 32)
 
 

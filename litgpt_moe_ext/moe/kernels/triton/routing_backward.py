@@ -54,7 +54,7 @@ def route_block_backward(given, upstream, results, sizes, FORM: constexpr):
                 q_TE = slope_E[None, :] * 0.3989422804014327 * tl.exp(-0.5 * margin_TE * margin_TE) / std_TE
                 dz_TE += q_TE
                 dstd_TE -= q_TE * margin_TE
-                # The limits are noisy logits of other experts, which have gradients too.
+                # The limits are noisy logits of other experts, which get gradients too.
                 of_chosen_T = tl.sum(tl.where(picked_TE, q_TE, 0.0), 1)
                 of_others_T = tl.sum(tl.where(picked_TE, 0.0, q_TE), 1)
                 last_T = tl.argmin(tl.where(picked_TE, v_TE, float("inf")), 1)
@@ -81,6 +81,6 @@ def route_block_backward(given, upstream, results, sizes, FORM: constexpr):
             dz_TE = s_TE * (ds_TE - tl.sum(s_TE * ds_TE, 1)[:, None])
     if FORM.z != 0.0:
         dz_TE += (2.0 * FORM.z * scale / n_token) * lse_T[:, None] * p_TE
-    # Numbers of padding may be anything on the way.
+    # Intermediate values of padding are arbitrary.
     dz_TE = tl.where(text(given, token_T, live_T)[:, None], dz_TE, 0.0)
     tl.store(dlogits + at_TE, dz_TE, mask=inside_TE)

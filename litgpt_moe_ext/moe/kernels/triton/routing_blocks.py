@@ -1,4 +1,4 @@
-"""A router's arithmetic for a block of tokens, as functions that its kernels are made of.
+"""A router's arithmetic for a block of tokens: the functions that its kernels are built from.
 
 Shape legend: T tokens of a block, E experts, K chosen experts per token.
 """
@@ -22,10 +22,7 @@ ROWS = tl.constexpr(5)
 
 @triton.jit
 def block(sizes, FORM: constexpr):
-    """Return the tokens and experts of the program, which of them exist, and where both are found.
-
-    The last result tells which of those places exist.
-    """
+    """Return the tokens and experts of the program, which of each exist, their positions, and which of these exist."""
     sequence = tl.program_id(0) // sizes.n_block
     token_T = (tl.program_id(0) - sequence * sizes.n_block) * FORM.rows + tl.arange(0, FORM.rows)
     e_E = tl.arange(0, FORM.experts)
@@ -46,8 +43,8 @@ def text(given, token_T, live_T):
 
 @triton.jit
 def _softplus(x):
-    # log1p by Kahan's formula, which keeps small results exact; linear from where torch's is. On a GPU the minimum of a
-    # number and one that is none is the number.
+    # log1p by Kahan's formula, which keeps small results exact; linear from the same threshold as torch's. On a GPU,
+    # `minimum` would replace NaN by 20.
     y = tl.exp(tl.where(x > 20.0, 20.0, x))
     u = 1.0 + y
     log1p = tl.where(u == 1.0, y, tl.log(u) * (y / tl.where(u == 1.0, 1.0, u - 1.0)))
@@ -78,7 +75,7 @@ def softmax(z_TE):
 
 @triton.jit
 def gate_values(s_TE, v_TE, picked_TE, FORM: constexpr):
-    """Return gate values before they are scaled, 0 for experts that are not chosen, and what scores were divided by."""
+    """Return unscaled gate values, 0 for experts that are not chosen, and the divisor of the scores."""
     if FORM.score == "chosen":
         top_T = tl.max(tl.where(picked_TE, v_TE, float("-inf")), 1)
         w_TE = tl.where(picked_TE, tl.exp(v_TE - top_T[:, None]), 0.0)
@@ -108,16 +105,16 @@ def _within_best_groups(key_TE, e_E, sizes, FORM: constexpr):
         hit_TE = group_E[None, :] == best_T[:, None]
         allowed_TE = tl.where(hit_TE, 1, allowed_TE)
         worth_TE = tl.where(hit_TE, float("-inf"), worth_TE)
-    # Less than every number that takes part, more than what has been chosen.
+    # Less than every number that takes part, but more than those already chosen.
     return tl.where(allowed_TE > 0, key_TE, -3.3e38)
 
 
 @triton.jit
 def rank(key_TE, e_E, sizes, FORM: constexpr):
-    """Return which choice of its token each expert is, K for those that are not chosen.
+    """Return the rank of each expert among its token's choices, K for experts that are not chosen.
 
-    No number may be chosen twice, or past the last expert, whatever the logits are: not-a-numbers count as large,
-    infinities as finite.
+    Whatever the logits are, no expert is chosen twice, and none that does not exist: NaN counts as large, infinities as
+    finite.
     """
     key_TE = tl.where(key_TE != key_TE, 3e38, tl.minimum(tl.maximum(key_TE, -3e38), 3e38))
     key_TE = tl.where((e_E < sizes.n_expert)[None, :], key_TE, float("-inf"))
@@ -134,7 +131,7 @@ def rank(key_TE, e_E, sizes, FORM: constexpr):
 
 @triton.jit
 def rank_of(experts, token_T, live_T, e_E, real_E, FORM: constexpr):
-    """Return the same from the decision. The expert of padding is the first that does not exist."""
+    """Return the result of `rank` from a decision. The expert of padding is the first that does not exist."""
     rank_TE = tl.full((FORM.rows, FORM.experts), FORM.top_k, tl.int32)
     for k in range(FORM.top_k):
         expert_T = tl.load(experts + token_T * FORM.top_k + k, mask=live_T, other=-1)
@@ -144,7 +141,7 @@ def rank_of(experts, token_T, live_T, e_E, real_E, FORM: constexpr):
 
 @triton.jit
 def margins(z_TE, std_TE, v_TE, picked_TE, real_E):
-    """Return how many standard deviations each expert is from being chosen otherwise, and the limits on both sides."""
+    """Return how many standard deviations each expert is from the other outcome, and the limits on both sides."""
     last_in_T = tl.min(tl.where(picked_TE, v_TE, float("inf")), 1)
     first_out_T = tl.max(tl.where(picked_TE, float("-inf"), v_TE), 1)
     limit_TE = tl.where(picked_TE, first_out_T[:, None], last_in_T[:, None])

@@ -1,4 +1,4 @@
-"""A router's decision for a block of tokens, and what the block adds to the statistics.
+"""A router's decision for a block of tokens, and the block's share of the statistics.
 
 Shape legend: as in `litgpt_moe_ext.moe.kernels.triton.routing`.
 """
@@ -44,7 +44,7 @@ def _store_choice(chosen, w_TE, rank_TE, where, sizes, FORM: constexpr):
 
 @triton.jit
 def _store_counts(rank_TE, where, whole, part_E, FORM: constexpr):
-    # Into the block's part; or, of a block that is alone, all that `sum_up` and `place_rows` make of it.
+    # Store the block's part or, for a single block, the results of `sum_up` and `place_rows`.
     _, e_E, _, _, real_E, inside_TE = where
     count_E = _sum_tokens((rank_TE < FORM.top_k).to(tl.float32), inside_TE)
     if whole is None:
@@ -59,7 +59,7 @@ def _store_counts(rank_TE, where, whole, part_E, FORM: constexpr):
 
 @triton.jit
 def route_block_evenly(given, chosen, whole, parts, sizes, FORM: constexpr):
-    """Choose for a block of a router that does not learn, without scores and so without statistics of them."""
+    """Choose for a block of a router that does not learn; it has no scores, hence no statistics of them."""
     # float64 tells hashes apart.
     token_T, e_E, live_T, real_E, at_TE, inside_TE = block(sizes, FORM)
     text_T = text(given, token_T, live_T)
@@ -81,7 +81,7 @@ def route_block_evenly(given, chosen, whole, parts, sizes, FORM: constexpr):
 
 @triton.jit
 def route_block(given, chosen, whole, parts, sizes, FORM: constexpr):
-    """Choose for a block of tokens; store gate values, experts, and the block's sums; without others, rows as well."""
+    """Choose for a block of tokens; store gate values, experts and the block's sums; for a single block also rows."""
     token_T, e_E, live_T, real_E, at_TE, inside_TE = block(sizes, FORM)
     z_TE, _, std_TE, v_TE = values(given, at_TE, inside_TE, real_E)
     text_T = text(given, token_T, live_T)

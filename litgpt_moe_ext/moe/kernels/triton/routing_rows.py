@@ -1,4 +1,4 @@
-"""Rows sorted by expert, by counting: each block of tokens writes its own behind those of the blocks before it.
+"""A counting sort of rows by expert: each block of tokens writes its rows after those of the blocks before it.
 
 Shape legend: as in `litgpt_moe_ext.moe.kernels.triton.routing`.
 """
@@ -25,7 +25,7 @@ def store_rows(rows, rank_TE, picked_TE, before_E, count_E, where, FORM: constex
     first_E = tl.cumsum(count_E, 0) - count_E
     row_TE = (first_E + before_E)[None, :] + tl.cumsum(picked_TE.to(tl.int32), 0) - picked_TE.to(tl.int32)
     tl.store(rows + row_TE, token_T[:, None] * FORM.top_k + rank_TE, mask=picked_TE)
-    # Padding, of which there are as many choices before this block as are of no expert.
+    # Padding comes last; its choices before this block are those of no expert.
     choice_T = token_T * FORM.top_k
     padding_T = (live_T & (tl.sum(picked_TE.to(tl.int32), 1) == 0)).to(tl.int32)
     row_T = tl.sum(count_E, 0) + tl.min(choice_T, 0) - tl.sum(before_E, 0)
@@ -48,7 +48,7 @@ def place_rows(experts, ends, before, rows, sizes, FORM: constexpr):
 
 @triton.jit
 def sum_up_and_place(parts, experts, sums, other_loss, sizes, FORM: constexpr):
-    """Add up all blocks in the last program; in the others store the rows of a block, adding up counts themselves."""
+    """Add up all blocks in the last program; in each of the others, add up counts and store the rows of a block."""
     n_block = sizes.n_sequence * sizes.n_block
     if tl.program_id(0) == n_block:
         sum_up(parts, sums, other_loss, sizes, FORM)

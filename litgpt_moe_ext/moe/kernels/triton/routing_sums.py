@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 else:
     import triton.language as tl
 
-# How many experts a program of `sum_blocks` adds up, 64 bytes in a row, and how many blocks at a time.
+# Experts per program of `sum_blocks` (64 bytes of a row), and blocks added up at a time.
 COLUMNS, _BLOCKS = tl.constexpr(16), tl.constexpr(128)
 
 
@@ -34,11 +34,11 @@ def _variation(x_E, real_E, n_expert):
 
 @triton.jit
 def sum_blocks(blocks, parts, before, sizes, FORM: constexpr):
-    """Add up the blocks of each sequence, some experts and one kind of numbers in each program."""
+    """Add up the blocks of each sequence; each program takes some experts and one kind of numbers."""
     e_C = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(1)
     if FORM.load == 0.0:
-        row += row // 3  # nothing has written the fourth
+        row += row // 3  # the fourth row has not been written
     inside_C = e_C < FORM.experts
     wanted_C = e_C < (FORM.experts if row < 4 else 4)  # four numbers are not by expert
     count_C = tl.full((COLUMNS,), 0, tl.int32)
@@ -84,7 +84,7 @@ def sum_up(parts, sums, other_loss, sizes, FORM: constexpr):
                 tl.store(sums.before + block_B[:, None] * FORM.experts + e_E[None, :], before_BE, mask=some_BE)
             count_E += tl.sum(count_BE, 0)
             if FORM.trains:
-                # A few blocks in float32, all of them in float64, in which cards for desktops are slow.
+                # Float32 within a few blocks, float64 (slow on desktop cards) over all.
                 p_E += tl.sum(tl.load(part_BE + FORM.experts, mask=live_BE, other=0.0), 0).to(tl.float64)
                 gate_E += tl.sum(tl.load(part_BE + 2 * FORM.experts, mask=live_BE, other=0.0), 0).to(tl.float64)
                 if FORM.load != 0.0:
@@ -98,7 +98,7 @@ def sum_up(parts, sums, other_loss, sizes, FORM: constexpr):
     tl.store(sums.counts + e_E, count_E.to(tl.int64), mask=real_E)
     tl.store(sums.ends + e_E, tl.cumsum(count_E, 0), mask=real_E)
     if FORM.trains:
-        # Losses are recorded times the number of tokens.
+        # Losses are recorded multiplied by the number of tokens.
         n_token = tl.maximum(tl.sum(count_E, 0).to(tl.float64) / FORM.top_k, 1.0)
         tl.store(sums.tally + e_E, count_E.to(tl.float64), mask=real_E)
         several = sums.tally + sizes.n_expert
@@ -130,6 +130,6 @@ def sum_up(parts, sums, other_loss, sizes, FORM: constexpr):
             tl.store(loss, FORM.load * value * n_token)
             loss += 1
         if other_loss is not None:
-            # Padding alone has none. Another division would take a stack on some cards.
+            # Padding alone has no tokens. Another division would need a stack on some cards.
             n_token *= tl.minimum(tl.sum(count_E, 0), 1).to(tl.float64)
             tl.store(loss, tl.load(other_loss).to(tl.float64) * n_token)

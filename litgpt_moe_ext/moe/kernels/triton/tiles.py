@@ -1,14 +1,14 @@
-"""Sizes of the blocks in which the Triton kernels work, for each kind of NVIDIA card and each kind of number.
+"""Block sizes of the Triton kernels, for each kind of NVIDIA card and each kind of number.
 
-Plain data: tables, no autotuning, because another block size is another order of additions, and two runs should give
-the same bits. Every entry must fit into the shared memory of its cards without spilling registers; the tests compile
-all of them. Hopper's `some`, `many`, `weights` and `few_weights` for 16-bit numbers are among the fastest of a dozen on
-an H200; no other entry was timed on a card. TF32 on Hopper and on Blackwell for data centres may have faster ones:
-their Tensor Cores want the numbers of a sum side by side, so the operands of backward passes are copied one by one.
+Tables instead of autotuning, because another block size means another order of additions, and two runs should give the
+same bits. Every entry must fit into the shared memory of its cards without spilling registers; the tests compile all of
+them. Hopper's `some`, `many`, `weights` and `few_weights` for 16-bit numbers are among the fastest of a dozen on an
+H200; no other entry was timed on a card. TF32 on Hopper and on Blackwell for data centres may have faster ones: their
+Tensor Cores want the numbers of a sum side by side, so the operands of backward passes are copied one by one.
 
-A large block reads its operands less often, but a small product has too few of them for all multiprocessors of a card.
-Where that counts was seen on the H200, whose times cross between 50 and 75 % of its multiprocessors for products of
-rows, and between 145 and 195 % for gradients, two of whose blocks share one.
+A large block reads its operands less often, but a small product then has fewer blocks than a card has multiprocessors.
+On the H200, small blocks win below 50 to 75 % as many blocks as multiprocessors for products of rows, and below 145 to
+195 % for gradients, two of whose blocks share a multiprocessor.
 """
 
 import functools
@@ -72,8 +72,8 @@ class Tiles(NamedTuple):
         many: For experts with more.
         weights: For the gradient of weights; `rows` is what one step of the sum reads.
         few_weights: The same where there are few weights.
-        added_weights: The same where it is added to another, of which a thread then holds as many numbers again: too
-            many of them leave a multiprocessor half of its blocks (on an H200 2,048 tokens of 64 narrow experts took
+        added_weights: The same where it is added to another gradient. A thread then holds twice as many numbers, and
+            too many of them halve the blocks of a multiprocessor (on an H200 2,048 tokens of 64 narrow experts took
             100 us instead of 80).
         odd: For widths that are not multiples of 16, which are read element by element and need many registers.
         odd_weights: The same for the gradient of weights.
@@ -95,7 +95,7 @@ class Tiles(NamedTuple):
         mean_rows = work.n_row // work.n_expert
         if mean_rows <= 24:
             return self.few
-        # Of the last block of an expert half is empty on average.
+        # On average, the last block of an expert is half empty.
         blocks = (work.n_row / self.many.rows + work.n_expert / 2) * ceil_div(work.n_out, self.many.out)
         small = work.n_out < self.many.out or blocks < 0.65 * work.processors
         return self.some if small or mean_rows <= 96 else self.many
@@ -135,8 +135,8 @@ def _tiles(
     added: _Block | None = None,
     odd: tuple[_Block, _Block] = _ODD,
 ) -> Tiles:
-    # The fields of `Tile`, block by block in the order of `Tiles`; gradients of few weights, and those that are added,
-    # have the block of the others unless one is given.
+    # Blocks in the order of `Tiles`, each with the fields of `Tile`; `few` and `added` default to the block of
+    # `weights`.
     return Tiles(*(Tile(*block) for block in (*rows, weights, few or weights, added or weights, *odd)))
 
 
@@ -150,9 +150,9 @@ _TURING = Card(
     "Turing",
     64,
     {
-        # Triton has given up Turing's Tensor Cores (triton-lang/triton#5066): a product becomes multiply-adds of the
-        # ordinary cores in every block size. torch's `bmm` over padded groups, which would have them, does E / K times
-        # the work without asking how many rows an expert has; the loop has them, and waits.
+        # Triton has dropped Turing's Tensor Cores (triton-lang/triton#5066): products are multiply-adds of the ordinary
+        # cores in every block size. torch's `bmm` over padded groups would use them, but does E / K times the work
+        # unless it waits for the number of rows of each expert; the loop uses them, and waits.
         "half": _tiles(
             ((16, 32, 32, 4, 2), (32, 64, 16, 4, 2), (64, 64, 16, 4, 2)), (16, 64, 64, 4, 2),
             odd=((32, 32, 16, 4, 2), (16, 32, 64, 4, 2)),
@@ -217,7 +217,7 @@ _BLACKWELL = Card(
         "ieee": _IEEE,
     },
 )  # fmt: skip
-# Where nothing is known (AMD), blocks that fit everywhere; on a CPU, ones that small tests have several of.
+# For unknown cards (AMD), blocks that fit everywhere; on a CPU, blocks so small that small tests have several.
 _SMALL = _tiles(
     ((16, 64, 32, 4, 2), (64, 64, 32, 4, 2), (64, 64, 32, 4, 2)), (32, 64, 64, 4, 2), few=(32, 64, 32, 4, 2)
 )
@@ -228,7 +228,7 @@ _TINY = _tiles(
 )  # fmt: skip
 _INTERPRETER = Card("interpreter", 64, {"half": _TINY, "tf32": _TINY, "ieee": _TINY})
 
-# Compute capabilities, and majors that share one entry. A capability that is not here takes the nearest below.
+# By compute capability. One that is not listed takes the nearest entry below.
 CARDS: dict[tuple[int, int], Card] = {
     (7, 5): _TURING,
     (8, 0): _AMPERE,
@@ -252,9 +252,9 @@ def card_for(capability: tuple[int, int] | None) -> Card:
 
 
 def precision_of(dtype: torch.dtype, capability: tuple[int, int] | None) -> Precision:
-    """Return how numbers of `dtype` are multiplied, which for float32 is the user's setting for matrix products."""
+    """Return how numbers of `dtype` are multiplied; float32 follows the user's setting for matrix products."""
     if dtype != torch.float32:
         return "half"
-    # Of AMD's chips only some have TF32, and Triton refuses it for the others.
+    # Only some of AMD's chips have TF32, and Triton refuses it for the others.
     has_tf32 = capability is None or (capability >= (8, 0) and torch.version.hip is None)
     return "tf32" if has_tf32 and float32_precision("cuda") != "ieee" else "ieee"
