@@ -21,7 +21,7 @@ from litgpt_moe_ext.files import checksums
 from litgpt_moe_ext.files.durable import flush, flush_tree
 from litgpt_moe_ext.files.lock import ProcessLock
 
-FORMAT_VERSION = 2  # part of every key; raise it when the same input would lead to other files
+FORMAT_VERSION = 3  # part of every key; raise it when the same input would lead to other files
 TOKENIZER_DIR = "tokenizer"
 MANIFEST = "manifest.json"
 STATE = "state.json"  # how far the preparation of an unfinished corpus is

@@ -1,6 +1,7 @@
 """Documents in JSON: objects one a line, or one list of objects."""
 
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from litgpt_moe_ext.errors import SettingsError
 
 # Parsing a list takes about 5 bytes of memory for each of its bytes, a fortieth of what encoding a document takes.
 _LIST_BYTES = 40
+_HALVES = re.compile("[\ud800-\udfff]")  # of surrogate pairs, which are no characters
 
 
 def read_json_lines(file: OpenFile, text_format: TextFormat) -> Iterator[Record]:
@@ -75,5 +77,5 @@ def _field(item: object, where: str, place: str, text_format: TextFormat) -> str
                 f"{where} has half a surrogate pair at {place}, character {error.start} of the text, which is not "
                 "Unicode; convert the file, or set invalid_utf8 to replace"
             ) from error
-        text = text.encode("utf-8", "replace").decode("utf-8")
+        text = _HALVES.sub("\ufffd", text)
     return text
