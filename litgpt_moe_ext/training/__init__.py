@@ -1,6 +1,6 @@
-"""Pretraining through LitGPT's own loop, with what a run needs around it.
+"""Pretraining through LitGPT's own loop, and everything a run needs around it.
 
-A run is a list of phases (`run`), each of which takes what the ones before it have returned:
+A run is a sequence of phases (`run`); each takes the results of earlier ones:
 
     Settings -> Plan -> Launched -> Start -> Prepared -> Equipment -> Outcome
 
@@ -10,14 +10,14 @@ Which file to open for which question:
 | --------------------------------------------------------------- | ------------------------ |
 | What can be set, with which default, range and meaning?         | `settings/`              |
 | In which order does a run do things?                            | `run`                    |
-| Do settings go together?                                        | `plan`, `checks`         |
-| Is what they name there, and right?                             | `inputs`                 |
+| Do the settings go together?                                    | `plan`, `checks`         |
+| Do the paths and data that they name exist and fit?             | `inputs`                 |
 | How are processes connected, `out_dir` locked, loggers started? | `launch`, `parallel/`    |
-| What does a run resume from, what moves aside?                  | `start`, `checkpoint/`   |
+| What does a run resume from, and what is moved aside?           | `start`, `checkpoint/`   |
 | Where do corpus and tokenizer come from?                        | `prepare`                |
 | Which callbacks does a setting add, in which order?             | `equip`, `callbacks/`    |
 | Which events can a callback act on?                             | `callback`               |
-| Where do the hooks hang on LitGPT's loop?                       | `loop`, `fabric`         |
+| Where are the hooks in LitGPT's loop?                           | `loop`, `fabric`         |
 | What makes a run stop?                                          | `control`                |
 | Who makes the optimizer and sets the learning rate?             | `optim/`                 |
 | Is the model compiled?                                          | `compilation`            |

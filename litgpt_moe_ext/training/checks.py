@@ -1,4 +1,4 @@
-"""Whether settings go together, checked before any long work starts. None of the checks needs lightning."""
+"""Checks that settings go together, made before any long work starts. None of them needs lightning."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from litgpt_moe_ext.training.settings import DistributedArgs, ScheduleName, Settings
 
-# DeepSpeed hands the optimizer flat shards of several weights. These optimizers treat every number by itself; one that
-# looks at rows, matrices or whole weights would silently compute something else.
+# DeepSpeed gives the optimizer flat shards of several weights. These optimizers are elementwise; one that looks at
+# rows, matrices or whole weights would silently compute something else.
 _ELEMENTWISE_OPTIMIZERS = (
     *("torch.optim." + name for name in ("Adadelta", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")),
     "deepspeed.ops.adam.DeepSpeedCPUAdam",
@@ -31,14 +31,14 @@ _KNOBS_OF_ALL = ("timeout_minutes",)
 
 
 def check_settings(settings: Settings, config: Config) -> None:
-    """Raise SettingsError unless the settings of a run go together, as far as that needs neither processes nor data."""
+    """Raise SettingsError unless the settings of a run go together; needs neither processes nor data."""
     check_model(config)
     refuse_first(_training(settings, config))
     check_combination(settings)
 
 
 def check_model(config: Config) -> None:
-    """Raise SettingsError unless the numbers of a model are ones that a model can have."""
+    """Raise SettingsError if a number in a model's configuration is out of range."""
     check_ranges({name: getattr(config, name) for name in RANGES}, "model_config.")
 
 
@@ -50,11 +50,11 @@ def check_combination(settings: Settings) -> None:
 
 
 def check_strategy(name: str, args: DistributedArgs, accelerator: str) -> None:
-    """Raise SettingsError if a strategy does not work here, lacks a knob that is set, or a package is missing.
+    """Raise SettingsError if a strategy does not work here, lacks an option that is set, or needs a missing package.
 
     Args:
-        name: As in recipes.
-        args: The knobs.
+        name: Name of the strategy, as in recipes.
+        args: Its options.
         accelerator: Device type.
     """
     facts = facts_of(name)
@@ -89,13 +89,13 @@ def _check_installed(what: str, requirement: str) -> None:
 
 
 def check_batch(global_batch_size: int, micro_batch_size: int, processes: int) -> None:
-    """Raise SettingsError unless the global batch can be made of whole micro-batches on every process."""
+    """Raise SettingsError unless the global batch splits into whole micro-batches on every process."""
     unit = micro_batch_size * processes
     if global_batch_size % unit:
         below, above = global_batch_size // unit * unit, -(-global_batch_size // unit) * unit
         nearest = f"{below} or {above}" if below else str(above)
         share, rest = divmod(global_batch_size, processes)
-        # A smaller micro-batch is the same training.
+        # A smaller micro-batch gives the same training.
         fitting = 0 if rest else next(size for size in range(min(share, micro_batch_size), 0, -1) if share % size == 0)
         smaller = f", or set train.micro_batch_size to {fitting}" if fitting else ""
         raise SettingsError(
@@ -133,7 +133,7 @@ def peak_rate(settings: Settings, schedule: ScheduleName) -> float:
     """Return the optimizer's learning rate, from which a schedule falls to `train.min_lr`.
 
     Raises:
-        SettingsError: If the optimizer cannot be made, or its rate is below the other.
+        SettingsError: If the optimizer cannot be made, or its learning rate is below `train.min_lr`.
     """
     peak, floor = learning_rate_of(settings.optimizer), settings.train.min_lr
     if schedule != "constant" and floor > peak:
@@ -188,13 +188,13 @@ def _zero(settings: Settings, stage: int) -> Iterator[str]:
 
 
 def _full_path(optimizer: str) -> str:
-    # torch's optimizers also have the path of the file that they are in.
+    # torch's optimizers can also be named by their submodule, such as torch.optim.adam.Adam.
     module, _, name = optimizer.rpartition(".")
     return f"torch.optim.{name}" if module in ("", f"torch.optim.{name.lower()}") else optimizer
 
 
 def strategy_note(name: str, processes: int, args: DistributedArgs) -> str | None:
-    """Return what to tell a user about a strategy that works: what it does otherwise than its name says, or costs."""
+    """Return a note about a working strategy that does not do what its name says, or has a hidden cost; else None."""
     facts = facts_of(name)
     if processes == 1 and not facts.alone and facts.shards:
         offload = ", and distributed.cpu_offload has no effect" if args.cpu_offload else ""
@@ -213,10 +213,10 @@ def strategy_note(name: str, processes: int, args: DistributedArgs) -> str | Non
 
 
 def check_whole_model(settings: Settings, whole: bool, compiled: bool) -> None:
-    """Raise SettingsError if a setting needs a whole model where there is none, or one that is not compiled.
+    """Raise SettingsError if a setting needs a whole or an uncompiled model, and the run's is not.
 
     Args:
-        settings: All of them.
+        settings: The settings of the run.
         whole: Whether every process has all weights.
         compiled: Whether the model is compiled.
     """

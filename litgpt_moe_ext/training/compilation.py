@@ -1,9 +1,9 @@
-"""`torch.compile` only where it works and pays.
+"""`torch.compile` only where it works and pays off.
 
 LitGPT 0.5.13 compiles every model it pretrains. Without a compiler (Windows without MSVC or Triton, a slim container
-without a C++ compiler) the first training step fails. On a CPU compilation takes minutes and was measured to gain
-nothing, and an expert loop whose row counts depend on the data breaks the graph in every layer. Here the choice is made
-before the first step and printed in one line, and if the compiler fails, the model runs eagerly.
+without a C++ compiler) the first training step fails. On a CPU, compilation takes minutes and measurably gains nothing,
+and an expert loop with data-dependent row counts breaks the graph in every layer. Here the choice is made before the
+first step and printed in one line; if the compiler fails, the model runs eagerly.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Platform:
-    """What decides whether compiled code can be made here.
+    """The facts that decide whether code can be compiled here.
 
     Attributes:
         system: As `platform.system()`: Linux, Windows or Darwin.
@@ -43,7 +43,7 @@ class Platform:
 
 
 def probe_platform(device_type: str) -> Platform:
-    """Return what decides on this machine, for a model on `device_type`."""
+    """Return the facts of this machine, for a model on `device_type`."""
     system = platform.system()
     compilers = (
         [os.environ.get("CXX"), "cl"] if system == "Windows" else [os.environ.get("CXX"), "g++", "clang++", "c++"]
@@ -78,11 +78,11 @@ def obstacle(platform: Platform) -> str | None:
 
 @dataclass(frozen=True)
 class CompileDecision:
-    """Whether a model will be compiled, and why (or why not).
+    """Whether a model will be compiled, and why or why not.
 
     Attributes:
-        enabled: Whether it will be.
-        reason: Why, as words that follow "on" or "off".
+        enabled: Whether it will be compiled.
+        reason: The reason, worded to follow "on" or "off".
     """
 
     enabled: bool
@@ -96,9 +96,9 @@ def decide(requested: bool | Literal["auto"], config: "Config", platform: Platfo
     """Choose between compiled and eager execution.
 
     Args:
-        requested: True and False are obeyed where possible; `"auto"` chooses.
+        requested: True and False are obeyed if possible; `"auto"` chooses.
         config: The model's configuration.
-        platform: As `probe_platform` sees it.
+        platform: The result of `probe_platform`.
 
     Returns:
         The choice with its reason.
@@ -123,7 +123,7 @@ _in_scope = False
 
 
 def decided() -> bool:
-    """Whether a `compile_scope` has decided already what is compiled."""
+    """Return whether a `compile_scope` is active, which decides what is compiled."""
     return _in_scope
 
 
@@ -150,21 +150,21 @@ def compile_scope(decision: CompileDecision) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _uncompiled() -> Iterator[None]:
-    # `torch.compile` and whatever torch keeps from being compiled load the compiler, 4 s of processor time, even where
-    # it is told to compile nothing.
+    # Even when told to compile nothing, `torch.compile` and torch's exclusions from compilation load the compiler,
+    # which takes 4 s of processor time.
     import torch
 
     original, ended = torch.compile, False
     with without_compiler(), contextlib.ExitStack() as stack:
 
         def force_eager(_module: object) -> None:
-            # Nobody would take back what a scope that has ended asks for.
+            # After the scope has ended, nothing would reset the stance.
             if not ended:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
 
         torch.compile = _leave_alone
         try:
-            # Someone else may load it, or have loaded it and compiled something.
+            # Other code may load the compiler, or has loaded it and compiled something.
             when_imported("torch._dynamo", force_eager)
             yield
         finally:
@@ -172,5 +172,5 @@ def _uncompiled() -> Iterator[None]:
 
 
 def _leave_alone(model: Any = None, **_options: Any) -> Any:
-    """Return what `torch.compile` is given; without a model, a decorator that does the same."""
+    """Return the model given to `torch.compile` as it is; without a model, return a decorator that does so."""
     return _leave_alone if model is None else model

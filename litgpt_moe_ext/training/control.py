@@ -1,10 +1,10 @@
 """When to stop: Ctrl-C, SIGTERM and SIGUSR1, a time limit.
 
-Clusters announce the end of a job by SIGTERM, or by a signal of choice some time before: SLURM with
-`#SBATCH --signal=SIGUSR1@300` five minutes before.
+Clusters announce the end of a job by SIGTERM, or some time before by a signal of choice: SLURM five minutes before with
+`#SBATCH --signal=SIGUSR1@300`.
 
-Everything is decided between two iterations, or in a validation or benchmark there, when the step is finished and the
-next batch is not fetched yet: what is saved then is exactly what an uninterrupted run would have had.
+Runs stop only between two iterations, or in a validation or benchmark there, after a finished step and before the next
+batch is fetched: the saved state is exactly that of an uninterrupted run.
 """
 
 import _thread
@@ -21,7 +21,7 @@ from typing import Any
 class TrainingInterrupted(BaseException):
     """A signal ended the run between two steps, after its state was saved.
 
-    Like KeyboardInterrupt no `Exception`, so that nothing in between mistakes it for an error.
+    Like KeyboardInterrupt it is not an `Exception`, so that no handler on the way mistakes it for an error.
 
     Attributes:
         signal_number: The signal.
@@ -35,13 +35,13 @@ class TrainingInterrupted(BaseException):
 
 
 class TrainingStopped(RuntimeError):  # noqa: N818  (not every reason is an error)
-    """Training cannot or shall not go on; the message says why, what is saved, and what to do."""
+    """Training cannot or should not continue; the message says why, what is saved, and what to do."""
 
 
-# What passes a signal on to its whole process group and to its child (`timeout`, `uv run` in a terminal) delivers one
-# Ctrl-C twice, milliseconds apart; nobody presses it twice within this time in seconds.
+# Wrappers such as `timeout`, or `uv run` in a terminal, may deliver one Ctrl-C twice, milliseconds apart: to the process
+# group and to their child. Repeats within this time, in seconds, are ignored.
 MOMENT = 1.0
-_MESSAGE_SECONDS = 1.0  # for a message that a signal has come; nobody may read it
+_MESSAGE_SECONDS = 1.0  # longest wait for the message about a signal, as nobody may be reading the output
 
 # Windows has no SIGUSR1.
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
@@ -58,11 +58,11 @@ class StopRequests:
         self._say = say
         self._received = 0
         self._first_at = 0.0
-        self._saying: list[Any] = []  # a lock for each message, held until it is said
+        self._saying: list[Any] = []  # one lock per message, held until it is printed
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take over SIGINT, SIGTERM and SIGUSR1 in the scope; a later SIGINT ends the program at once."""
+        """Handle SIGINT, SIGTERM and SIGUSR1 in the scope; a SIGINT after another signal ends the program at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -72,7 +72,7 @@ class StopRequests:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-            while self._saying:  # before the program says more, or ends
+            while self._saying:  # before the program prints more, or ends
                 self._saying.pop().acquire(timeout=_MESSAGE_SECONDS)
 
     def _on_signal(self, number: int, _frame: Any) -> None:
@@ -85,7 +85,8 @@ class StopRequests:
         self._received, self._first_at = number, now
         name = signal.Signals(number).name
         message = f"{name} received: finishing the step, then saving. Ctrl-C again quits at once."
-        # Where the signal found this thread writing to the same place, Python does not let it write there.
+        # From a thread, because the signal may have interrupted this one in the middle of a write to the same stream,
+        # which Python does not let it re-enter.
         lock = _thread.allocate_lock()
         lock.acquire()
         self._saying.append(lock)
@@ -107,7 +108,7 @@ class Deadline:
     """LitGPT's `train.max_time`, which its own `pretrain` ignores.
 
     Args:
-        max_time: Seconds of this run, or None.
+        max_time: Time limit of this run in seconds, or None.
     """
 
     def __init__(self, max_time: float | None) -> None:
@@ -116,16 +117,16 @@ class Deadline:
 
     @property
     def is_over(self) -> bool:
-        """Whether the time of this process is over; other processes have clocks of their own."""
+        """Whether this process's time is over; other processes have their own clocks."""
         if self._max_time is None:
             return False
-        # The clock starts with the first step: what LitGPT does before it may take long, and trains nothing.
+        # The clock starts with the first step, because LitGPT's preparations may take long and train nothing.
         self._end = self._end or time.monotonic() + self._max_time
         return time.monotonic() >= self._end
 
     @property
     def seconds_left(self) -> float:
-        """Until then; infinite where nothing ends the run."""
+        """Seconds until the deadline; infinite without one."""
         if self._max_time is None:
             return math.inf
         return self._max_time if self._end is None else max(0.0, self._end - time.monotonic())

@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Equipment:
-    """What acts on the loop from outside the events.
+    """The parts of a run that act on the loop other than as callbacks.
 
     Attributes:
         compile: Whether the model is compiled, and why.
         graphs: Whether CUDA graphs are tried, and why not.
         optimization: Makes the optimizer and sets its learning rate.
-        fused_loss: Does the work of the output head, or None if the head does it.
+        fused_loss: Computes output head and loss together, or None if the head is computed by itself.
     """
 
     compile: CompileDecision
@@ -48,10 +48,10 @@ class Equipment:
 
 
 def choose_equipment(launched: Launched) -> Equipment:
-    """Choose what the strategy can fulfil; before data are prepared, which may take hours.
+    """Choose the equipment, before data are prepared, which may take hours.
 
     Raises:
-        SettingsError: If it cannot fulfil a setting.
+        SettingsError: If the strategy cannot support a setting.
     """
     settings, strategy = launched.plan.settings, launched.fabric.strategy
     compiled = _compile(launched)
@@ -120,7 +120,7 @@ def _callbacks(launched: Launched, prepared: Prepared, equipment: Equipment) -> 
 
 
 def _peak(launched: Launched) -> float | None:
-    """Return what a device computes at best, in FLOP/s, if it is known."""
+    """Return the peak FLOP/s of a device, or None if unknown."""
     given, fabric = launched.plan.settings.peak_tflops, launched.fabric
     if given is not None:
         return 1e12 * given

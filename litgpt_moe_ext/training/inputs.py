@@ -1,6 +1,6 @@
-"""What the settings of a run name: its directory, weights, data and tokenizer, checked before any long work starts.
+"""Checks of a run's directory, weights, data and tokenizer, made before any long work starts.
 
-None of the checks needs lightning.
+None of them needs lightning.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def check_own(out_dir: Path) -> None:
-    """Raise SettingsError if `out_dir` is something else than a directory of a run."""
+    """Raise SettingsError if `out_dir` is the working directory or a checkpoint."""
     if os.path.realpath(out_dir) == os.getcwd():  # `resolve` fails at links in a circle
         raise SettingsError(f"out_dir: {str(out_dir)!r} is the working directory; give the run a directory of its own")
     if (out_dir / WEIGHTS_FILE).is_file():
@@ -35,7 +35,7 @@ def check_own(out_dir: Path) -> None:
 
 
 def check_writable(out_dir: Path) -> None:
-    """Raise SettingsError unless `out_dir` can be a directory of the run's own; creates it."""
+    """Create `out_dir`; raise SettingsError unless it can serve as the run's own directory."""
     check_own(out_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -62,9 +62,9 @@ def check_initial_checkpoint(directory: Path) -> None:
 
 
 def check_data(settings: Settings, config: Config) -> None:
-    """Raise SettingsError if the data that the settings name cannot suit the model; looks at no document.
+    """Raise SettingsError if the settings show that the data cannot suit the model; reads no documents.
 
-    Tells the data what the model asks of them, for what only the prepared data know.
+    Also tells the data module the model's requirements, which it checks again once the data are prepared.
     """
     data: Any = settings.data
     if data is None:
@@ -83,8 +83,8 @@ def check_data(settings: Settings, config: Config) -> None:
 
 
 def offers(data: DataModule | None, method: str) -> bool:
-    """Return whether a data module has a method that LitGPT's do not have."""
-    return hasattr(type(data), method)  # the class knows; asked for what it lacks, a data module may load lightning
+    """Return whether a data module has a method that LitGPT's own lack."""
+    return hasattr(type(data), method)  # on the class: looking up a missing attribute on a module may load lightning
 
 
 def _check_tiny_llama() -> None:
@@ -99,7 +99,7 @@ def _check_tiny_llama() -> None:
 
 
 def check_without_tokenizer(settings: Settings) -> None:
-    """Raise SettingsError if a setting needs a tokenizer; call it where there is none."""
+    """Raise SettingsError if a setting needs a tokenizer; call this if the run has none."""
     for name, wanted in (("sample.prompts", settings.sample.prompts), ("evaluate", settings.evaluate.wanted)):
         if wanted:
             raise SettingsError(f"{name}: needs a tokenizer; give tokenizer_dir, or leave it out")
@@ -109,7 +109,7 @@ def open_tokenizer(tokenizer_dir: Path, padded_vocab_size: int) -> Tokenizer:
     """Return the `litgpt.Tokenizer` of a directory.
 
     Raises:
-        SettingsError: If there is none, it cannot be opened, does not separate documents, or has more tokens than the
+        SettingsError: If there is none, it cannot be opened, has no end-of-text token, or has more tokens than the
             model's vocabulary.
     """
     from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt, vocabulary_size_of
@@ -117,7 +117,7 @@ def open_tokenizer(tokenizer_dir: Path, padded_vocab_size: int) -> Tokenizer:
     where = f"tokenizer_dir: {str(tokenizer_dir)!r}"
     try:
         tokenizer = open_as_litgpt(tokenizer_dir)
-    except NotImplementedError as error:  # how LitGPT says that it found neither file
+    except NotImplementedError as error:  # LitGPT found neither file
         raise SettingsError(f"{where} has neither tokenizer.json nor tokenizer.model") from error
     except Exception as error:  # the tokenizers library raises nothing more precise
         raise SettingsError(f"{where} cannot be opened: {error}") from error
@@ -136,7 +136,7 @@ def open_tokenizer(tokenizer_dir: Path, padded_vocab_size: int) -> Tokenizer:
 
 
 def check_same_tokens(initial_checkpoint_dir: Path, tokenizer_dir: Path) -> None:
-    """Raise SettingsError if ids mean other text to the weights that a run starts from than in its data."""
+    """Raise SettingsError if the tokenizer of the initial weights gives ids another meaning than the data's."""
     from litgpt_moe_ext.data.tokenizer.opening import same_ids
 
     if not same_ids(initial_checkpoint_dir, tokenizer_dir):

@@ -1,4 +1,4 @@
-"""The second phase of a run: its processes are connected, and `out_dir` is its own."""
+"""The second phase of a run: connecting its processes and locking `out_dir`."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Launched:
-    """A run whose processes work together.
+    """A run whose processes are connected.
 
     Attributes:
-        plan: What is wanted.
+        plan: The plan of the run.
         fabric: Connects the processes.
-        reporter: Shows on the first process what happens.
+        reporter: Shows progress on the first process.
         devices: Processes on each node.
         num_nodes: Number of nodes.
     """
@@ -62,24 +62,24 @@ class Launched:
 
 @contextlib.contextmanager
 def launch(plan: Plan) -> Iterator[Launched]:
-    """Connect the processes and take `out_dir`; give everything back when the scope ends, however it ends.
+    """Connect the processes and lock `out_dir`; release everything at the end of the scope.
 
-    The logger starts when the directory is taken, so that a run that is refused leaves none behind.
+    The logger starts after the lock is taken, so that a refused run leaves no logs behind.
 
     Raises:
         SettingsError: If the processes cannot work together, or another run works in `out_dir`.
     """
     settings = plan.settings
-    # Output that goes to a file has lines and no bar, whatever is asked for.
+    # Output to a file has lines and no bar, whatever the setting.
     bar = settings.progress is not False and sys.stdout.isatty()
     reporter = Reporter(plan.total_steps, bar, Deadline(plan.train.max_time))
     lock = ProcessLock(plan.out_dir / ".lock")
     with contextlib.ExitStack() as stack:
         if settings.float32_matmul_precision is not None:
-            with contextlib.suppress(RuntimeError):  # of a program that has used torch's newer settings as well
+            with contextlib.suppress(RuntimeError):  # raised if the program also used torch's newer settings
                 stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             torch.set_float32_matmul_precision(settings.float32_matmul_precision)
-        # Where rows may be padded, models look for it, and a GPU gets masks for whatever it finds.
+        # A data module that pads switches this on for the whole process; switch it back at the end.
         stack.callback(accept_padding, accepts_padding())
         stack.enter_context(reporter.transcript.recording())
         stack.callback(reporter.transcript.close)
@@ -130,13 +130,13 @@ def _connect(plan: Plan, reporter: Reporter) -> Launched:
         end_at_once_on_termination()
     with _connection_errors(knobs.timeout_minutes):
         fabric.launch()
-    if fabric.is_global_zero:  # which process is the first is certain only now
+    if fabric.is_global_zero:  # known only after the launch
         fabric.add_callback(reporter)
     return Launched(plan, fabric, reporter, devices, num_nodes)
 
 
 def _size(settings: Settings, started: Processes | None) -> tuple[int, int]:
-    """Return the number of processes on each node, and that of nodes."""
+    """Return the number of processes on each node and the number of nodes."""
     devices, num_nodes = settings.devices, settings.num_nodes
     if started is None:
         return parse_devices(devices), num_nodes
@@ -150,7 +150,7 @@ def _size(settings: Settings, started: Processes | None) -> tuple[int, int]:
 
 
 def _take(lock: ProcessLock, launched: Launched) -> None:
-    # Make sure that no other run works in the directory, and tidy up what a killed one left there.
+    # Make sure that no other run works in the directory, and clean up after a killed one.
     fabric, out_dir = launched.fabric, launched.plan.out_dir
     owner = fabric.broadcast(lock.take() if fabric.is_global_zero else None)
     if owner is not None:
@@ -168,7 +168,7 @@ def _make_logger(launched: Launched) -> Logger:
     settings, name = plan.settings, plan.settings.logger_name
     if name == "csv":
         return WideTable(plan.out_dir, fabric.print)
-    # To see what the terminal shows, litlogger would start the command a second time, in the middle of the first.
+    # To capture the terminal, litlogger would start the command again, in the middle of this run.
     log_args = asdict(settings.log) | {"save_logs": False}
     try:
         own = wandb_run.options(settings.resume, plan.out_dir) if name == "wandb" and fabric.is_global_zero else {}
@@ -180,11 +180,11 @@ def _make_logger(launched: Launched) -> Logger:
             log_interval=plan.train.log_interval,
             log_args=log_args,
         )
-        # Also opens the run, so that what the service refuses is known now. litlogger shows log.metadata instead.
+        # Also opens the run at the service, so that a refusal shows now. litlogger shows log.metadata instead.
         logger.log_hyperparams({} if name == "litlogger" else plan.plain)
     except ImportError as error:
         raise SettingsError(f"logger_name: {name!r} needs a package: {error}") from error
-    except Exception as error:  # every service has errors of its own
+    except Exception as error:  # every service has its own errors
         reason = one_line(error).rstrip(".")
         offline = ", set WANDB_MODE=offline" if name == "wandb" else ""
         raise SettingsError(f"logger_name: {name!r} cannot start: {reason}; mend that{offline}, or set csv") from error
@@ -192,7 +192,7 @@ def _make_logger(launched: Launched) -> Logger:
 
 
 def _run_of_wandb() -> Any:
-    """Return the run of W&B that is open in this process, or None."""
+    """Return the W&B run that is open in this process, or None."""
     return getattr(sys.modules.get("wandb"), "run", None)
 
 
@@ -202,15 +202,15 @@ def _finish(logger: Logger, plan: Plan, status: str, earlier: Any) -> None:
             cast(Any, logger).log_file(str(plan.out_dir / TRANSCRIPT_FILE))
         logger.finalize(status)
         if plan.settings.logger_name == "wandb" and (run := _run_of_wandb()) is not earlier:
-            # Lightning leaves it open, and would log the next training of this process there.
+            # Lightning leaves it open, and would log this process's next training to it.
             run.finish(exit_code=int(status != "success"))
-    except Exception as error:  # every service has errors of its own, and the training has ended
+    except Exception as error:  # every service has its own errors, and the training has ended
         print(f"  the logger failed: {one_line(error)}")
 
 
 def _report_topology(fabric: TrainingFabric) -> None:
     if (matrix := topology.read_matrix()) is None:
-        check_nvlink_connectivity(fabric)  # knows AMD's tool as well
+        check_nvlink_connectivity(fabric)  # also handles AMD GPUs
         return
     for line in topology.report(matrix):
         fabric.print(line)

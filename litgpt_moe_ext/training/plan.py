@@ -1,4 +1,4 @@
-"""The first phase of a run: what is wanted, checked as far as that needs no other process and no data."""
+"""The first phase of a run: its settings, checked as far as possible without other processes or data."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run as it is meant to be.
+    """The checked settings of a run, and what follows from them.
 
     Attributes:
-        settings: All settings; directories of checkpoints are resolved as LitGPT resolves them.
-        config: The model.
+        settings: All settings; checkpoint directories are resolved as in LitGPT.
+        config: The model's configuration.
         train: `settings.train` as LitGPT's own class.
         plain: The settings as plain data, for checkpoints and loggers.
-        steps_ahead: How many optimizer steps more a resumed training has made than its tokens would be with the present
-            batch size; negative if the batch was larger before.
+        steps_ahead: Optimizer steps that a resumed training has made, minus the steps that its tokens would take at the
+            present batch size; negative if the batch was larger before.
     """
 
     settings: Settings
@@ -66,7 +66,7 @@ class Plan:
 
 
 def make_plan(settings: Settings) -> Plan:
-    """Check the settings and return what follows from them; creates `out_dir`.
+    """Check the settings, create `out_dir`, and return the plan.
 
     Raises:
         SettingsError: If a setting or an input is wrong.
@@ -77,7 +77,9 @@ def make_plan(settings: Settings) -> Plan:
 
 
 def check_plan(settings: Settings) -> Plan:
-    """Make the checks that need neither processes nor data, and write nothing: for runs, studies and `doctor`.
+    """Return the plan after all checks that need neither processes nor data; for runs, studies and `doctor`.
+
+    Writes nothing.
 
     Raises:
         SettingsError: If a setting or an input is wrong.
@@ -102,7 +104,7 @@ def check_plan(settings: Settings) -> Plan:
 
 
 def plain_settings(settings: Settings) -> dict[str, Any]:
-    """Return the settings as plain data that a recipe may hold, without those that are null."""
+    """Return the settings as plain data for a recipe, without those that are null."""
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     return {name: to_plain(value, name) for name, value in values.items() if value is not None}
 
@@ -128,7 +130,7 @@ def _resolved(settings: Settings) -> Settings:
 
 
 def _checkpoint_dir(directory: Path | None) -> Path | None:
-    # LitGPT keeps what it downloads in checkpoints/, which its commands let one leave out.
+    # LitGPT keeps its downloads in checkpoints/, a prefix that its commands let users omit.
     if directory is None or directory.is_dir():
         return directory
     from litgpt.utils import extend_checkpoint_dir
@@ -137,10 +139,10 @@ def _checkpoint_dir(directory: Path | None) -> Path | None:
 
 
 def model_of(settings: Settings) -> Config:
-    """Return the model of a run.
+    """Return the model configuration of a run.
 
     Raises:
-        SettingsError: If none is given, or LitGPT has none of the name.
+        SettingsError: If none is given, or LitGPT has no model of that name.
     """
     if settings.model_config is not None:
         if settings.model_name not in ("", settings.model_config.name):

@@ -1,4 +1,4 @@
-"""The fourth phase of a run: its corpus and its tokenizer are there, and suit model and strategy."""
+"""The fourth phase of a run: preparing its corpus and its tokenizer."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run trains on.
+    """The data of a run.
 
     Attributes:
         data: The data module.
-        tokenizer: Its tokenizer, if it has one.
-        tokenizer_dir: Where that comes from; its files become part of the checkpoints.
+        tokenizer: Its tokenizer, or None.
+        tokenizer_dir: Directory of the tokenizer, whose files are copied into the checkpoints, or None.
     """
 
     data: DataModule
@@ -43,7 +43,7 @@ def prepare_data(launched: Launched, start: Start) -> Prepared:
     """Prepare the corpus, on the first process of each node before the others, and open the tokenizer.
 
     Raises:
-        SettingsError: If the tokenizer does not suit the model or its weights, or something that needs one has none.
+        SettingsError: If the tokenizer does not suit the model or its weights, or a setting needs one that is missing.
     """
     settings = launched.plan.settings
     check_data(settings, launched.plan.config)

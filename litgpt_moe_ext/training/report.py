@@ -1,4 +1,4 @@
-"""What a run says before its first step and after its last."""
+"""The messages of a run before its first step and after its last."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def announce(launched: Launched, start: Start, equipment: Equipment) -> None:
-    """Say what is about to be trained, on what, for how long, and what a resumed run does otherwise."""
+    """Say what is about to be trained, on what and for how long, and how a resumed run differs."""
     plan, fabric, say = launched.plan, launched.fabric, launched.fabric.print
     size = count_parameters(plan.config, bool(plan.train.tie_embeddings))
     say(
@@ -85,7 +85,7 @@ def conclude(launched: Launched, prepared: Prepared, outcome: Outcome) -> None:
 
 
 def _cut(plan: Plan) -> Iterator[str]:
-    """Say what the settings ask for that whole steps, or this many of them, cannot give."""
+    """Yield a line for each setting that whole steps, or this many steps, cannot fulfil exactly."""
     train = plan.settings.train
     planned, rest = divmod(train.max_tokens, plan.tokens_per_step)
     if rest and plan.total_steps == planned + plan.steps_ahead:
@@ -101,10 +101,10 @@ def _cut(plan: Plan) -> Iterator[str]:
 
 
 def farther(plan: Plan, step: int) -> str:
-    """Return the flags, each after a space, that let a training go on which has made some optimizer steps."""
+    """Return the flags, each after a space, that let a training continue beyond `step`; empty if none are needed."""
     train, ahead = plan.settings.train, plan.steps_ahead
     planned = train.max_tokens // plan.tokens_per_step
-    # As when the settings of a finished run have become shorter.
+    # More than 2 if the settings of a finished run have been shortened.
     times = 2 * max(1, -(-(step - ahead) // max(planned, 1)))
     planned += ahead
     more = (

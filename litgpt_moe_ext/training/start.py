@@ -1,4 +1,4 @@
-"""The third phase of a run: what it starts from, and room for its checkpoints."""
+"""The third phase of a run: finding what it starts from, and making room for its checkpoints."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Start:
     """What a run starts from: a checkpoint, weights alone, or neither.
 
     Attributes:
-        resume_file: Model file of the checkpoint that it continues.
-        initial_checkpoint_dir: Directory of the weights that it starts from.
-        sequences: What that checkpoint was trained on, if known.
-        corpora: Keys of the corpora that its position in the data is about; empty where it does not say so.
+        resume_file: Model file of the checkpoint that the run continues.
+        initial_checkpoint_dir: Checkpoint directory of the initial weights.
+        sequences: Number of sequences that the resumed checkpoint was trained on, if known.
+        corpora: Keys of the corpora of its data position; empty if not recorded.
     """
 
     resume_file: Path | None
@@ -57,13 +57,13 @@ class Start:
 
 
 def find_start(launched: Launched) -> tuple[Launched, Start]:
-    """Decide what to resume from, and check that it is this model.
+    """Decide what to resume from, and check that it is of this model.
 
     Returns:
-        The run, with the steps that it is ahead, and its start.
+        The run, with `Plan.steps_ahead` set, and its start.
 
     Raises:
-        SettingsError: If what the settings name is not there, is damaged, or is another model.
+        SettingsError: If the named checkpoint does not exist, is damaged, or is of another model.
     """
     plan, fabric = launched.plan, launched.fabric
     found = agree(fabric, lambda: choose_checkpoint(plan, fabric.print))
@@ -78,15 +78,15 @@ def find_start(launched: Launched) -> tuple[Launched, Start]:
 
 
 def choose_checkpoint(plan: Plan, say: Callable[[str], None], read_all: bool = True) -> Path | None:
-    """Return the model file that a run resumes from, or None if there is none; check it, or what it starts from.
+    """Check the model file that a run resumes from and return it; if there is none, check its initial weights.
 
     Args:
         plan: The run.
-        say: Told about every checkpoint that is passed over.
-        read_all: Whether the numbers in the file are read as well, which takes long.
+        say: Told about every damaged checkpoint that is skipped.
+        read_all: Whether to read the tensors in the file as well, which takes long.
 
     Raises:
-        SettingsError: If what the settings name is not there, is damaged, or is another model.
+        SettingsError: If the named checkpoint does not exist, is damaged, or is of another model.
     """
     found = find_resume_file(plan.settings.resume, plan.out_dir, say, read_all)
     initial = plan.settings.initial_checkpoint_dir
@@ -110,7 +110,7 @@ def choose_checkpoint(plan: Plan, say: Callable[[str], None], read_all: bool = T
 
 
 def saved_corpora(model_file: Path) -> frozenset[str]:
-    """Return the keys of the corpora that the position in a checkpoint's model file is about."""
+    """Return the keys of the corpora of the data position in a checkpoint's model file."""
     from litgpt_moe_ext.files.archives import open_archive
 
     return frozenset(corpora_of(open_archive(model_file, "resume").get("train_dataloader")))
@@ -118,11 +118,11 @@ def saved_corpora(model_file: Path) -> frozenset[str]:
 
 @contextlib.contextmanager
 def same_corpora(start: Start, settings: dict[str, Any]) -> Iterator[None]:
-    """In the scope, refuse to prepare, and to train on, another corpus than the run was trained on.
+    """In the scope, refuse to prepare or train on other corpora than the resumed run's.
 
     Args:
         start: What the run starts from.
-        settings: Of the present run, as plain data.
+        settings: Settings of the present run, as plain data.
     """
     if start.resume_dir is None or not start.corpora:
         yield
@@ -143,7 +143,7 @@ def same_corpora(start: Start, settings: dict[str, Any]) -> Iterator[None]:
 
 
 def sequences_and_steps_ahead(checkpoint_dir: Path, global_batch_size: int) -> tuple[int | None, int]:
-    """Return what a checkpoint was trained on, if known, and `Plan.steps_ahead` of a run that goes on with it."""
+    """Return a checkpoint's number of trained sequences, if known, and `Plan.steps_ahead` of a run that resumes it."""
     sequences, step = sequences_of(checkpoint_dir), step_of(checkpoint_dir)
     if sequences is None or step is None:
         return None, 0
@@ -154,7 +154,7 @@ def make_room(launched: Launched, start: Start, prepared: Prepared) -> tuple[Sta
     """Move the checkpoints of an earlier run out of the way, unless this run continues there.
 
     Returns:
-        What was given, with the directories that have moved under their new names.
+        `start` and `prepared`, with the new paths of directories that were moved.
     """
     fabric, out_dir = launched.fabric, launched.plan.out_dir
     if start.resume_dir is not None and start.resume_dir.parent.resolve() == out_dir.resolve():

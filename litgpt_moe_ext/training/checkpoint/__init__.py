@@ -1,1 +1,1 @@
-"""Checkpoints: saved whole or not at all, found again, resumed."""
+"""Checkpoints: saving them whole or not at all, finding them, resuming from them."""

@@ -1,4 +1,4 @@
-"""Which settings of a resumed run are others than in its checkpoint, and what comes of it."""
+"""Settings of a resumed run that differ from its checkpoint's, and their effect."""
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -8,7 +8,7 @@ from typing import Any
 from litgpt_moe_ext.training.checkpoint.hyperparameters import FILE_NAME, read
 from litgpt_moe_ext.training.settings import ParameterGroupArgs, Settings
 
-# What a resumed run takes from its checkpoint although the settings now say something else.
+# Settings whose change has an effect that may surprise in a resumed run.
 _EFFECTS = {
     "seed": "it has no effect: weights and random generators are those of the checkpoint",
     "train.global_batch_size": (
@@ -17,7 +17,7 @@ _EFFECTS = {
     "train.max_tokens": "the learning rate goes on in the schedule of the new length",
     "schedule.name": "the learning rate goes on in the new schedule, at the step of the checkpoint",
 }
-# What belongs to one start of a run, and may differ in the next.
+# Settings of a single start, which may differ when the run is resumed.
 _OF_THE_START = {"resume", "out_dir", "progress", "initial_checkpoint_dir"}
 
 
@@ -26,7 +26,7 @@ def resume_notes(checkpoint_dir: Path, settings: dict[str, Any]) -> list[str]:
 
     Args:
         checkpoint_dir: The checkpoint to resume from.
-        settings: Of the present run, as plain data.
+        settings: Settings of the present run, as plain data.
     """
     saved = read(checkpoint_dir)
     if not saved:
@@ -42,24 +42,23 @@ def resume_notes(checkpoint_dir: Path, settings: dict[str, Any]) -> list[str]:
                 f"{name} was {before} in the checkpoint and is {now} now: it has no effect: the optimizer's state of "
                 "the checkpoint has its own"
             )
-    if changes := changed_settings(checkpoint_dir, settings):  # what they say now holds from here on
+    if changes := changed_settings(checkpoint_dir, settings):
         notes.append(f"changed since the checkpoint: {', '.join(changes)}")
     return notes
 
 
 def changed_settings(checkpoint_dir: Path, settings: dict[str, Any]) -> list[str]:
-    """Return `NAME BEFORE -> NOW` for every setting that is another one than in a checkpoint, and has an effect.
+    """Return `NAME BEFORE -> NOW` for every setting that differs from a checkpoint's and takes effect.
 
     Args:
         checkpoint_dir: The checkpoint to resume from.
-        settings: Of the present run, as plain data.
+        settings: Settings of the present run, as plain data.
     """
     saved = read(checkpoint_dir)
     flat_before, flat_now = _flat(saved), _flat(settings)
     changes = []
     for name, before, now in _differences(saved, settings):
-        # Another version may have had other settings in a section; those that are null by default are not written down
-        # while they are.
+        # A setting missing on one side may not exist in that version, unless its default is null: nulls are not saved.
         in_both = name in flat_before and name in flat_now
         comparable = in_both or name.startswith(("model_config.", "data.")) or _is_null_by_default(name)
         if comparable and not _is_kept_by_the_optimizer(name):
@@ -68,7 +67,7 @@ def changed_settings(checkpoint_dir: Path, settings: dict[str, Any]) -> list[str
 
 
 def _differences(saved: dict[str, Any], settings: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield every setting that differs, with its values as text, but for those that have a line of their own."""
+    """Yield every setting that differs, with its values as text, except those with a note of their own."""
     flat_before, flat_now = _flat(saved), _flat(settings)
     told = _EFFECTS.keys() | _OF_THE_START
     for name in dict.fromkeys([*flat_before, *flat_now]):
@@ -87,7 +86,7 @@ def _is_null_by_default(name: str) -> bool:
 
 
 def _is_kept_by_the_optimizer(name: str) -> bool:
-    # All of its arguments, given or not, but for the rate, which the schedule sets anew.
+    # All of its arguments, given or not, except the learning rate, which the schedule sets.
     argument = name.startswith("optimizer.") and name not in ("optimizer.class_path", "optimizer.lr")
     return argument or name.startswith(f"{ParameterGroupArgs.key}.")
 
@@ -101,5 +100,5 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """Return a value as recipes write it."""
+    """Return a value as written in a recipe."""
     return "null" if value is None else str(value)

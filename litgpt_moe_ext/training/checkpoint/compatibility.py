@@ -14,7 +14,7 @@ from litgpt_moe_ext.training.checkpoint.hyperparameters import read
 from litgpt_moe_ext.training.checkpoint.progress import sequences_of
 from litgpt_moe_ext.training.settings import ParameterGroupArgs
 
-# Fields that a run which starts from weights may change: how rows are read. With a longer context, rotations as well.
+# Fields that a run starting from weights may change: how rows are read. With a longer context, rotations as well.
 _OF_ROWS = {
     "block_size",
     "attention_document_boundary",
@@ -26,7 +26,7 @@ _OF_ROWS = {
 
 
 def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
-    """Raise SettingsError, naming the fields that differ, if a checkpoint holds another model than `config` describes.
+    """Raise SettingsError, naming the fields that differ, if a checkpoint's model is not the one of `config`.
 
     Args:
         setting: Name of the setting that names the checkpoint.
@@ -53,10 +53,10 @@ def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
 
 
 def start_notes(checkpoint_dir: Path, config: Any) -> list[str]:
-    """Return a line for every field by which a model reads its rows otherwise than the one whose weights it has.
+    """Return a line for every field that makes a model read its rows differently from the model of its weights.
 
     Args:
-        checkpoint_dir: Where its weights come from.
+        checkpoint_dir: Checkpoint of the initial weights.
         config: The `litgpt.Config` of the run.
     """
     saved, now = asdict(read_config(checkpoint_dir, "initial_checkpoint_dir")), asdict(config)
@@ -68,12 +68,12 @@ def start_notes(checkpoint_dir: Path, config: Any) -> list[str]:
 
 
 def _context_of(saved: dict[str, Any], now: dict[str, Any]) -> set[str]:
-    """Return the fields in which a model may differ from the one whose weights it starts from."""
+    """Return the fields that may differ from those of the initial weights' model."""
     if now.get("position_embedding") == "learned":  # a row of weights for every position
         return _OF_ROWS - {"block_size"}
     if now["block_size"] <= saved["block_size"]:
         return _OF_ROWS
-    # Ways to extend a context. One that was extended before, and is not any more, is a setting that was forgotten.
+    # Ways to extend a context. If an earlier extension is gone, its setting was probably forgotten: refuse that.
     context = set(_OF_ROWS)
     if now["rope_adjustments"] is not None:
         context.add("rope_adjustments")
@@ -84,14 +84,12 @@ def _context_of(saved: dict[str, Any], now: dict[str, Any]) -> set[str]:
 
 def _may_differ(setting: str, name: str, before: Any, now: Any) -> bool:
     if name == "router_bias_update_schedule" and setting == "resume" and None in (before, now):
-        return False  # a checkpoint without a schedule has no count of the steps that one goes by
+        return False  # a checkpoint without a schedule lacks the step count that a schedule needs
     return name in ("name", "hf_config") or (name in FIELDS and FIELDS[name].of_training)
 
 
 def require_same_weights(setting: str, checkpoint_dir: Path, config: Any) -> None:
-    """Raise SettingsError, naming some that differ, if a model would not take the weights in a checkpoint.
-
-    Only names and shapes are looked at.
+    """Raise SettingsError, naming some differences, unless the weights in a checkpoint fit a model by name and shape.
 
     Args:
         setting: Name of the setting that names the checkpoint.
@@ -110,7 +108,7 @@ def require_same_weights(setting: str, checkpoint_dir: Path, config: Any) -> Non
         weights = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in weights.items()}
     try:
         meta_model(config).load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:  # how torch says that names or shapes differ, or that it is no dict
+    except (RuntimeError, TypeError) as error:  # names or shapes differ, or the weights are no dict
         difference = shortened(error).removeprefix("Error(s) in loading state_dict for GPT: ").rstrip(".")
         raise SettingsError(
             f"{setting}: {str(file)!r} holds other weights than the model beside it: {difference}; {COPY_AGAIN}"
@@ -118,10 +116,10 @@ def require_same_weights(setting: str, checkpoint_dir: Path, config: Any) -> Non
 
 
 def require_one_table(checkpoint_dir: Path) -> None:
-    """Raise SettingsError if a run with `train.tie_embeddings` would lose one of two tables.
+    """Raise SettingsError if `train.tie_embeddings` would lose one of two different tables.
 
     Args:
-        checkpoint_dir: Where its weights come from, those of its model.
+        checkpoint_dir: Checkpoint of the initial weights, of the same model.
     """
     import torch
 
@@ -137,7 +135,7 @@ def require_one_table(checkpoint_dir: Path) -> None:
 
 
 def require_same_optimizer(checkpoint_dir: Path, settings: dict[str, Any]) -> None:
-    """Raise SettingsError if a checkpoint holds the state of an optimizer of another class than the settings name."""
+    """Raise SettingsError if a checkpoint's optimizer state is of another class than the settings' optimizer."""
     before, now = _class_name(read(checkpoint_dir).get("optimizer")), _class_name(settings["optimizer"])
     if before is not None and before != now:
         raise SettingsError(
@@ -147,11 +145,11 @@ def require_same_optimizer(checkpoint_dir: Path, settings: dict[str, Any]) -> No
 
 
 def require_same_groups(checkpoint_dir: Path, settings: dict[str, Any], config: Any) -> None:
-    """Raise SettingsError if the parameters are sorted otherwise than the state of a checkpoint's optimizer.
+    """Raise SettingsError if the parameters are grouped differently from a checkpoint's optimizer state.
 
     Args:
         checkpoint_dir: A checkpoint directory.
-        settings: Of the present run, as plain data.
+        settings: Settings of the present run, as plain data.
         config: The `litgpt.Config` of the run.
     """
     before, now = (plain.get(ParameterGroupArgs.key) for plain in (read(checkpoint_dir), settings))
@@ -177,7 +175,7 @@ def require_same_groups(checkpoint_dir: Path, settings: dict[str, Any], config: 
 
 
 def require_same_tables(checkpoint_dir: Path, tied: bool) -> None:
-    """Raise SettingsError if a checkpoint's output head and token embeddings are one table and a run's two, or not so.
+    """Raise SettingsError if only one of a checkpoint and a run ties the output head to the token embeddings.
 
     Args:
         checkpoint_dir: A checkpoint directory.
@@ -192,7 +190,7 @@ def require_same_tables(checkpoint_dir: Path, tied: bool) -> None:
 
 
 def require_whole_steps(checkpoint_dir: Path, global_batch_size: int) -> None:
-    """Raise SettingsError unless the sequences that a checkpoint was trained on are whole steps of this batch size."""
+    """Raise SettingsError unless a checkpoint's number of trained sequences is a multiple of this batch size."""
     sequences = sequences_of(checkpoint_dir)
     if sequences is not None and sequences % global_batch_size:
         raise SettingsError(

@@ -1,4 +1,4 @@
-"""Earlier runs in the same `out_dir`: a new one moves them out of its way, where they stay until they are deleted."""
+"""Earlier runs in the same `out_dir`: a new run moves them aside, and old ones are deleted on request."""
 
 import shlex
 import shutil
@@ -10,21 +10,20 @@ from litgpt_moe_ext.interruption import uninterrupted
 from litgpt_moe_ext.training.checkpoint.progress import newest_first
 from litgpt_moe_ext.training.logs import ANOMALIES_FOLDER, EXPORTS_FOLDER, METRICS_FILE, TRANSCRIPT_FILE, WIDE_FILE
 
-_MANY = 3  # from which on it is worth a line
+_MANY = 3  # so many earlier runs are worth a message
 
 
 def set_aside(out_dir: Path) -> Path | None:
     """Move checkpoints, logs and exports of an earlier run out of the way of a new one.
 
-    Logs left in place would be read as those of an earlier part of the new run. Nothing is copied: a directory beside
-    `out_dir` takes them, or, where they cannot be moved there (`out_dir` is a mount point, or lies in a folder that is
-    read-only), one inside it.
+    Logs left in place would be read as those of an earlier part of the new run. Nothing is copied: they move to a
+    directory beside `out_dir`, or inside it if that fails (`out_dir` is a mount point, or its parent is read-only).
 
     Returns:
         The directory that holds them now, or None if there were none.
 
     Raises:
-        SettingsError: If they can be moved nowhere.
+        SettingsError: If they cannot be moved.
     """
     found = [directory.relative_to(out_dir) for directory in newest_first(out_dir)]
     others = (METRICS_FILE, WIDE_FILE, ANOMALIES_FOLDER, EXPORTS_FOLDER)
@@ -35,12 +34,12 @@ def set_aside(out_dir: Path) -> Path | None:
         return None
     if (out_dir / TRANSCRIPT_FILE).is_file():
         found.append(Path(TRANSCRIPT_FILE))
-    # A link would name a directory beside the link, which may be another disk.
+    # Unresolved, a link would be moved aside next to itself, which may be on another disk.
     out_dir = out_dir.resolve()
     problem: OSError | None = None
     for aside in (free_name(out_dir), free_name(out_dir / "run")):
         try:
-            with uninterrupted():  # half of a run here and half there is neither
+            with uninterrupted():  # never split a run over two directories
                 _move(out_dir, aside, found)
         except OSError as error:
             problem = error
@@ -53,7 +52,7 @@ def set_aside(out_dir: Path) -> Path | None:
 
 
 def _move(out_dir: Path, aside: Path, names: list[Path]) -> None:
-    # Move all of them or none.
+    # Move all or none.
     moved: list[Path] = []
     try:
         for name in names:
@@ -68,9 +67,9 @@ def _move(out_dir: Path, aside: Path, names: list[Path]) -> None:
 
 
 def earlier_runs(out_dir: Path) -> list[Path]:
-    """Return the directories that `set_aside` has made for a run's directory, oldest first.
+    """Return the directories that `set_aside` made for a run's directory, oldest first.
 
-    The number in their name says which is older; clocks go wrong. A directory of such a name without a run is not one.
+    They are ordered by the number in their name, as clocks can be wrong. Directories without a run are left out.
     """
     out_dir = out_dir.resolve()
     found = [path for name in (out_dir, out_dir / "run") for path in _numbers(name).values() if _holds_a_run(path)]
@@ -78,12 +77,12 @@ def earlier_runs(out_dir: Path) -> list[Path]:
 
 
 def limit_earlier_runs(out_dir: Path, keep: int | None, needed: Sequence[Path]) -> str | None:
-    """Delete the oldest earlier runs, or say how to, and return a line about it if there is something to say.
+    """Delete the oldest earlier runs, or suggest how to; return a message, or None if there is nothing to say.
 
     Args:
         out_dir: The run's directory.
-        keep: How many to keep; None keeps all of them.
-        needed: Paths that this run uses; an earlier run that holds one of them stays.
+        keep: How many to keep; None keeps all.
+        needed: Paths that this run uses; earlier runs that contain one of them stay.
     """
     runs = earlier_runs(out_dir)
     if keep is None:
@@ -104,7 +103,7 @@ def limit_earlier_runs(out_dir: Path, keep: int | None, needed: Sequence[Path]) 
 
 
 def free_name(directory: Path) -> Path:
-    """Return the name under which a directory is set aside next."""
+    """Return the next free name to set a directory aside under."""
     return directory.with_name(f"{directory.name}-earlier-{max(_numbers(directory), default=0) + 1}")
 
 

@@ -1,4 +1,4 @@
-"""Exporting checkpoints at the end of a run (`checkpoint.export`)."""
+"""Exports of checkpoints at the end of a run (`checkpoint.export`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def check_exports(plan: Plan) -> None:
-    """Raise SettingsError if a model of this configuration cannot be exported as `checkpoint.export` wants."""
+    """Raise SettingsError if this model cannot be exported to a format in `checkpoint.export`."""
     from litgpt_moe_ext.export.formats import check_exportable
 
     for name in plan.settings.checkpoint.export_formats:
@@ -30,7 +30,7 @@ def check_exports(plan: Plan) -> None:
 
 
 def export_checkpoints(launched: Launched) -> None:
-    """Export `best` and `final`. A failure is printed, and the run still counts as a success."""
+    """Export `best` and `final`; a failure is only printed, and the run still counts as a success."""
     plan, fabric = launched.plan, launched.fabric
     if not fabric.is_global_zero:
         return
@@ -44,10 +44,10 @@ def _export(checkpoint: Path, out_dir: Path, name: str) -> str:
     from litgpt_moe_ext.export.formats import export
 
     try:
-        # Of an earlier end of this run.
+        # Remove the export of an earlier end of this run.
         shutil.rmtree(out_dir, ignore_errors=True)
         return export(checkpoint, out_dir, name)[-1]
-    except Exception as error:  # whatever it is, the checkpoint is there
+    except Exception as error:  # in any case the checkpoint exists
         reason = one_line(error) or type(error).__name__
         command = shlex.join(["litgpt-moe", "export", str(checkpoint), str(out_dir), "--format", name])
         return f"Warning: {checkpoint} was not exported ({reason}). To repeat: {command}"

@@ -1,7 +1,7 @@
-"""The settings of a run as a YAML file that `run_train.py --config` takes.
+"""The settings of a run as a YAML file that `run_train.py --config` accepts.
 
-LitGPT 0.5.13 writes the file by parsing the command line a second time, which fails, or writes defaults, whenever
-training was started from Python. Here it is made from the values that the run really uses.
+LitGPT 0.5.13 writes the file by parsing the command line again, which fails or writes defaults if training was started
+from Python. Here it is written from the values that the run actually uses.
 """
 
 import dataclasses
@@ -19,17 +19,17 @@ FILE_NAME = "hyperparameters.yaml"
 
 
 def to_plain(value: Any, name: str = "value") -> Any:
-    """Turn a setting into plain data that YAML holds and jsonargparse reads back.
+    """Turn a setting into plain data that YAML can store and jsonargparse can read back.
 
-    Dataclasses become dictionaries, without fields that are None and have None as default; data modules and callbacks
-    become a class path with their arguments, which those that are no dataclasses keep as attributes.
+    Dataclasses become dictionaries, without fields that are None by default and still are. Data modules and callbacks
+    become a class path with their arguments; those that are not dataclasses keep the arguments as attributes.
 
     Args:
         value: The setting.
         name: Its name, for the error.
 
     Raises:
-        SettingsError: If something in it has no form in YAML that means the same.
+        SettingsError: If a part of it has no equivalent in YAML.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -83,14 +83,14 @@ def _is_data_module(value: Any) -> bool:
 
 
 def save(settings: dict[str, Any], directory: Path) -> None:
-    """Write `settings` (plain data) to `hyperparameters.yaml` in `directory`, a checkpoint without its name yet."""
+    """Write `settings` (plain data) to `hyperparameters.yaml` in the unfinished checkpoint `directory`."""
     (directory / FILE_NAME).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
 
 def read(checkpoint_dir: Path) -> dict[str, Any]:
-    """Return the settings in a checkpoint as plain data; empty if there are none that can be read."""
+    """Return the settings in a checkpoint as plain data; empty if there are no readable ones."""
     try:
         settings = yaml.safe_load((checkpoint_dir / FILE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):  # ValueError: no UTF-8, or an impossible date
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):  # ValueError: not UTF-8, or an impossible date
         return {}
     return settings if isinstance(settings, dict) else {}

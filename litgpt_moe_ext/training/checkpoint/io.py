@@ -1,4 +1,4 @@
-"""How the model file of a checkpoint is written and read."""
+"""Writing and reading the model file of a checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,10 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 
 class DirectCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint straight to its file.
+    """Writes a checkpoint directly to its file.
 
-    Lightning's own first makes a copy of all of it in memory, and another in a temporary file that may lie on another
-    file system; the directory that `store.save_whole` writes into is temporary already.
+    Lightning first copies it in memory and then to a temporary file, possibly on another file system. That is not
+    needed here: `store.save_whole` already writes to a temporary directory.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -19,21 +19,21 @@ class DirectCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, path)
 
     def load_checkpoint(self, path: str | Path, *_args: Any, **_options: Any) -> dict[str, Any]:
-        """Read from `path` into memory, tensors and plain data only."""
+        """Read `path` into memory; tensors and plain data only."""
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class MappedCheckpointIO(DirectCheckpointIO):
-    """Reads a checkpoint through the file system's cache, which the processes of a node share.
+    """Maps a checkpoint through the page cache, which the processes of a node share.
 
-    For training that copies what it reads, to a GPU or into a shard: what it keeps would stay part of the file.
+    Only for training that copies what it reads, to a GPU or into a shard: tensors kept would stay mapped to the file.
     """
 
     def load_checkpoint(self, path: str | Path, *_args: Any, **_options: Any) -> dict[str, Any]:
-        """Map `path` into memory, tensors and plain data only."""
+        """Map `path` into memory; tensors and plain data only."""
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 def checkpoint_io(accelerator: str) -> DirectCheckpointIO:
-    """Return how a rank that holds whole tensors on an accelerator reads and writes."""
+    """Return the checkpoint IO for a rank that holds whole tensors on `accelerator`."""
     return DirectCheckpointIO() if accelerator == "cpu" else MappedCheckpointIO()

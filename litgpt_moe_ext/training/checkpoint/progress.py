@@ -1,4 +1,4 @@
-"""Where a run stood when a checkpoint was saved, in plain text beside the model, and the order that follows from it."""
+"""The progress of a run at each checkpoint, as plain text beside the model, and the order of checkpoints by it."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -13,15 +13,15 @@ BEST, FINAL = "best", "final"
 
 @dataclass(frozen=True)
 class Progress:
-    """What `training_state.json` says.
+    """The content of `training_state.json`.
 
     Attributes:
-        attempt: How often the run had been started: 1, and one more whenever it is resumed. Clocks go wrong, and those
-            of several nodes differ; this number does not.
+        attempt: How many times the run had been started: 1, plus one for every resume. More reliable than clocks, which
+            can be wrong and differ between nodes.
         step: Finished optimizer steps.
         iteration: Micro-batches of one rank.
         processes: Number of ranks.
-        saved_at: Seconds since 1970, for people.
+        saved_at: Seconds since 1970, for human readers only.
     """
 
     attempt: int
@@ -36,7 +36,7 @@ class Progress:
 
 
 def read_progress(checkpoint_dir: Path) -> Progress | None:
-    """Return the progress of a checkpoint, or None if it has none that can be read."""
+    """Return the progress of a checkpoint, or None if it has no readable one."""
     try:
         found = json.loads((checkpoint_dir / STATE_FILE).read_text(encoding="utf-8"))
         progress = Progress(**found)
@@ -47,16 +47,16 @@ def read_progress(checkpoint_dir: Path) -> Progress | None:
 
 
 def step_of(checkpoint_dir: Path) -> int | None:
-    """Return after which optimizer step a checkpoint was saved, or None if nothing says so."""
+    """Return the optimizer step after which a checkpoint was saved, or None if unknown."""
     if (progress := read_progress(checkpoint_dir)) is not None:
         return progress.step
-    # A checkpoint of plain LitGPT has its step in the name only.
+    # Plain LitGPT records the step only in the checkpoint's name.
     _, _, digits = checkpoint_dir.name.partition("step-")
     return int(digits) if digits.isdecimal() else None
 
 
 def batch_of(checkpoint_dir: Path) -> int | None:
-    """Return the sequences of an iteration over all ranks when a checkpoint was written, or None if unknown."""
+    """Return the sequences per iteration, over all ranks, when a checkpoint was written, or None if unknown."""
     if (progress := read_progress(checkpoint_dir)) is None:
         return None
     train = read(checkpoint_dir).get("train")
@@ -65,23 +65,23 @@ def batch_of(checkpoint_dir: Path) -> int | None:
 
 
 def sequences_of(checkpoint_dir: Path) -> int | None:
-    """Return how many sequences a checkpoint was trained on, whatever its batches were, or None if unknown."""
+    """Return how many sequences a checkpoint was trained on, even if its batch size has changed; None if unknown."""
     progress, batch = read_progress(checkpoint_dir), batch_of(checkpoint_dir)
-    # A run that goes on with other batches counts its iterations as if it had always had them.
+    # A run resumed with another batch size rescales its iteration count to that size.
     return None if progress is None or batch is None else progress.iteration * batch
 
 
 def newest_first(out_dir: Path) -> list[Path]:
-    """Return the checkpoint directories of a run, whole or not, the last saved first.
+    """Return the checkpoint directories of a run, whole or not, newest first.
 
-    The last attempt counts first, in it the step. Those that do not say when they were saved are the last.
+    They are ordered by attempt, then by step. Those without readable progress count as attempt 0.
     """
     found = [path for path in out_dir.glob("*") if path.is_dir() and _looks_like_a_checkpoint(path)]
     return sorted(found, key=_order, reverse=True)
 
 
 def next_attempt(out_dir: Path, resume_dir: Path) -> int:
-    """Return the attempt that a run in `out_dir` is which resumes from a checkpoint now."""
+    """Return the attempt number of a run in `out_dir` that resumes from a checkpoint now."""
     found = (read_progress(path) for path in (resume_dir, *newest_first(out_dir)))
     return 1 + max((progress.attempt for progress in found if progress is not None), default=0)
 
@@ -93,5 +93,5 @@ def _looks_like_a_checkpoint(path: Path) -> bool:
 def _order(path: Path) -> tuple[int, int, int]:
     progress = read_progress(path)
     attempt, step = (0, step_of(path) or 0) if progress is None else (progress.attempt, progress.step)
-    # `best` is often a second name of another, and that one is what a user looks for.
+    # `best` often duplicates another checkpoint, whose name the user expects.
     return attempt, step, {BEST: 0, FINAL: 2}.get(path.name, 1)

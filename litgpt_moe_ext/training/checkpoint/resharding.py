@@ -1,10 +1,10 @@
-"""Going on with another number of processes, or another micro batch, than the checkpoint was written with.
+"""Resuming with another number of processes or another micro-batch size than the checkpoint's.
 
-The data loaders of the plugin cut a global batch, a contiguous piece of the epoch's order, into one part for each
-process. The number of windows that all of them have seen is therefore all that a position means, and it can be
-expressed in batches of any other size, as long as it is a whole number of them.
+The plugin's data loaders split each global batch, a contiguous piece of the epoch's order, among the processes. A
+position is therefore just the number of windows seen by all processes, and can be expressed in batches of any size that
+divides it.
 
-A position of litdata's is that of every worker of every process, and goes with their number and the batches only.
+litdata's position covers every worker of every process, and is valid only for the same processes and batch size.
 """
 
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ def convert_position(state: dict[str, Any], batch_size: int, world_size: int) ->
     """Return a data loader's state in batches of `batch_size` windows on each of `world_size` processes.
 
     Args:
-        state: As `TokenLoader.state_dict` returns it. A state of another loader is returned as it is.
-        batch_size: Micro batch of the present run.
+        state: State from `TokenLoader.state_dict`. A state of another loader is returned unchanged.
+        batch_size: Micro-batch size of the present run.
         world_size: Number of processes of the present run.
 
     Raises:
-        SettingsError: If the position lies inside a batch of the present run, or litdata would misread it.
+        SettingsError: If the position falls inside a batch of the present run, or litdata would misread it.
     """
     for position in _positions_of_litdata(state):
         then = position["batch_size"], position["world_size"]
@@ -46,13 +46,13 @@ def convert_position(state: dict[str, Any], batch_size: int, world_size: int) ->
         )
     converted = {**state, "fingerprint": {**saved, "batch_size": batch_size, "world_size": world_size}}
     if "windows" in saved and windows // batch == saved["windows"] // batch:
-        # What is left fills no batch of the present run, whose epoch ends here.
+        # The remaining windows do not fill a batch of the present run, so its epoch ends here.
         return {**converted, "epoch": state["epoch"] + 1, "position": 0}
     return {**converted, "position": windows // batch}
 
 
 def _positions_of_litdata(state: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the position in each data set of litdata's `StreamingDataLoader`, if it is one's state."""
+    """Yield the position in each dataset, if this is a state of litdata's `StreamingDataLoader`."""
     data = state.get("dataset")
     if isinstance(data, dict):
         for position in (data, *data.values()):

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from: the newest whole one, or the one that was named."""
+"""The choice of the checkpoint to resume from: the newest whole one, or the named one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +15,12 @@ _NEEDED = (WEIGHTS_FILE, CONFIG_FILE)
 def problem_with(checkpoint_dir: Path, read_all: bool = True) -> str | None:
     """Return why a checkpoint directory cannot be resumed from, or None if it is whole.
 
-    Reads every file once and compares it with its checksum. A checkpoint of plain LitGPT has none; there, those inside
-    the model file are used.
+    Every file is read and compared with its checksum. For a checkpoint of plain LitGPT, which has no `SHA256SUMS`, the
+    checksums inside the model file are used.
 
     Args:
         checkpoint_dir: The directory.
-        read_all: Whether the numbers in the model file are read as well.
+        read_all: Whether to read the tensors in the model file as well.
     """
     if not checkpoint_dir.is_dir():
         return "there is no such directory"
@@ -29,7 +29,7 @@ def problem_with(checkpoint_dir: Path, read_all: bool = True) -> str | None:
             return f"{name} is missing"
     if (checkpoint_dir / checksums.FILE_NAME).is_file():
         return checksums.problem_with(checkpoint_dir, required=_NEEDED, archive=None if read_all else WEIGHTS_FILE)
-    if (checkpoint_dir / STATE_FILE).exists():  # which only runs write that write checksums as well
+    if (checkpoint_dir / STATE_FILE).exists():  # runs that write this file also write checksums
         return f"{checksums.FILE_NAME} is missing"
     return _problem_inside(checkpoint_dir, read_all)
 
@@ -39,7 +39,7 @@ def damage_of(checkpoint_dir: Path, read_all: bool = True) -> str | None:
 
     Args:
         checkpoint_dir: The directory.
-        read_all: Whether the numbers in the model file are read as well.
+        read_all: Whether to read the tensors in the model file as well.
     """
     if read_all and (checkpoint_dir / checksums.FILE_NAME).is_file():
         return checksums.problem_with(checkpoint_dir, only=WEIGHTS_FILE)
@@ -60,14 +60,14 @@ def find_resume_file(
     """Return the model file to resume from, or None to start anew.
 
     Args:
-        resume: False; `"auto"` for the newest whole checkpoint if there is one; True for the same, which must exist; or
-            the path of a checkpoint directory, of its model file, or of a run's directory, whose newest is taken.
+        resume: False to start anew; `"auto"` for the newest whole checkpoint, if any; True to require one; or the path
+            of a checkpoint directory, of its model file, or of a run's directory, for the newest in it.
         out_dir: The run's directory.
-        say: Told about every checkpoint that is passed over.
-        read_all: As `problem_with`.
+        say: Told about every damaged checkpoint that is skipped.
+        read_all: As in `problem_with`.
 
     Raises:
-        SettingsError: If a checkpoint was asked for and there is no whole one.
+        SettingsError: If a checkpoint is required and there is no whole one, or all that exist are damaged.
     """
     if resume is False:
         return None
@@ -82,7 +82,7 @@ def find_resume_file(
         return directory / WEIGHTS_FILE
     damaged = []
     found = newest_first(out_dir)
-    # A damaged checkpoint may no longer say where it stands in the order. These come first, so that all are named.
+    # Damage may hide a checkpoint's place in the order. Such checkpoints come first, so that each is reported.
     for directory in sorted(found, key=_says_when):
         problem = problem_with(directory, read_all)
         if problem is None:
@@ -101,7 +101,7 @@ def find_resume_file(
 
 
 def _says_when(checkpoint_dir: Path) -> bool:
-    """Return whether a checkpoint's own word about when it was saved can be trusted; plain LitGPT's has its name."""
+    """Return whether a checkpoint's record of when it was saved can be trusted; for plain LitGPT it is the name."""
     if (checkpoint_dir / checksums.FILE_NAME).exists():
         return checksums.problem_with(checkpoint_dir, required=(STATE_FILE,), only=STATE_FILE) is None
     return not (checkpoint_dir / STATE_FILE).exists()

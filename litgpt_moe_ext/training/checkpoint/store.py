@@ -1,8 +1,8 @@
-"""Checkpoint directories: written whole or not at all, and the newest whole one found again.
+"""Checkpoint directories, written whole or not at all.
 
 A checkpoint is LitGPT's: `lit_model.pth` (model, optimizer, data position, counters), `model_config.yaml`,
-`hyperparameters.yaml` and the tokenizer's files; `training_state.json` says in plain text where the run stood, and
-`SHA256SUMS` what every file must look like.
+`hyperparameters.yaml` and the tokenizer's files. `training_state.json` adds the run's progress in plain text, and
+`SHA256SUMS` the checksum of every file.
 """
 
 import os
@@ -19,21 +19,21 @@ from litgpt_moe_ext.files.durable import WRITE_TEST, cut_off, flush, flush_tree
 from litgpt_moe_ext.training.checkpoint.earlier import free_name
 from litgpt_moe_ext.training.checkpoint.progress import STATE_FILE, Progress
 
-# What LitGPT has in the state of a training.
+# The keys of LitGPT's training state.
 _LITGPT = ("model", "optimizer", "train_dataloader", "hparams", "iter_num", "step_count")
 
 
 def publish(staging: Path, target: Path) -> None:
-    """Move a finished directory to its final name; a directory of that name is replaced, never lost half-way.
+    """Move a finished directory to its final name; an existing directory is replaced, and never lost on the way.
 
     Args:
-        staging: Directory with everything in it, on the same file system as `target`.
-        target: Where it shall be.
+        staging: The complete directory, on the same file system as `target`.
+        target: Its final path.
     """
     flush_tree(staging)
     replaced = target.with_name(f".{target.name}.replaced")
     if target.exists() and not (target / STATE_FILE).is_file():
-        # Not written by a run like this one, so it may hold something that cannot be replaced.
+        # Not written by a run like this one, so it may hold something irreplaceable.
         target.rename(free_name(target))
     elif target.exists():
         shutil.rmtree(replaced, ignore_errors=True)
@@ -44,7 +44,7 @@ def publish(staging: Path, target: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Make `target` a copy of a checkpoint that shares the weights, where the file system has hard links."""
+    """Make `target` a copy of a checkpoint, sharing the weights if the file system has hard links."""
     staging = target.with_name(f".{target.name}.incomplete")
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -56,7 +56,7 @@ def link(source: Path, target: Path) -> None:
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    # What people edit must not be shared.
+    # Files that people edit must not be shared.
     if source.endswith(".pth"):
         try:
             os.link(source, target)
@@ -67,11 +67,11 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 class SaveError(Exception):
-    """A checkpoint could not be written; those before it are as they were."""
+    """A checkpoint could not be written; earlier checkpoints are untouched."""
 
 
 def remove(directory: Path) -> None:
-    """Delete a checkpoint; half of it is never found under its name."""
+    """Delete a checkpoint; its name never refers to a half-deleted directory."""
     doomed = directory.with_name(f".{directory.name}.removed")
     shutil.rmtree(doomed, ignore_errors=True)
     directory.rename(doomed)
@@ -79,7 +79,7 @@ def remove(directory: Path) -> None:
 
 
 def recover(out_dir: Path) -> list[str]:
-    """Finish or undo what a killed run left in the middle of; only for the one run that works in `out_dir`.
+    """Finish or undo what a killed run left half-done; call only while holding the lock on `out_dir`.
 
     Returns:
         What was done, one line each.
@@ -105,14 +105,14 @@ def save_whole(save: Callable[..., None], fabric: Any, state: dict, tokenizer_di
     """Save a checkpoint under a temporary name and rename it when it is complete.
 
     Args:
-        save: LitGPT's `save_checkpoint`, or one with its arguments.
-        fabric: The running `TrainingFabric`; every process must call.
+        save: LitGPT's `save_checkpoint`, or a function with the same arguments.
+        fabric: The running `TrainingFabric`; every process must call this.
         state: LitGPT's training state.
-        tokenizer_dir: Whose files to copy beside the model.
+        tokenizer_dir: Directory of tokenizer files to copy beside the model, or None.
         file: The final path of the model file; its parent is the checkpoint directory.
 
     Raises:
-        SaveError: On every process, if the first could not write.
+        SaveError: On every process, if the first one could not write.
     """
     target = file.parent
     staging = target.with_name(f".{target.name}.incomplete")
@@ -141,7 +141,7 @@ def save_whole(save: Callable[..., None], fabric: Any, state: dict, tokenizer_di
 
 
 def _can_be_opened(fabric: Any, name: str, value: Any) -> bool:
-    # A callback may have put it into the state. Of what has a `state_dict`, that is saved.
+    # A callback may have added the value. Of an object with a `state_dict`, only that is saved.
     if hasattr(value, "state_dict") or (foreign := foreign_object(value)) is None:
         return True
     fabric.print(f"  state[{name!r}] has a {kind_of(foreign)}, {ONLY_PLAIN}: it is not saved.")
@@ -149,12 +149,12 @@ def _can_be_opened(fabric: Any, name: str, value: Any) -> bool:
 
 
 def _try_everywhere(fabric: Any, action: Callable[[], Any], of_others: bool) -> str | None:
-    # Only the first process writes files; the others must hear of its failure instead of waiting for it.
+    # Only the first process writes files; tell the others of its failure, or they would wait for it forever.
     problem = None
     try:
         action()
     except (OSError, RuntimeError) as error:
-        # A callback may raise a RuntimeError for any reason, which its traceback shows.
+        # A callback's RuntimeError may have any reason; let its traceback show it.
         is_of_disk = isinstance(error, OSError) or cut_off(error)
         if not fabric.is_global_zero or (of_others and not is_of_disk):
             raise

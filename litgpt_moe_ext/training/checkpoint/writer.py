@@ -1,4 +1,4 @@
-"""Saving the checkpoints of a run: which are refused, and what a failure means."""
+"""Saving the checkpoints of a run: which are refused, and how failures are handled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from litgpt_moe_ext.training.launch import Launched
 
 
-# What LitGPT opens a tokenizer with, how an export writes chats, and what LitGPT converts a checkpoint by.
+# Files from which LitGPT opens a tokenizer, exports take the chat template, and LitGPT converts a checkpoint.
 _TOKENIZER = (
     "tokenizer.json",
     "tokenizer.model",
@@ -32,16 +32,16 @@ _TOKENIZER = (
 
 
 class CheckpointWriter:
-    """Writes checkpoints of the state that the fabric of a run has.
+    """Writes checkpoints of the training state.
 
     Args:
         launched: The connected processes.
         tokenizer_dir: Tokenizer to copy into checkpoints, or None.
-        write: LitGPT's `save_checkpoint`, or one with its arguments.
-        resume_dir: The checkpoint that the run goes on from, or None.
+        write: LitGPT's `save_checkpoint`, or a function with the same arguments.
+        resume_dir: The checkpoint that the run continues from, or None.
 
     Attributes:
-        last_saved: Directory of the checkpoint that was written last, by this run.
+        last_saved: Directory of the last checkpoint that this run wrote, or None.
     """
 
     def __init__(
@@ -52,21 +52,21 @@ class CheckpointWriter:
         self._write = write if tokenizer_dir is None else _with_tokenizer(write, tokenizer_dir)
         self.last_saved: Path | None = None
         self._tried_at = time.monotonic()
-        # Read now: a run may replace it.
+        # Read now: the run may replace it later.
         self._from = None if resume_dir is None else (resume_dir.resolve(), step_of(resume_dir))
 
     @property
     def is_due(self) -> bool:
-        """Whether so much time has passed since the last checkpoint, or since one failed, that there is to be one."""
+        """Whether `checkpoint.every_minutes` have passed since the last attempt to save."""
         minutes = self._plan.settings.checkpoint.every_minutes
         return minutes is not None and time.monotonic() - self._tried_at >= 60 * minutes
 
     def save(self, name: str, last: bool = False) -> None:
-        """Save the present state under a name in the run's directory; every process must call.
+        """Save the present state under a name in the run's directory; every process must call this.
 
         Args:
             name: The name.
-            last: Whether the run ends with it, whatever it is called.
+            last: Whether the run ends with this checkpoint, whatever its name.
         """
         file = self._plan.out_dir / name / WEIGHTS_FILE
         self.save_checkpoint(self._fabric, self._fabric.state, self._tokenizer_dir, file, last)
@@ -77,12 +77,12 @@ class CheckpointWriter:
         """Save a checkpoint and tell the callbacks; called as LitGPT's `save_checkpoint`.
 
         Raises:
-            TrainingStopped: If it cannot be written, and the run ends with it or the settings do not say to go on; or
-                if it is `best` or `final`, and weights are not finite.
+            TrainingStopped: If it cannot be written and is the last one, or the settings do not say to continue; or if
+                it is `best` or `final` and the weights are not finite.
         """
         directory = checkpoint_file.parent
         if directory.name == FINAL and self._from == (directory.resolve(), state["step_count"]):
-            # Nothing was trained, and the checkpoint may hold more than the present state: other precision, an average.
+            # Nothing was trained, and the existing checkpoint may hold more: higher precision, a weight average.
             self.last_saved = directory
             return
         if directory.name in (FINAL, BEST):
@@ -121,7 +121,7 @@ class CheckpointWriter:
 
 
 def _with_tokenizer(write: Callable[..., None], tokenizer_dir: Path) -> Callable[..., None]:
-    # Read once: LitGPT copies the files at every save, and in a long run the corpus may be deleted or moved meanwhile.
+    # Read once: LitGPT copies the files at every save, but the corpus may be deleted or moved during a long run.
     files = {name: (tokenizer_dir / name).read_bytes() for name in _TOKENIZER if (tokenizer_dir / name).is_file()}
 
     def write_with_tokenizer(fabric: Any, state: dict, directory: Path | None, checkpoint_file: Path) -> None:
