@@ -1,1 +1,1 @@
-"""What hangs on the training loop: one class, one job each."""
+"""The callbacks of a training run, one class for each job."""

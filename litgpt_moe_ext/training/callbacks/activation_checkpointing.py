@@ -1,8 +1,8 @@
-"""Computing activations again in the backward pass instead of keeping them.
+"""Recomputing activations in the backward pass instead of keeping them.
 
-`full` keeps the input of every block only. `selective` leaves attention and routers as they are and recomputes the
-experts and dense MLPs, whose activations are the largest part of a block where experts are wide. What a router has
-chosen is kept, so that it cannot come out differently the second time.
+`full` keeps only the input of every block. `selective` recomputes only the experts and dense MLPs, whose activations
+are the largest part of a block if experts are wide. The routers' choices are kept, so that they cannot change in the
+recomputation.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class ActivationCheckpointing(Callback):
 
     Args:
         mode: `full` or `selective`.
-        recomputed: Takes a method of a layer, and returns one that computes its activations again.
+        recomputed: Takes a method of a layer and returns one that recomputes its activations.
     """
 
     def __init__(self, mode: Mode, recomputed: Callable[[Forward], Forward] | None = None) -> None:
@@ -34,7 +34,7 @@ class ActivationCheckpointing(Callback):
         self._recomputed = recomputed or recomputed_in_backward
 
     def on_before_setup(self, model: nn.Module) -> None:
-        """Wrap methods of the blocks, which leaves the names of parameters as they are."""
+        """Wrap methods of the blocks, which keeps the names of parameters."""
         layers: Any = model.get_submodule("transformer.h")
         for block in layers:
             part = block if self._mode == "full" else block.mlp
@@ -43,10 +43,10 @@ class ActivationCheckpointing(Callback):
 
 
 def recomputed_in_backward(forward: Forward) -> Forward:
-    """Return a method of a layer that computes its activations again in the backward pass, also in CUDA graphs.
+    """Return a method of a layer that recomputes its activations in the backward pass, also in CUDA graphs.
 
-    The second time must draw the random numbers of the first. That takes the states of the generators, which exist on
-    the host only, so no graph can do it: the captured method raises RuntimeError where it has drawn numbers before.
+    The recomputation must draw the same random numbers, from saved generator states. These exist only on the host, out
+    of reach of a graph, so a captured method that drew random numbers raises RuntimeError.
     """
     draws = False
 
@@ -68,8 +68,8 @@ def recomputed_in_backward(forward: Forward) -> Forward:
         return checkpoint(on_one_stream, x, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     def on_one_stream(*args: Any, **kwargs: Any) -> Tensor:
-        # The second time may begin on any stream, and ends with the last tensor that was kept the first time, which may
-        # be before a layer joins.
+        # The recomputation may begin on any stream, and ends with the last tensor that it needs, which may be before a
+        # layer joins its streams.
         with one_after_the_other():
             return forward(*args, **kwargs)
 

@@ -1,8 +1,8 @@
 """Steps whose gradient is not finite, or far larger than usual.
 
-LitGPT's `clip_gradients` ends a run at the first gradient that is not finite, with a traceback and nothing to look at.
-Here the step is left out or the run ended before the weights change, and what led to it is written down: the tokens of
-the step, where the data stood, and the random generators.
+LitGPT's `clip_gradients` ends a run at the first gradient that is not finite, with only a traceback. Here the step is
+skipped, or the run ends, before the weights change, and everything needed to reproduce the step is saved: its tokens,
+the data position and the random generators.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ from litgpt_moe_ext.training.steps.batches import unwrapped
 class GradientGuard(Callback):
     """Judge the gradient norm of every step before the optimizer uses it.
 
-    The medians come from the norms of the last steps, which are part of the checkpoint, so that a resumed run judges as
-    the uninterrupted one.
+    The norms of the last steps, from which medians are computed, are part of the checkpoint, so a resumed run judges
+    like an uninterrupted one.
 
     Args:
         args: What to do.
         out_dir: The run's directory; batches are saved in `anomalies` there.
-        rank: Of this process; each has its own batches.
-        say: Told about every step that is left out.
+        rank: Rank of this process, as each has its own batches.
+        say: Told about every skipped step.
     """
 
     def __init__(self, args: AnomalyArgs, out_dir: Path, rank: int, say: Callable[[str], None]) -> None:
@@ -49,7 +49,7 @@ class GradientGuard(Callback):
         self.skipped = 0
 
     def on_step_begin(self, state: dict[str, Any]) -> None:
-        """Remember where the data stands before the first batch of a step."""
+        """Remember the data position before the first batch of a step."""
         loader = unwrapped(state["train_dataloader"])
         position = loader.state_dict() if hasattr(loader, "state_dict") else None
         self._before = {"step": state["step_count"], "iteration": state["iter_num"], "data": position}
@@ -60,13 +60,13 @@ class GradientGuard(Callback):
         self._batches.append(batch)
 
     def on_gradients_clipped(self, norm: Tensor | None, module: torch.nn.Module, optimizer: Any, scaled: bool) -> None:
-        """Let the step pass, leave it out, or end the run."""
+        """Let the step pass, skip it, or end the run."""
         if norm is None:
             return
         value = float(norm)
         finite = math.isfinite(value)
         if not finite and scaled:
-            # The gradient scaler tries a smaller scale, and leaves the step out itself.
+            # The gradient scaler skips the step itself and tries a smaller scale.
             forget_step(routers_of(module).values())
             return
         problem, setting = (None, "") if finite else (f"the gradient norm is {value}", "on_nonfinite")
@@ -75,7 +75,7 @@ class GradientGuard(Callback):
             problem = f"the gradient norm is {value:.3g}, the median of the last {self._args.window} is {median:.3g}"
             setting = "on_spike"
         if finite and factor is not None:
-            # Spikes as well: one does not move the median, and a lasting change must become the new normal.
+            # Spikes too: a single one does not move the median, and a lasting change must become the new normal.
             self._norms.append(value)
         if problem is None:
             self._skipped_in_a_row = 0
@@ -88,7 +88,7 @@ class GradientGuard(Callback):
         return statistics.median(self._norms)
 
     def _act(self, problem: str, setting: str, module: torch.nn.Module, optimizer: Any) -> None:
-        # This step's loss scale, which is not finite either, must not reach another training in the same process.
+        # This step's loss scale may not be finite and must not leak into another training in the same process.
         forget_scale()
         file = self._save(problem)
         step = self._before["step"]
@@ -106,7 +106,7 @@ class GradientGuard(Callback):
                 "A lower learning rate or a longer warm-up may help."
             )
         self._say(f"  step {step + 1} is skipped: {problem}; its batch is in {file}")
-        # Optimizers pass by parameters without gradient: neither weights nor moments change.
+        # Optimizers skip parameters without gradient, so neither weights nor moments change.
         optimizer.zero_grad(set_to_none=True)
         forget_step(routers_of(module).values())
 
@@ -117,14 +117,14 @@ class GradientGuard(Callback):
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             torch.save({**self._before, "problem": problem, "batches": batches, "rng": rng}, file)
-        except (OSError, RuntimeError) as error:  # torch's, where it cannot write
-            with contextlib.suppress(OSError):  # nor delete
+        except (OSError, RuntimeError) as error:  # RuntimeError: from torch, if it cannot write
+            with contextlib.suppress(OSError):
                 file.unlink()
             self._say(f"  {file} could not be written: {error}")
         return file
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what decides about the next steps."""
+        """Return the state that the judgement of the next steps depends on."""
         return {"norms": list(self._norms), "skipped_in_a_row": self._skipped_in_a_row, "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Benchmarks while training, logged beside the losses; the training goes on as if nothing had happened."""
+"""Benchmarks during training, logged beside the losses, without any effect on the training."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def check_benchmarks(args: EvaluateArgs) -> None:
-    """Raise an error that names the setting unless every benchmark can be read. Opens the files, and takes no model."""
+    """Raise SettingsError unless every benchmark file can be read; needs no model."""
     if args.hellaswag is not None:
         from litgpt_moe_ext.evaluation.hellaswag import load_items
 
         try:
             load_items(args.hellaswag, limit=1)
         except (OSError, ValueError) as error:
-            # Whose own setting is called `file`.
+            # The benchmark calls its own setting `file`.
             raise SettingsError(f"evaluate.hellaswag: {str(error).removeprefix('file: ')}") from error
     if args.tasks:
         from litgpt_moe_ext.evaluation.lm_eval_tasks import load_task_file
@@ -44,7 +44,7 @@ def check_benchmarks(args: EvaluateArgs) -> None:
 def make_benchmarks(
     args: EvaluateArgs, tokenizer: Tokenizer, tokenizer_dir: Path, block_size: int, fabric: TrainingFabric
 ) -> TrainingBenchmarks:
-    """Return the callback that evaluates a model of this tokenizer and length of input."""
+    """Return the callback that evaluates a model with this tokenizer and sequence length."""
     from litgpt_moe_ext.evaluation.hellaswag import load_items
     from litgpt_moe_ext.evaluation.training_benchmarks import HellaSwag, TaskFile
 
@@ -60,10 +60,10 @@ def make_benchmarks(
 class TrainingBenchmarks(Callback):
     """Evaluate after every validation or every so many steps, and after the last step.
 
-    A signal that ends the run does not wait for an evaluation, which the run makes again when it is resumed.
+    A signal that ends the run also ends an evaluation, which is repeated when the run is resumed.
 
     Args:
-        benchmarks: As those of `litgpt_moe_ext.evaluation.training_benchmarks`.
+        benchmarks: Benchmarks of `litgpt_moe_ext.evaluation.training_benchmarks`, or the like.
         every_steps: Optimizer steps between evaluations; None evaluates after every validation.
     """
 
@@ -73,20 +73,20 @@ class TrainingBenchmarks(Callback):
         self._interrupted = False
 
     def on_after_setup(self, fabric: TrainingFabric, module: Any) -> None:
-        """Keep the model; not compiled, because the lengths of the texts differ from batch to batch."""
+        """Keep the model, uncompiled because the lengths of the texts differ from batch to batch."""
         self._fabric, self._model = fabric, module.module
 
     def on_fit_begin(self, resume_dir: Path | None) -> None:
-        """Try the largest batches, so that what fails does so now."""
+        """Try the largest batches, so that failures show before training."""
         with undisturbed(self._fabric, self._model) as model:
             for benchmark in self._benchmarks:
                 try:
                     benchmark.rehearse(model)
-                except Exception as error:  # whatever it is, its cause is a setting
+                except Exception as error:  # caused by a setting in any case
                     raise SettingsError(f"evaluate: {type(benchmark).__name__} does not work: {error}") from error
 
     def on_step_begin(self, state: dict[str, Any]) -> None:
-        """Evaluate if the last step was one of those."""
+        """Evaluate if one is due after the last step."""
         step = state["step_count"]
         if self._interrupted or (self._every_steps is not None and step and step % self._every_steps == 0):
             self._evaluate(step)
@@ -97,7 +97,7 @@ class TrainingBenchmarks(Callback):
             self._evaluate(state["step_count"])
 
     def on_logged(self, metrics: dict[str, Any]) -> None:
-        """Evaluate after a validation if there is no interval of its own."""
+        """Evaluate after a validation, unless `every_steps` is set."""
         if self._every_steps is None and "val_loss" in metrics:
             self._evaluate(self._fabric.step)
 
@@ -113,8 +113,8 @@ class TrainingBenchmarks(Callback):
                     scores |= benchmark.scores(model)
                 except Exception as error:
                     if self._fabric.world_size > 1:
-                        raise  # the other processes wait for this one in the midst of it
-                    # A benchmark is not worth a run.
+                        raise  # the other processes are waiting for this one in the benchmark
+                    # A failed benchmark should not end the run.
                     name = type(benchmark).__name__
                     self._fabric.print(f"  {name} failed after step {step}: {type(error).__name__}: {error}")
                 if self._fabric.agree_on_interruption():
@@ -132,5 +132,5 @@ class TrainingBenchmarks(Callback):
         return {"interrupted": True} if self._interrupted else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Evaluate before the next step if that was interrupted."""
+        """Evaluate before the next step if the evaluation was interrupted."""
         self._interrupted = bool(state["interrupted"])

@@ -1,7 +1,7 @@
 """An exponential moving average of the weights (Polyak averaging), as a checkpoint inside each checkpoint.
 
 `<checkpoint>/ema` is a LitGPT checkpoint directory of its own: `litgpt generate <checkpoint>/ema` uses the averaged
-model. Balancing biases of the routers are averaged like weights, since the choice of experts depends on both.
+model. The routers' balancing biases are averaged like weights, since the choice of experts depends on both.
 """
 
 import shutil
@@ -38,11 +38,11 @@ class WeightAverage(Callback):
         self._fabric, self._model = fabric, module
 
     def on_fit_begin(self, resume_dir: Path | None) -> None:
-        """Start from the present weights, or from the average in a checkpoint."""
-        # These share the memory of the weights, which optimizers and balancing change in place.
+        """Start from the average in the checkpoint, or else from the present weights."""
+        # Views that share the weights' memory: optimizers and balancing update it in place.
         weights = {name: t.detach() for name, t in self._model.state_dict().items() if t.is_floating_point()}
         self._average = {name: weight.clone().float() for name, weight in weights.items()}
-        # Sharded and whole tensors do not mix in one fused call.
+        # One fused call cannot mix sharded and whole tensors.
         for sharded in (False, True):
             names = [name for name, weight in weights.items() if is_shard(weight) == sharded]
             if names:
@@ -64,8 +64,8 @@ class WeightAverage(Callback):
             self._update(averages, [weight.float() for weight in weights], None)
 
     def on_checkpoint_staged(self, directory: Path) -> None:
-        """Write the average into a checkpoint that is not published yet; every process must call."""
-        # One after the other to the CPU of the first rank: together they may be more than a GPU has room for.
+        """Write the average into an unfinished checkpoint; every process must call this."""
+        # Gather tensors one by one to the first rank's CPU: together they may not fit on a GPU.
         whole = {name: self._gathered(average) for name, average in self._average.items()}
         if not self._fabric.is_global_zero:
             return

@@ -20,11 +20,11 @@ NAME = "moe/expert_load"
 class LoadHistory:
     """Load of every expert over the run, in a bounded number of columns.
 
-    As soon as there are too many, neighbouring columns become their mean, and from then on as many log lines as there
-    are in one of these make a column.
+    When there are too many, neighbouring columns are merged into their mean, and each later column covers as many log
+    lines as a merged one.
 
     Args:
-        most: Number of columns, even.
+        most: Maximum number of columns, even.
     """
 
     def __init__(self, most: int = 512) -> None:
@@ -43,7 +43,7 @@ class LoadHistory:
             self._lines_per_column *= 2
 
     def layers(self) -> tuple[list[float], dict[int, np.ndarray]]:
-        """Return the steps of the columns, and by layer the loads, (experts, columns)."""
+        """Return the steps of the columns, and the loads by layer, (experts, columns)."""
         columns = [*self._columns, *([_mean(self._waiting)] if self._waiting else [])]
         numbers = columns[0][1] if columns else {}
         stacked = {layer: np.stack([loads[layer] for _, loads in columns], axis=1) for layer in numbers}
@@ -56,23 +56,23 @@ def _mean(columns: list[tuple[float, dict[int, np.ndarray]]]) -> tuple[float, di
 
 
 def shows_pictures(logger: Any) -> bool:
-    """Whether a logger has a place for pictures that this module knows."""
+    """Return whether this module can log pictures to a logger."""
     return isinstance(logger, (TensorBoardLogger, WandbLogger))
 
 
 class ExpertImages(Callback):
-    """Log `moe/expert_load` after every validation; the picture shows this run from its start, or its resumption.
+    """Log `moe/expert_load` after every validation, a picture of this run since it was started or resumed.
 
     Args:
-        name: Of the run, for the title.
-        fabric: That of the run, whose logger shows the pictures.
+        name: Name of the run, for the title.
+        fabric: The running Fabric, whose logger shows the pictures.
     """
 
     def __init__(self, name: str, fabric: TrainingFabric) -> None:
         self._name, self._fabric, self._history = name, fabric, LoadHistory()
 
     def on_logged(self, metrics: dict[str, Any]) -> None:
-        """Collect a line of training; draw after a validation."""
+        """Collect a training line; draw after a validation."""
         if not self._fabric.is_global_zero:
             return
         if "loss" in metrics and (loads := loads_by_layer(metrics)):
@@ -92,7 +92,7 @@ class ExpertImages(Callback):
 
 
 def _draw(name: str, steps: list[float], layers: dict[int, np.ndarray]) -> np.ndarray:
-    # Only runs that get this far pay for the import.
+    # Imported here, because few runs need it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(load_over_steps_figure(name, steps, layers))

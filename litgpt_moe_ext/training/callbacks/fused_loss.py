@@ -2,8 +2,8 @@
 
 Shape legend: B batch, T tokens, D model width.
 
-LitGPT's loop calls the model for logits and then another function for the loss. In training the head therefore returns
-its input, and the loss function computes the head.
+LitGPT's loop calls the model for logits, then another function for the loss. So during training the head returns its
+input, and the loss function computes the head.
 """
 
 from collections.abc import Callable
@@ -32,17 +32,17 @@ def require_torch() -> None:
 class FusedLoss(Callback):
     """Replace the output head's `forward` and the loss function; evaluation and generation still get logits.
 
-    On a CPU the product is done in float32, also under autocast. On a GPU it is done as the head would do it, in
-    autocast's type or that of its input, with sums and softmax in float32.
+    On a CPU the product is computed in float32, even under autocast. On a GPU it is computed as in the head, in
+    autocast's dtype or that of its input, with sums and softmax in float32.
     """
 
     def __init__(self) -> None:
         self._head: nn.Linear | None = None
-        # In which the head would have multiplied, while the loss has yet to do it.
+        # The dtype in which the head would have multiplied; None unless the loss has yet to do that.
         self._product_dtype: torch.dtype | None = None
 
     def on_before_setup(self, model: nn.Module) -> None:
-        """Have the head of the model return its input while it trains."""
+        """Have the model's head return its input during training."""
         head: Any = model.get_submodule("lm_head")
         self._head = head
         project = head.forward
@@ -56,7 +56,7 @@ class FusedLoss(Callback):
         head.forward = forward
 
     def wrap(self, cross_entropy: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return a loss function that computes the output head if the head has left that to it.
+        """Return a loss function that also computes the output head if the head returned its input.
 
         Args:
             cross_entropy: LitGPT's function, for everything else.

@@ -1,4 +1,4 @@
-"""What a run says about the kernels it will use, before the first step."""
+"""Checks and reports the kernels that a run will use, before the first step."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +24,14 @@ class KernelReport(Callback):
     """Print which implementation computes the experts and which the attention, one line each.
 
     Args:
-        compiled: Whether the model is compiled, for which another implementation of the experts may be chosen.
+        compiled: Whether the model is compiled, which may change the implementation of the experts.
     """
 
     def __init__(self, compiled: bool) -> None:
         self._compiled = compiled
 
     def on_after_setup(self, fabric: "L.Fabric", module: nn.Module) -> None:
-        """Ask the layers of the model as it will train: on its device, in its precision."""
+        """Ask the layers of the model on its device and in its precision."""
         with fabric.autocast():
             for line in (experts_line(module, fabric.device, self._compiled), attention_line(module, fabric.device)):
                 if line is not None:
@@ -39,14 +39,14 @@ class KernelReport(Callback):
 
 
 def check_named_kernels(config: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse a kernel that the configuration names and this device lacks, before anything is prepared or moved.
+    """Refuse a kernel that the configuration names but this device lacks, before anything is prepared or moved.
 
-    Call it under the autocast of the training.
+    Call it under the training's autocast.
 
     Args:
-        config: The model, a `litgpt.Config`.
-        device: Where it is trained.
-        dtype: Of its weights.
+        config: The model's `litgpt.Config`.
+        device: The device it is trained on.
+        dtype: Dtype of its weights.
 
     Raises:
         SettingsError: If `expert_backend` or `attention_backend` cannot work here.
@@ -59,7 +59,7 @@ def check_named_kernels(config: Any, device: torch.device, dtype: torch.dtype) -
 
 
 def check_kernels(launched: "Launched") -> None:
-    """Make the same check of a run, on its device and in its precision.
+    """Check a run's named kernels on its device and in its precision.
 
     Raises:
         SettingsError: If `expert_backend` or `attention_backend` cannot work here.

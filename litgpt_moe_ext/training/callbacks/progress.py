@@ -1,4 +1,4 @@
-"""What a run says: a progress bar in a terminal, one line per log interval anywhere else."""
+"""The output of a run: a progress bar in a terminal, one line per log interval elsewhere."""
 
 import re
 import sys
@@ -21,7 +21,7 @@ from litgpt_moe_ext.training.logs.transcript import Transcript
 from litgpt_moe_ext.training.steps.corpora import PREFIX
 from litgpt_moe_ext.wording import abbreviated
 
-# LitGPT's own lines that say what the lines below say better, or say wrong.
+# LitGPT's own lines that are wrong, or that the lines below replace.
 _REPLACED = re.compile(
     r"Epoch \d+ \| iter |iter \d+: val loss |Final evaluation \| |Validating \.\.\.$|Saving checkpoint to '"
     r"|Resuming training from |Time to instantiate model: |Total parameters: |Measured TFLOPs: "
@@ -30,18 +30,18 @@ _REPLACED = re.compile(
 
 
 class Reporter(Callback):
-    """Show messages, and the state of training as LitGPT logs it.
+    """Show messages, and the progress of training from LitGPT's log lines.
 
     Args:
         total_steps: Optimizer steps of the whole training.
         bar: Whether to draw a progress bar.
-        deadline: May end the training before its last step. Default: nothing does.
+        deadline: May end the training before its last step. Default: none.
 
     Attributes:
         total_steps: As given.
         deadline: As given.
-        transcript: Has every line, also those that a bar takes the place of.
-        val_loss: Of the last validation.
+        transcript: Receives every line, including those that a bar replaces in the terminal.
+        val_loss: Loss of the last validation.
     """
 
     def __init__(self, total_steps: int, bar: bool, deadline: Deadline | None = None) -> None:
@@ -68,7 +68,7 @@ class Reporter(Callback):
             print(message, flush=True)
 
     def on_logged(self, metrics: dict[str, Any]) -> None:
-        """Show a line of training or of validation."""
+        """Show a training or validation line."""
         if "val_loss" in metrics:
             self.val_loss = float(metrics["val_loss"])
             corpora = [
@@ -128,7 +128,7 @@ class Reporter(Callback):
                 MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(self.total_steps)) + 1)),
                 BarColumn(bar_width=10),
                 TextColumn("[progress.remaining]{task.fields[left]}", table_column=Column(no_wrap=True, min_width=7)),
-                # What does not fit into the terminal is cut off at the end of the text, where the least important is.
+                # If the terminal is too narrow, the end of the text is cut off, where it matters least.
                 TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
                 console=Console(
                     highlight=False, soft_wrap=True, file=getattr(sys.stdout, "rich_proxied_file", sys.stdout)
@@ -141,11 +141,11 @@ class Reporter(Callback):
         self._progress.update(self._task, completed=step, description=text, left=left)
 
     def close(self, step: int, error: BaseException | None = None) -> None:
-        """Leave the bar where the training ends, which need not be a step that was logged, and go on below it.
+        """Stop the bar at the last step, which need not have been logged, and continue below it.
 
         Args:
-            step: Optimizer steps that are finished.
-            error: What ends the run; the command prints it when the transcript is closed.
+            step: Finished optimizer steps.
+            error: The error that ends the run; the command prints it after the transcript is closed.
         """
         if self._progress is not None:
             self._progress.update(self._task, completed=step)

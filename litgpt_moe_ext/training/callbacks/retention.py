@@ -1,4 +1,4 @@
-"""Which checkpoints are kept: the best, and only the last few."""
+"""Which checkpoints are kept: the best one and the last few."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ class Best:
     step: int
 
     def is_in(self, directory: Path) -> bool:
-        """Return whether a checkpoint holds the weights that had this loss."""
+        """Return whether a checkpoint holds the weights with this loss."""
         progress = read_progress(directory)
         return progress is not None and (progress.attempt, progress.step) == (self.attempt, self.step)
 
 
 class Retention(Callback):
-    """Keep the best, delete the old.
+    """Keeps the best checkpoint and deletes old ones.
 
-    `best` always holds the weights that had the lowest loss. Where they could not be saved, or a killed run had no time
-    to, it falls back to the best that is there, and says so.
+    `best` always holds the weights with the lowest loss that could be saved. If they are missing when a run is resumed,
+    the best is counted anew, and a message says so.
 
     Args:
         args: What to keep.
         out_dir: The run's directory.
         fabric: The running `TrainingFabric`.
-        save: Saves the present state under a name; every process must call.
+        save: Saves the present state under a name; every process must call it.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Retention(Callback):
     ) -> None:
         self._args, self._out_dir, self._fabric, self._save = args, out_dir, fabric, save
         self._best: Best | None = None
-        # A new best that no checkpoint holds yet. Nothing is trained before it is saved, or saving has failed.
+        # A new best that no checkpoint holds yet; training pauses until it is saved, or saving has failed.
         self._candidate: Best | None = None
 
     @property
@@ -66,7 +66,7 @@ class Retention(Callback):
         return None if self._best is None else self._best.loss
 
     def on_fit_begin(self, resume_dir: Path | None) -> None:
-        """Make `best` again what it was when the checkpoint was saved that the run resumes from."""
+        """Restore `best` to what it was when the resumed checkpoint was saved."""
         if resume_dir is None or self._best is None:
             return
         best = self._best
@@ -87,7 +87,7 @@ class Retention(Callback):
         )
 
     def on_logged(self, metrics: dict[str, Any]) -> None:
-        """Note a validation loss that is lower than all before; untrained weights do not count."""
+        """Note a validation loss lower than all before; untrained weights do not count."""
         loss = metrics.get("val_loss")
         if not self._args.best or loss is None or not math.isfinite(loss) or not self._fabric.step:
             return
@@ -95,9 +95,9 @@ class Retention(Callback):
             self._candidate = Best(float(loss), self._fabric.attempt, self._fabric.step)
 
     def on_checkpoint_saved(self, directory: Path) -> None:
-        """Make a new best out of the checkpoint, and delete what is too old."""
+        """Make the checkpoint the new best if it is, and delete old ones."""
         if (candidate := self._candidate) is not None:
-            # Nothing was trained since the validation, so the checkpoint holds the weights that had this loss.
+            # Nothing was trained since the validation, so the checkpoint holds the weights with this loss.
             self._candidate = None
             problem = agree(self._fabric, lambda: self._link_best(directory))
             if problem is None:
@@ -106,13 +106,13 @@ class Retention(Callback):
                 self._fabric.print(problem)
         if self._fabric.is_global_zero and self._args.keep_last is not None:
             found = newest_first(self._out_dir)
-            # A link is a second name of one of them, and its user's.
+            # A symbolic link is the user's own second name of a checkpoint.
             steps = [path for path in found if path.name.startswith("step-") and not path.is_symlink()]
             for old in steps[self._args.keep_last :]:
                 if (old / STATE_FILE).is_file() and old != directory:
                     try:
                         remove(old)
-                    except OSError as error:  # an old checkpoint too many is not worth a run
+                    except OSError as error:  # an extra checkpoint should not end the run
                         self._fabric.print(f"  {old} could not be deleted: {error}")
 
     def _link_best(self, directory: Path) -> str | None:
@@ -125,15 +125,15 @@ class Retention(Callback):
         return None
 
     def on_step_begin(self, state: dict[str, Any]) -> None:
-        """Save what the last step made the best."""
+        """Save the weights as `best` if the last validation made them so."""
         if self._candidate is not None:
             self._save(BEST)
-            # If that failed, later weights are not those of this loss: the best before it stays.
+            # If saving failed, keep the previous best: later weights no longer have this loss.
             self._candidate = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best validation loss so far, and where it was."""
-        # While a checkpoint is written, a candidate is about to become the best with it.
+        """Return the best validation loss so far and its step."""
+        # A candidate becomes the best with the checkpoint that is being written.
         best = self._candidate or self._best
         return {} if best is None else asdict(best)
 

@@ -13,11 +13,11 @@ from litgpt_moe_ext.training.settings import SampleArgs
 
 
 class TextSamples(Callback):
-    """Continue a few prompts after every validation. Training goes on as if nothing had happened.
+    """Continue a few prompts after every validation, without any effect on the training.
 
     Args:
         args: What to write.
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
     """
 
     def __init__(self, args: SampleArgs, tokenizer: Tokenizer) -> None:
@@ -34,14 +34,14 @@ class TextSamples(Callback):
             for prompt in self._args.prompts:
                 try:
                     text = self._continue(prompt)
-                except Exception as error:  # a sample is not worth a run
+                except Exception as error:  # a failed sample should not end the run
                     text = f"(failed: {type(error).__name__}: {error})"
                 self._fabric.print(f"  sample | {_visible(text)}".replace("\n", "\n         | "))
 
     def _continue(self, prompt: str) -> str:
         model, fabric = self._model, self._fabric
         ids = self._tokenizer.encode(prompt, device=fabric.device)
-        # The cache holds every generated token but the last.
+        # The cache holds all generated tokens except the last.
         room = model.max_seq_length - ids.numel()
         new_tokens = min(self._args.max_new_tokens, room)
         if ids.numel() == 0 or new_tokens < 1:
@@ -64,5 +64,5 @@ class TextSamples(Callback):
 
 
 def _visible(text: str) -> str:
-    # A model that knows little writes bytes that move a terminal's cursor, and make `grep` take a log for binary.
+    # An untrained model writes control bytes that move a terminal's cursor and make `grep` treat the log as binary.
     return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)

@@ -1,4 +1,4 @@
-"""What log lines say beside LitGPT's own: gradient norm, load of the experts, and tokens also at validations."""
+"""Metrics added to LitGPT's: gradient norm, load of the experts, and token counts at validations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class GradientNorm(Callback):
-    """Log `grad_norm`, of the last optimizer step and before clipping."""
+    """Log `grad_norm`, the gradient norm of the last optimizer step before clipping."""
 
     def __init__(self) -> None:
         self._norm: Tensor | None = None
@@ -47,10 +47,10 @@ class ExpertLoad(Callback):
 
 
 class TokensValidatedAfter(Callback):
-    """Log `total_tokens` in lines of validation as LitGPT does in those of training, which may be of another step.
+    """Log `total_tokens` in validation lines too, as LitGPT does only in training lines.
 
     Args:
-        fabric: That of the run, which knows the iteration.
+        fabric: The running Fabric, which knows the iteration.
         per_iteration: Tokens of a micro-batch, over all processes.
     """
 

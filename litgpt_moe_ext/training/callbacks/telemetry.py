@@ -1,4 +1,4 @@
-"""What a run costs: speed, memory, time spent waiting for data, and how much of the hardware it uses."""
+"""The cost of a run: speed, memory, time spent waiting for data, and hardware utilization."""
 
 import re
 import sys
@@ -16,14 +16,13 @@ class Telemetry(Callback):
     """Add `tokens_per_second`, `data_wait`, `memory_gb` and, where the device's peak is known, `mfu` to the log.
 
     `tokens_per_second` counts all processes and everything since the last log line, validation and checkpoints too.
-    `data_wait` is the share of that time in which this process waited for batches. `memory_gb` is the highest use so
-    far: on a GPU what tensors took there, elsewhere the process's resident memory. `mfu` (PaLM, arXiv:2204.02311) is
-    the arithmetic that the model's active parameters and its attention need for these tokens, over what the devices
-    could have done in that time; what activation checkpointing computes again is not counted. LitGPT's `device/mfu`
-    gives way to it.
+    `data_wait` is the share of that time in which this process waited for batches. `memory_gb` is the peak so far: of
+    tensors on a GPU, otherwise of the process's resident memory. `mfu` (PaLM, arXiv:2204.02311) is the arithmetic that
+    the active parameters and the attention need for these tokens, over what the devices could have done in that time;
+    recomputation for activation checkpointing is not counted. It replaces LitGPT's `device/mfu`.
 
     Args:
-        device: Of this process.
+        device: Device of this process.
         world_size: Number of processes.
         peak_flops: Floating point operations per second of one device, or None if unknown.
     """
@@ -33,7 +32,7 @@ class Telemetry(Callback):
         self._flops_per_token: float | None = None
         self._waited = 0.0
         self._previous: tuple[float, int] | None = None
-        if device.type == "cuda":  # the highest of an earlier run of this process may be higher
+        if device.type == "cuda":  # an earlier run of this process may have had a higher peak
             torch.cuda.reset_peak_memory_stats(device)
 
     def on_flops_counted(self, flops_per_token: float) -> None:
@@ -63,13 +62,13 @@ class Telemetry(Callback):
 
 
 def peak_memory_gb(device: torch.device) -> float | None:
-    """Return the highest use of memory so far in GB (1e9 bytes), or None where the system does not say."""
+    """Return the peak memory so far in GB (1e9 bytes), or None if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if sys.platform == "win32":
         return None
     if sys.platform == "linux":
-        # Not `ru_maxrss`: a process inherits that of the one that started it.
+        # Not `ru_maxrss`, which a process inherits from its parent.
         found = re.search(rb"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_bytes(), re.MULTILINE)
         return None if found is None else int(found[1]) * 1024 / 1e9  # some sandboxes leave it out
     import resource

@@ -1,4 +1,4 @@
-"""The two tables of a run: `metrics.csv` for people, `metrics-wide.csv` with everything."""
+"""The two tables of a run: `metrics.csv` for people, `metrics-wide.csv` with every metric."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _FIRST = ("step", "epoch", "iter", "tokens", "total_tokens", "loss", "val_loss",
 
 
 class MetricsTable(Callback):
-    """Write `metrics.csv`: one row for each logged step, in the same columns in every run, whatever the logger.
+    """Write `metrics.csv`: one row per logged step, with the same columns in every run and for every logger.
 
     `tokens` are those trained on so far, `iter_tokens` those of one optimizer step, both over all processes and with
     padding; `time` is in seconds since the training began, without the pauses before resumes.
@@ -45,12 +45,12 @@ class MetricsTable(Callback):
     Args:
         out_dir: The run's directory.
         tokens_per_step: Tokens per optimizer step, over all ranks.
-        wide: The other table, if it is written.
-        fabric: That of the run, which knows the step, and is told if writing fails.
+        wide: The other table, or None if it is not written.
+        fabric: The running Fabric, which knows the step and prints if writing fails.
     """
 
     def __init__(self, out_dir: Path, tokens_per_step: int, wide: WideTable | None, fabric: TrainingFabric) -> None:
-        # A column that somebody has added to the table of a run stays.
+        # Keep columns that the user added to the table.
         self._table = StepTable(
             out_dir / METRICS_FILE, lambda there, _: list(dict.fromkeys([*COLUMNS, *there])), fabric.print
         )
@@ -58,17 +58,17 @@ class MetricsTable(Callback):
         self._began = 0.0
 
     def on_fit_begin(self, resume_dir: Path | None) -> None:
-        """Go on with the tables of the run that is resumed, or begin new ones."""
+        """Continue the tables of the resumed run, or begin new ones."""
         step = None if resume_dir is None else self._fabric.step
         last = self._table.start(step)
         self._began = time.monotonic()
-        with contextlib.suppress(ValueError):  # of a table that somebody has edited
+        with contextlib.suppress(ValueError):  # the user may have edited the table
             self._began -= float(last.get("time") or 0.0)
         if self._wide is not None:
             self._wide.start(step)
 
     def on_logged(self, metrics: dict[str, Any]) -> None:
-        """Write the columns that a line of training or of validation has."""
+        """Write the columns that a training or validation line has."""
         values = {column: metrics[name] for column, name in COLUMNS.items() if name in metrics}
         if "loss" in metrics:
             values["iter_tokens"] = self._tokens_per_step
@@ -79,10 +79,9 @@ class MetricsTable(Callback):
 
 
 class WideTable(Logger):
-    """The logger `csv`: every metric in `metrics-wide.csv`, one row for each logged step, columns in groups.
+    """The logger `csv`: every metric in `metrics-wide.csv`, one row per logged step.
 
-    First the columns of the training, then those of all MoE layers together, then layer by layer, then the load of the
-    experts.
+    The columns are grouped: training, all MoE layers together, each layer, load of the experts.
 
     Args:
         out_dir: The run's directory.
@@ -100,7 +99,7 @@ class WideTable(Logger):
 
     @property
     def version(self) -> int:
-        """There is one table."""
+        """The version that Fabric shows; there is only one table."""
         return 0
 
     def start(self, last_step: int | None) -> None:
@@ -116,7 +115,7 @@ class WideTable(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: `hyperparameters.yaml` has them."""
+        """Do nothing; they are in `hyperparameters.yaml`."""
 
 
 def grouped(present: Sequence[str], new: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A csv file with one row per optimizer step, which survives kills, resumes and full disks."""
+"""A CSV file with one row per optimizer step that survives kills, resumes and full disks."""
 
 import csv
 import io
@@ -11,13 +11,13 @@ STEP = "step"
 
 
 class StepTable:
-    """Rows by step. The last one may still grow: a validation comes after the line of its step.
+    """Rows by step. The last row may still grow, as a validation comes after the training line of its step.
 
-    Nothing here raises an `OSError`. Rows that cannot be written are kept, up to `KEPT` of them, until they can.
+    Nothing here raises an `OSError`. Up to `KEPT` rows that cannot be written are kept until they can.
 
     Args:
         path: The file.
-        arrange: Returns the columns in their order, given those that are there and those that are new.
+        arrange: Returns all columns in order, given the existing and the new ones.
         say: Told the first time that writing fails.
     """
 
@@ -28,18 +28,18 @@ class StepTable:
     ) -> None:
         self._path, self._arrange, self._say = path, arrange, say
         self._columns: list[str] = []
-        self._rows: list[dict[str, Any]] = []  # from byte `_end` of the file on
+        self._rows: list[dict[str, Any]] = []  # rows that belong at byte `_end` of the file
         self._end = 0
         self._failed = False
 
     def start(self, last_step: int | None) -> dict[str, str]:
-        """Begin a table, or go on with the one that is there.
+        """Begin a table, or continue the existing one.
 
         Args:
             last_step: Rows of later steps are dropped; None drops all.
 
         Returns:
-            The last row that is kept, empty if there is none.
+            The last kept row, empty if there is none.
         """
         try:
             return self._start(last_step)
@@ -48,7 +48,7 @@ class StepTable:
             return {}
 
     def put(self, step: int, values: Mapping[str, Any]) -> None:
-        """Add values to the row of a step, which is the last one or a new one."""
+        """Add values to the row of a step: the last row, or a new one."""
         if self._rows and self._rows[-1][STEP] == step:
             self._rows[-1].update(values)
         else:
@@ -63,7 +63,7 @@ class StepTable:
         kept: list[dict[str, str]] = []
         if last_step is not None and self._path.is_file():
             with open(self._path, newline="", encoding="utf-8", errors="replace") as file:
-                whole = file.read().rpartition("\n")[0]  # a kill may have cut the last row off
+                whole = file.read().rpartition("\n")[0]  # a kill may have cut off the last row
             kept = [row for row in csv.DictReader(io.StringIO(whole)) if _is_kept(row, last_step)]
         self._columns = list(kept[0]) if kept else []
         self._end = 0

@@ -1,4 +1,4 @@
-"""`train.log`: the lines that the terminal showed, whoever printed them."""
+"""`train.log`: all lines that the process printed, whoever printed them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _CONTROL = re.compile("\x1b\\[[0-9;?]*[A-Za-z]")
 
 
 class Transcript:
-    """Keeps lines until there is a file for them, and writes them to it from then on.
+    """Keeps lines until there is a file for them, then writes them to it.
 
-    Writing that fails never raises an error: it is said once, and what could not be written is lost.
+    A failure to write raises no error: it is reported once, and the lines are lost.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Transcript:
         self._failed = False
 
     def open(self, path: Path) -> None:
-        """Append to a file from now on, first the lines so far."""
+        """Append the lines so far, and all later ones, to a file."""
         waiting, self._waiting = self._waiting, []
         try:
             self._file = open(path, "a", encoding="utf-8", errors="replace")  # noqa: SIM115 closed by `close`
@@ -35,7 +35,7 @@ class Transcript:
         self.add("".join(waiting))
 
     def close(self) -> None:
-        """Write no more."""
+        """Stop writing."""
         file, self._file = self._file, None
         self._failed = True
         if file is not None:
@@ -47,7 +47,7 @@ class Transcript:
         self.add(f"{text}\n")
 
     def add(self, text: str) -> None:
-        """Add text as it was written to a terminal: of a line that was drawn again and again, the last state counts."""
+        """Add text written to a terminal, without control sequences."""
         text = _CONTROL.sub("", text)
         file = self._file
         if file is None:
@@ -59,7 +59,7 @@ class Transcript:
             file.flush()
         except OSError as error:
             self._fail(error)
-        except ValueError:  # the end of the run has closed it, while a thread said that a signal has come
+        except ValueError:  # closed by the end of the run while a thread was reporting a signal
             return
 
     def _fail(self, error: OSError) -> None:
@@ -67,9 +67,9 @@ class Transcript:
         print(f"  {TRANSCRIPT_FILE} cannot be written: {error.strerror or error}. Training goes on without it.")
 
     def record(self) -> tuple[_Recorder, _Recorder]:
-        """Take down what is written to standard output and standard error from now on.
+        """Record standard output and standard error from now on.
 
-        Called again where a bar has put itself between the program and the terminal: what it lets through counts.
+        Call it again after a progress bar has replaced the streams, to record what passes through the bar.
         """
         recorders = _Recorder(sys.stdout, self), _Recorder(sys.stderr, self)
         sys.stdout, sys.stderr = recorders  # pyrefly: ignore[bad-assignment]  (as good as a stream)
@@ -77,13 +77,13 @@ class Transcript:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Take down what is written to standard output and standard error in the scope."""
+        """Record standard output and standard error within the scope."""
         before = sys.stdout, sys.stderr
         recorders = self.record()
         try:
             yield
         finally:
-            # What somebody else put there in the meantime stays.
+            # Leave streams alone that other code has replaced in the meantime.
             if sys.stdout is recorders[0]:
                 sys.stdout = before[0]
             if sys.stderr is recorders[1]:
@@ -91,9 +91,9 @@ class Transcript:
 
 
 class _Recorder:
-    """A stream that passes everything on, and whole lines to a transcript.
+    """A stream that also copies complete lines to a transcript; of a redrawn line, only the last state.
 
-    A full disk or a reader that went away does not end what was writing.
+    A full disk or a closed pipe does not stop the writer.
     """
 
     def __init__(self, stream: TextIO, transcript: Transcript) -> None:
@@ -103,7 +103,7 @@ class _Recorder:
 
     @property
     def rich_proxied_file(self) -> TextIO:
-        """The stream itself, to which rich's bars go: they are not for files."""
+        """The underlying stream, to which rich draws its bars, past the transcript."""
         return self._stream
 
     def write(self, text: str) -> int:

@@ -1,8 +1,7 @@
-"""Which run of W&B a training logs to: one of its own, in which it goes on when it is resumed.
+"""Which W&B run a training logs to: its own, which a resumed training continues.
 
-With `resume=True`, as LitGPT has it, W&B takes the run that was last started like that in the working directory and has
-not ended well, whichever training that was: another one that was killed, or still goes on. So checkpoints say which one
-is theirs.
+With `resume=True`, as LitGPT passes it, W&B continues the last run started that way in the working directory that did
+not end well. That may be another training, killed or still running. So checkpoints record the id of their run.
 """
 
 import contextlib
@@ -27,15 +26,15 @@ def options(resume: bool | Literal["auto"] | Path, out_dir: Path) -> dict[str, A
     """
     import wandb
 
-    # What somebody names goes before, and what W&B has not received yet cannot be gone on with: it would take the
-    # steps of one part for those of the other when both are sent.
+    # A run named by the user takes precedence. An offline run cannot be continued: once both parts are sent, W&B would
+    # confuse their steps.
     if "WANDB_RUN_ID" in os.environ or wandb.setup().settings.mode == "offline":
         return {"resume": "allow"}
     return {"resume": "allow", "id": run_of_checkpoint(resume, out_dir)}
 
 
 def run_of_checkpoint(resume: bool | Literal["auto"] | Path, out_dir: Path) -> str | None:
-    """Return the id of the run of W&B that a training goes on with, or None for a new one."""
+    """Return the id of the W&B run that a training continues, or None for a new one."""
     if resume is False:
         return None
     place = out_dir if resume in (True, "auto") else Path(resume)
@@ -49,7 +48,7 @@ def run_of_checkpoint(resume: bool | Literal["auto"] | Path, out_dir: Path) -> s
 
 
 class WandbRun(Callback):
-    """Write the id into every checkpoint; for the first process, which alone logs.
+    """Write the run's id into every checkpoint; only for the first process, the only one that logs.
 
     Args:
         logger: Lightning's `WandbLogger`.
@@ -59,5 +58,5 @@ class WandbRun(Callback):
         self._logger = logger
 
     def on_checkpoint_staged(self, directory: Path) -> None:
-        """Write it."""
+        """Write the id."""
         (directory / FILE_NAME).write_text(f"{self._logger.version}\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Whether an optimizer can be made of the settings, and what learning rate it has."""
+"""Checks an optimizer's settings, and finds its learning rate."""
 
 import copy
 import importlib
@@ -13,10 +13,10 @@ from litgpt_moe_ext.host.without_compiler import without_compiler
 
 
 def learning_rate_of(optimizer: str | dict) -> float:
-    """Return the learning rate of an optimizer, made for a parameter that is thrown away.
+    """Return the learning rate of an optimizer, made for a throw-away parameter.
 
     Raises:
-        SettingsError: If it cannot be made, or cannot step as LitGPT's loop lets it.
+        SettingsError: If it cannot be made, or cannot step the way LitGPT's loop calls it.
     """
     cls, arguments = _optimizer_class(optimizer)
     if reason := _obstacle(cls):
@@ -31,13 +31,13 @@ def learning_rate_of(optimizer: str | dict) -> float:
         with without_compiler():
             made = cls([torch.nn.Parameter(torch.zeros(1))], **copy.deepcopy(arguments))
     except (TypeError, ValueError, RuntimeError) as error:
-        # The class itself judges its arguments.
+        # The class itself checks its arguments.
         raise SettingsError(f"optimizer: {optimizer!r} cannot be made: {error}") from error
     return made.defaults["lr"]
 
 
 def obstacle_on_shards(optimizer: str | dict) -> str | None:
-    """Return why an optimizer cannot step with shards of weights, as FSDP2 gives it, in words; None if it can."""
+    """Return why an optimizer cannot step on FSDP2's shards of weights; None if it can."""
     cls, arguments = _optimizer_class(optimizer)
     if issubclass(cls, torch.optim.Adafactor):
         return "changes its states in ways that torch does not support for shards; use another, such as AdamW"
@@ -47,14 +47,14 @@ def obstacle_on_shards(optimizer: str | dict) -> str | None:
 
 
 def fuses_on_shards(optimizer: type) -> bool:
-    """Return whether the fused kernel of an optimizer works on shards too: of torch's, those of Adam and AdamW do."""
+    """Return whether an optimizer's fused kernel works on shards too, as those of torch's Adam and AdamW do."""
     return issubclass(optimizer, (torch.optim.Adam, torch.optim.AdamW))
 
 
 def with_module(optimizer: str | dict) -> str | dict:
-    """Return an optimizer by its full path: LitGPT takes short names only where there are no arguments.
+    """Return an optimizer by its full path, as LitGPT accepts short names only without arguments.
 
-    What names none is returned as it is.
+    Anything that names no optimizer is returned unchanged.
     """
     path = optimizer.get("class_path") if isinstance(optimizer, dict) else None
     if isinstance(optimizer, dict) and isinstance(path, str) and "." not in path:
@@ -63,13 +63,13 @@ def with_module(optimizer: str | dict) -> str | dict:
 
 
 def in_full(optimizer: str | dict) -> str | dict:
-    """Return an optimizer with what LitGPT's function needs and a recipe may leave out: a module, and arguments."""
+    """Return an optimizer with the module and arguments that LitGPT's function needs but a recipe may omit."""
     named = with_module(optimizer)
     return named if isinstance(named, str) else {**named, "init_args": named.get("init_args") or {}}
 
 
 def is_muon(optimizer: str | dict) -> bool:
-    """Return whether an optimizer updates matrices by Muon, which it has to be given in groups of their own."""
+    """Return whether an optimizer updates matrices by Muon, and so needs them in groups of their own."""
     from litgpt_moe_ext.training.optim.muon import MuonAdamW
 
     return issubclass(_optimizer_class(optimizer)[0], MuonAdamW)
@@ -89,7 +89,7 @@ def _obstacle(optimizer: type) -> str | None:
 
 
 def _check_argument(name: str, value: Any, parameter: inspect.Parameter) -> None:
-    """Raise SettingsError unless a value is of the kind of a parameter's default; the range is the class's to judge."""
+    """Raise SettingsError unless a value has the type of a parameter's default; the class checks the range."""
     default = parameter.default
     if isinstance(default, bool) or set(members(parameter.annotation)) == {bool, type(None)}:
         checked(name, value, bool if isinstance(default, bool) else bool | None)

@@ -1,8 +1,8 @@
 """Optimizer steps on a GPU that take the largest weights of a group first.
 
-One launch of a fused optimizer takes 36 tensors and lasts as long as its largest block, of up to 65,536 numbers: a
-launch of norms and biases alone is a short one. Outside of a step the weights are in the model's order, by which
-checkpoints and gradient clipping go.
+One launch of a fused optimizer takes 36 tensors and lasts as long as its largest block, of up to 65,536 elements: a
+launch of only norms and biases is short. Outside of a step the weights stay in the model's order, on which checkpoints
+and gradient clipping depend.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ def step_largest_first(optimizer: torch.optim.Optimizer) -> None:
     """Sort the weights of each group by size while an optimizer steps.
 
     Args:
-        optimizer: Whose method `step` is replaced.
+        optimizer: The optimizer, whose method `step` is replaced.
     """
     step = optimizer.step
     ordered = [sorted(group["params"], key=torch.numel, reverse=True) for group in optimizer.param_groups]

@@ -1,9 +1,9 @@
 """Muon for matrices and stacks of matrices, AdamW for everything else, as one optimizer.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces the update of a matrix by the nearest
-semi-orthogonal one. `torch.optim.Muon` refuses everything that is not two-dimensional; here the experts of an MoE
-layer, stacked along the first dimension, are orthogonalised one by one in batched products, and so are the gate and up
-projections that lie above one another in one tensor.
+semi-orthogonal one. `torch.optim.Muon` refuses everything that is not two-dimensional. Here the experts of an MoE
+layer, stacked along the first dimension, are orthogonalised one by one in batched products, and so are gate and up
+projections that are concatenated in one tensor.
 
 Shape legend: N matrices, A rows, B columns of one matrix.
 """
@@ -107,7 +107,7 @@ class MuonAdamW(torch.optim.Optimizer):
         states = [self.state[parameter] for parameter in parameters]
         fused = all(parameter.is_cuda for parameter in parameters)
         for parameter, state in zip(parameters, states, strict=True):
-            # The fused kernel counts where the weights are; torch leaves a count that it loads where it was.
+            # The fused kernel needs the step count on the weights' device, but torch loads it to where it was saved.
             counts_on = parameter.device if fused else "cpu"
             if state:
                 state["step"] = state["step"].to(counts_on)
@@ -123,7 +123,7 @@ class MuonAdamW(torch.optim.Optimizer):
             [own_part(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
-            fused=fused or None,  # elsewhere what torch takes by itself
+            fused=fused or None,  # None: torch chooses
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
@@ -135,7 +135,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def _by_group(updates: list[MatrixUpdate]) -> Iterator[tuple[dict[str, Any], list[MatrixUpdate]]]:
-    """Yield groups with their updates that follow one another."""
+    """Yield each run of consecutive updates of one group, with the group."""
     for _, members in groupby(updates, key=lambda update: id(update.group)):
         listed = list(members)
         yield listed[0].group, listed

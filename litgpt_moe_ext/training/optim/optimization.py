@@ -1,4 +1,4 @@
-"""How a run makes its optimizer and sets its learning rate."""
+"""Makes the optimizer of a run and sets its learning rate."""
 
 import copy
 from typing import Any
@@ -21,8 +21,8 @@ class Optimization(Callback):
 
     Args:
         schedule: Shape of the learning rate.
-        groups: What distinguishes parameters.
-        scaled: Whether a gradient scaler works on the gradients, which fused optimizers do not share with clipping.
+        groups: Settings of the parameter groups.
+        scaled: Whether a gradient scaler is used, which fused optimizers do not support together with clipping.
         in_pieces: Whether one step calls the optimizer several times, as DeepSpeed does; the caller scales the rates.
     """
 
@@ -62,17 +62,17 @@ class Optimization(Callback):
         parameters = list(self._model.parameters())
         try:
             made = _instantiate(optimizer, parameters, fused=True)
-        except RuntimeError:  # torch's answer for devices and dtypes without a fused kernel
+        except RuntimeError:  # no fused kernel for this device or dtype
             return False
         return "fused" in made.defaults and (fuses_on_shards(type(made)) or not any(map(is_shard, parameters)))
 
     def learning_rate(self, step: int, peak: float, floor: float, warmup_steps: int, total_steps: int) -> float:
-        """Return the rate of the step after `step` finished ones; the other arguments are those of `Schedule`."""
+        """Return the learning rate after `step` finished steps; the other arguments are those of `Schedule`."""
         if self._schedule is None:
             self._schedule = Schedule(self._schedule_args, peak, floor, warmup_steps, total_steps)
         return self._schedule.rate(step)
 
 
 def _instantiate(optimizer: str | dict, parameters: Any, **kwargs: Any) -> torch.optim.Optimizer:
-    # LitGPT's function adds the keyword arguments to the dictionary that it is given.
+    # A copy, because LitGPT's function adds the keyword arguments to the given dictionary.
     return instantiate_torch_optimizer(copy.deepcopy(optimizer), parameters, **kwargs)

@@ -1,7 +1,7 @@
-"""The nearest semi-orthogonal matrices of what Muon would add to parameters, in few launches.
+"""The nearest semi-orthogonal matrices of Muon's updates, in few launches.
 
-Matrices of the same two sides share their products, whether they lie or stand, are stacked as experts are, or lie above
-one another in one tensor as gate and up projections do, and whatever group they belong to.
+Matrices with the same two side lengths share their products, whether wide or tall, stacked like experts or concatenated
+like gate and up projections, and whatever their group.
 
 Shape legend: N matrices, A rows, B columns of one matrix.
 """
@@ -18,15 +18,16 @@ from litgpt_moe_ext.training.optim.shards import is_shard, own_part, sharded_lik
 
 # Quintic Newton-Schulz coefficients of the reference, chosen for the steepest slope at zero.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
-# Elements of parameters that are updated together: many launches become one, and the copies stay small (128 MiB).
+# Elements of parameters to update together: enough to merge many launches, while the copies stay small (128 MiB).
 _TOGETHER = 1 << 25
 
 
 def orthogonalize(x_NAB: Tensor, steps: int = 5) -> Tensor:
     """Return approximately `U V^T` of the singular value decomposition of each matrix.
 
-    Singular values end between about 0.7 and 1.2, which serves training as well as exactly 1. The products are in
-    bfloat16, on CPUs in float32: few of them multiply bfloat16 in hardware, and the others take several times as long.
+    Singular values end between about 0.7 and 1.2, which serves training as well as exactly 1. Products are computed in
+    bfloat16, but in float32 on CPUs: few CPUs multiply bfloat16 in hardware, and on others it takes several times as
+    long.
 
     Args:
         x_NAB: Any floating dtype.
@@ -43,12 +44,12 @@ def orthogonalize(x_NAB: Tensor, steps: int = 5) -> Tensor:
 
 
 class MatrixUpdate(NamedTuple):
-    """A parameter that will be changed.
+    """A parameter to update.
 
     Attributes:
         parameter: The parameter.
         gradient: Its gradient.
-        group: The group that it belongs to.
+        group: Its parameter group.
     """
 
     parameter: Tensor
@@ -68,11 +69,11 @@ class MatrixUpdate(NamedTuple):
 
 
 def alike_together(updates: list[MatrixUpdate]) -> Iterator[list[MatrixUpdate]]:
-    """Yield updates whose matrices have the same two sides, first those that lie, then those that stand."""
+    """Yield lists of updates whose matrices have the same two side lengths, wide ones before tall ones."""
     kinds = defaultdict(list)
     for update in updates:
         parameter, gradient = update.parameter, update.gradient
-        # A shard's redistribution concerns one parameter.
+        # Shards are redistributed one parameter at a time.
         alone = id(parameter) if is_shard(gradient) else 0
         sides, steps = (min(update.sides), max(update.sides)), update.group["ns_steps"]
         kinds[sides, steps, parameter.dtype, gradient.dtype, parameter.device, alone].append(update)
@@ -89,17 +90,17 @@ def alike_together(updates: list[MatrixUpdate]) -> Iterator[list[MatrixUpdate]]:
 
 
 def _most_together(device: torch.device) -> int:
-    """Return how many elements are updated together at most."""
-    # A CPU has no launches to save, and would have copies to make.
+    """Return the maximum number of elements to update together."""
+    # On a CPU there are no launches to save, only copies to avoid.
     return 0 if device.type == "cpu" else _TOGETHER
 
 
 def orthogonalized(updates: list[MatrixUpdate], ahead: list[Tensor]) -> list[Tensor]:
-    """Return `ahead`, orthogonalised matrix by matrix, in the parameters' shapes and dtype, and where they are.
+    """Return `ahead`, orthogonalised matrix by matrix, in the parameters' shapes, dtype and device.
 
     Args:
-        updates: As `alike_together` yields them.
-        ahead: One tensor for each.
+        updates: A list that `alike_together` yields.
+        ahead: One tensor for each update.
     """
     first = updates[0]
 
@@ -107,25 +108,25 @@ def orthogonalized(updates: list[MatrixUpdate], ahead: list[Tensor]) -> list[Ten
         return orthogonalize(x_NAB, first.group["ns_steps"]).to(first.parameter.dtype)
 
     if len(updates) == 1:
-        # Shards that wait in the memory of the CPU are exchanged and computed with by the GPU, as gradients are.
+        # Shards offloaded to the CPU are exchanged and computed on the GPU, like gradients.
         return [_alone(ahead[0], first.sides[0], change).to(first.parameter.device)]
     matrices = [x.reshape(-1, *update.sides) for update, x in zip(updates, ahead, strict=True)]
     changes = change(torch.cat([x.mT if update.stands else x for update, x in zip(updates, matrices, strict=True)]))
     sizes = [len(x) for x in matrices]
     lying = sum(not update.stands for update in updates)
     at = sum(sizes[:lying])
-    # The others are turned at once, or each would be added by launches of its own.
+    # Transpose the tall ones back together, or each would be added by a launch of its own.
     parts = [*changes[:at].split(sizes[:lying]), *changes[at:].mT.contiguous().split(sizes[lying:])]
     return [part.reshape(x.shape) for part, x in zip(parts, ahead, strict=True)]
 
 
 def _alone(update: Tensor, rows: int, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return what a function makes of the matrices of one tensor, which may be a shard.
+    """Apply a function to the matrices of one tensor, which may be a shard.
 
     Args:
-        update: Matrices above one another, or stacks of them, on the device of the mesh if they are shards.
-        rows: Of a matrix.
-        function: Takes matrices, (N, A, B), and returns as many of that shape.
+        update: Concatenated or stacked matrices, on the device of the mesh if they are shards.
+        rows: Rows of a matrix.
+        function: Takes and returns matrices, (N, A, B).
     """
     if not is_shard(update):
         return _of_matrices(update, rows, function)
@@ -133,9 +134,9 @@ def _alone(update: Tensor, rows: int, function: Callable[[Tensor], Tensor]) -> T
 
     mesh, placements = update.device_mesh, update.placements
     if update.dim() == 3 and all(placement.is_replicate() or placement.is_shard(0) for placement in placements):
-        # Stacked experts that are cut between experts: every rank has whole matrices.
+        # Stacked experts that are sharded by expert: every rank has whole matrices.
         return sharded_like(update, _of_matrices(own_part(update), rows, function))
-    # A shard of a matrix is not a matrix: every rank works on the whole and keeps its part.
+    # Matrices cannot be orthogonalised in pieces: every rank computes the whole and keeps its part.
     whole = update.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
     return distribute_tensor(_of_matrices(whole, rows, function), mesh, placements, src_data_rank=None)
 

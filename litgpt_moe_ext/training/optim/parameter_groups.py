@@ -12,7 +12,7 @@ from litgpt_moe_ext.training.settings import ParameterGroupArgs
 LR_FACTOR = "lr_factor"
 MATRIX_PARTS = "matrix_parts"
 OF_KERNELS = ("fused", "foreach")
-"""Options of a group that say by which kernels it is stepped."""
+"""Options of a group that choose the optimizer's kernels."""
 
 
 def group_parameters(model: nn.Module, args: ParameterGroupArgs, split_matrices: bool = False) -> list[dict[str, Any]]:
@@ -21,12 +21,12 @@ def group_parameters(model: nn.Module, args: ParameterGroupArgs, split_matrices:
     Args:
         model: The model; wrappers of `torch.compile` and of distributed strategies do not matter.
         args: What to distinguish.
-        split_matrices: Give the matrices and stacks of matrices that Muon is meant for groups of their own, with the
-            key `matrix_parts`: how many matrices lie above one another in each. Embeddings, the output head, the
-            routers' gates and vectors, also those of one row such as the gate of shared experts, stay without it.
+        split_matrices: Whether to put the matrices and stacks of matrices for Muon into groups of their own, with the
+            key `matrix_parts`: the number of matrices concatenated in each. Not for Muon are embeddings, the output
+            head, the routers' gates, and vectors, including matrices of one row such as the gate of shared experts.
 
     Returns:
-        Groups with `params`, and where they differ from the optimizer's defaults `weight_decay` and `lr_factor`.
+        Groups with `params`, and `weight_decay` and `lr_factor` where they differ from the optimizer's defaults.
     """
     members: dict[tuple, list[nn.Parameter]] = defaultdict(list)
     for name, parameter, owner in _trainable_parameters(model):
@@ -48,12 +48,12 @@ def group_parameters(model: nn.Module, args: ParameterGroupArgs, split_matrices:
 
 
 def with_own_kernels(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Return a state to load with the kernels that the optimizer has; a hook of its loading.
+    """Return a state to load with the optimizer's present kernel options; a hook for `load_state_dict`.
 
-    Which ones work depends on the strategy, the device and the precision, which may be others than in the checkpoint.
+    Which kernels work depends on strategy, device and precision, which may differ from the checkpoint's.
     """
     if len(state["param_groups"]) != len(optimizer.param_groups):
-        return state  # which torch refuses
+        return state  # torch refuses it
     groups = [
         {**loaded, **{name: own[name] for name in OF_KERNELS if name in own}}
         for own, loaded in zip(optimizer.param_groups, state["param_groups"], strict=True)
@@ -62,9 +62,9 @@ def with_own_kernels(optimizer: torch.optim.Optimizer, state: dict[str, Any]) ->
 
 
 def scale_rates(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    """Multiply the rate that the training loop has just given to every group by the group's own factor.
+    """Multiply every group's learning rate by its own factor; a pre-hook of `optimizer.step`.
 
-    A pre-hook of `optimizer.step`; LitGPT's loop sets the rates anew before each step.
+    LitGPT's loop sets the rates anew before each step.
     """
     for group in optimizer.param_groups:
         if LR_FACTOR in group:
@@ -85,7 +85,7 @@ def _kind(name: str, parameter: nn.Parameter, owner: nn.Module) -> str:
         return "embeddings" if name.endswith("weight") else "biases"
     if type(owner).__name__.endswith("Norm"):
         return "norms"
-    # `sinks` and biases are what is added to logits or outputs; those of stacked experts are two-dimensional.
+    # `sinks` and biases are added to logits or outputs; those of stacked experts are two-dimensional.
     if name.endswith(("bias", "sinks")):
         return "biases"
     if ".mlp.gate." in name:
@@ -94,8 +94,8 @@ def _kind(name: str, parameter: nn.Parameter, owner: nn.Module) -> str:
 
 
 def _matrix_parts(name: str, parameter: nn.Parameter) -> int:
-    # Experts keep their gate projection above their up projection.
+    # In experts, the gate and up projections are concatenated.
     parts = 2 if name.endswith("gate_up_proj") else 1
-    # A vector has no singular vectors to make even: Muon would do no more than give its gradient a length.
+    # A vector has a single singular value: Muon would only normalise its gradient.
     is_vector = 1 in (parameter.size(-2) // parts, parameter.size(-1))
     return 0 if is_vector else parts

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class _Still(torch.optim.SGD):
-    # A step of a real one loads torch's compiler.
+    # A step of a real optimizer loads torch's compiler.
     def step(self, closure: object = None) -> None:  # pyrefly: ignore[bad-override] nothing to compute
         pass
 
@@ -33,7 +33,7 @@ class Schedule:
     Args:
         args: The shape.
         peak: Highest rate, that of the optimizer.
-        floor: Rate at the end (`train.min_lr`); `constant` has no use for it.
+        floor: Rate at the end (`train.min_lr`); unused by `constant`.
         warmup_steps: Steps of rising rate; for `onecycle`, those until the peak.
         total_steps: Optimizer steps of the whole training.
     """
@@ -51,7 +51,7 @@ class Schedule:
         """Return the learning rate of the optimizer step that follows `step` finished ones."""
         if step < self._ramp_steps:
             return self._peak * (step + 1) / self._ramp_steps
-        # Past the end (a finished run that is resumed) the last rate stays.
+        # Past the end (when a finished run is resumed) the last rate stays.
         position = min(step - self._ramp_steps, self._last_position)
         if position < self._position:
             self._rewind()
@@ -62,14 +62,14 @@ class Schedule:
 
     def _rewind(self) -> None:
         self._optimizer = _Still([torch.zeros(1)], lr=self._peak)
-        leave_to_caller(self._optimizer)  # whose steps are not those of a training
+        leave_to_caller(self._optimizer)  # its steps are not training steps
         self._scheduler = self._make_scheduler()
         self._optimizer.step()  # torch warns of schedulers whose optimizer never stepped
         self._position = 0
 
     @property
     def _last_position(self) -> int:
-        # OneCycle counts steps and reaches its end with the last of them.
+        # OneCycle reaches its end at the last step.
         return self._length - 1 if self._args.name == "onecycle" else self._length
 
     def _make_scheduler(self) -> lr_scheduler.LRScheduler:
@@ -83,7 +83,7 @@ class Schedule:
                 return lr_scheduler.ConstantLR(optimizer, factor=1.0)
             case "onecycle":
                 first = peak / 25
-                # torch divides by zero where a phase has one step only.
+                # torch divides by zero if a phase has only one step.
                 rising = self._warmup_steps if self._warmup_steps >= 2 else 0
                 return lr_scheduler.OneCycleLR(
                     optimizer,
@@ -112,11 +112,11 @@ def _ratio(floor: float, peak: float) -> float:
 
 
 def count_steps(train: "litgpt.args.TrainArgs | TrainArgs", tokens_per_step: int, ahead: int = 0) -> int:
-    """Return the number of optimizer steps of a whole training, `ahead` as `Plan.steps_ahead`."""
+    """Return the number of optimizer steps of a whole training; `ahead` is `Plan.steps_ahead`."""
     steps = (train.max_tokens or 0) // tokens_per_step + ahead
     return steps if train.max_steps is None else min(steps, train.max_steps)
 
 
 def schedule_steps(warmup_iters: int, max_iters: int, accumulation: int) -> tuple[int, int]:
-    """Return the steps of the warm-up and of the schedule, from LitGPT's iterations, of which a step has several."""
+    """Return the optimizer steps of the warm-up and of the whole schedule, from LitGPT's iterations."""
     return -(-warmup_iters // accumulation), max_iters // accumulation

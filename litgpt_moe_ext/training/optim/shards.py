@@ -1,6 +1,6 @@
-"""Tensors that are shards of larger ones, without loading what makes them.
+"""Helpers for sharded tensors, without importing `torch.distributed.tensor`.
 
-`torch.distributed.tensor` takes a second to import; where it is not loaded, no tensor is sharded.
+That import takes a second; as long as it is not loaded, no tensor is sharded.
 """
 
 import sys
@@ -19,20 +19,20 @@ def is_shard(tensor: Any) -> "TypeGuard[DTensor]":
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """Return what this rank has of a tensor, in its memory, or all of it where it is no shard; call without autograd.
+    """Return this rank's part of a tensor, sharing its memory, or the tensor itself if not sharded; without autograd.
 
-    What works number by number is computed with that, in the kernels of ordinary tensors. Torch plans an operation on
-    shards anew in every step where it takes lists of them, and has rules for more such operations in later versions.
+    Elementwise operations use the part, with the kernels of ordinary tensors. On lists of shards, torch would plan an
+    operation anew in every step, and older versions lack rules for some operations.
     """
     return tensor.to_local() if is_shard(tensor) else tensor
 
 
 def sharded_like(tensor: Tensor, part: Tensor) -> Tensor:
-    """Return the tensor of the shape of `tensor` of which this rank has `part`, on the device of the mesh.
+    """Return `part` as this rank's part of a tensor sharded like `tensor`, on the device of the mesh.
 
     Args:
-        tensor: A shard, or not, of which `part` could be this rank's part.
-        part: Wherever it is.
+        tensor: A sharded or whole tensor, of whose shape `part` could be this rank's part.
+        part: This rank's part, on any device.
     """
     if not is_shard(tensor):
         return part
@@ -44,7 +44,7 @@ def sharded_like(tensor: Tensor, part: Tensor) -> Tensor:
 
 
 def like(whole: Tensor, tensor: Tensor) -> Tensor:
-    """Return a whole tensor, which every rank has, sharded as `tensor` is; without communication."""
+    """Return a whole tensor, present on every rank, sharded like `tensor`, without communication."""
     if not is_shard(tensor):
         return whole
     from torch.distributed.tensor import distribute_tensor

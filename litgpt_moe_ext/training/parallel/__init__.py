@@ -1,1 +1,1 @@
-"""How several processes share a training."""
+"""Distributing a training over several processes."""

@@ -1,4 +1,4 @@
-"""What a run trains on, and in which precision unless the recipe says."""
+"""The device type that a run trains on, and its default precision."""
 
 import torch
 
@@ -9,12 +9,12 @@ def accelerator_here() -> str:
 
 
 def default_precision(accelerator: str) -> str:
-    """Return the precision of a recipe that names none.
+    """Return the precision for a recipe that names none.
 
     Args:
         accelerator: Device type.
     """
     if accelerator != "cuda":
         return "32-true"  # bfloat16 is much slower on CPUs without instructions for it
-    # torch counts GPUs before Ampere, which emulate bfloat16 in float32.
+    # By default torch also counts GPUs before Ampere, which emulate bfloat16 in float32.
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"

@@ -1,4 +1,4 @@
-"""What one of several processes has seen or decided, and all must act on."""
+"""Sharing what one process has seen or decided with all processes, which must act on it together."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,14 +10,14 @@ from litgpt_moe_ext.training.callback import Callback
 
 
 class Agreement(Callback):
-    """Asks all processes when the gradients of a step are there, and knows when the step is over.
+    """Asks all processes once the gradients of a step are computed; the answer is known when the step is over.
 
-    The answer goes to memory of the host behind the gradients, whose norm is looked at anyway. Asked for after the
-    optimizer's step, it would keep the host from starting the next one until the device has finished this one.
+    The answer is copied to the host right after the gradients, whose norm the host waits for anyway. Asking after the
+    optimizer's step would keep the host from starting the next step until the device has finished this one.
 
     Args:
         fabric: The connected processes.
-        seen: Returns what this process has seen, as numbers; always as many.
+        seen: Returns what this process has seen, as a fixed number of numbers.
     """
 
     def __init__(self, fabric: Any, seen: Callable[[], tuple[int, ...]]) -> None:
@@ -27,12 +27,12 @@ class Agreement(Callback):
         self._here: torch.cuda.Event | None = None
 
     def on_gradients_clipped(self, norm: Tensor | None, module: Any, optimizer: Any, scaled: bool) -> None:
-        """Ask: what this process sees later in the step is for the next."""
+        """Ask all processes; what this one sees later in the step counts for the next."""
         if self._fabric.world_size > 1:
             self._ask()
 
     def reached(self) -> tuple[int, ...]:
-        """Return the largest of what any process has seen, number by number; every process must call after a step."""
+        """Return the elementwise maximum of what all processes have seen; every process must call this after a step."""
         if self._fabric.world_size == 1:
             return self._seen()
         if not self._asked:  # before the first step, and after one without gradients
@@ -44,9 +44,9 @@ class Agreement(Callback):
         return tuple(self._answer.tolist())
 
     def reached_earlier(self) -> tuple[int, ...]:
-        """Return the same as of the call before, or as of now in the first, and ask anew without waiting.
+        """Return the answer as of the previous call (at the first call, as of now), and ask anew without waiting.
 
-        So a process may look between the passes of a model, and stay ahead of its device.
+        So the host can check between a model's passes and still stay ahead of its device.
         """
         found = self.reached()
         if self._fabric.world_size > 1:
@@ -59,7 +59,7 @@ class Agreement(Callback):
         if self._answer is None:
             self._answer = torch.empty_like(seen, pin_memory=cuda)
             self._here = torch.cuda.Event() if cuda else None
-        # From pinned memory and back, for which the host does not wait.
+        # To the device and back through pinned memory, so the host does not wait.
         self._answer.copy_(seen)
         everywhere = self._answer.to(self._fabric.device, non_blocking=True)
         torch.distributed.all_reduce(everywhere, op=torch.distributed.ReduceOp.MAX)
@@ -70,11 +70,11 @@ class Agreement(Callback):
 
 
 def agree(fabric: Any, decide: Callable[[], Any]) -> Any:
-    """Return on every rank what `decide` returns on the first, which alone calls it; its error is raised on all.
+    """Call `decide` on the first rank only, and return its result, or raise its error, on every rank.
 
     Args:
-        fabric: The launched fabric; every rank must call.
-        decide: Looks at the file system, which may take long or differ between nodes.
+        fabric: The launched fabric; every rank must call this.
+        decide: Reads the file system, which may take long or differ between nodes.
     """
     outcome, error = None, None
     if fabric.is_global_zero:

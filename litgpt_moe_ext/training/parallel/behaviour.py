@@ -1,4 +1,4 @@
-"""What training asks of a strategy beyond Lightning's interface; callers ask here and never for a type."""
+"""What training needs of a strategy beyond Lightning's interface; callers use this and never check types."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,15 +20,15 @@ else:
 
 
 class Behaviour(_Base):
-    """Mixed into one of Lightning's strategies, left of it; the defaults are those of one process and of ddp.
+    """A mixin for Lightning's strategies, placed left of them; defaults are those of a single process and of ddp.
 
     Attributes:
-        facts: The strategy's row of the table.
-        clips_in_step: Whether the step of its optimizer clips the gradients and reports their norm, so that
-            `clip_gradients` before it has nothing to do.
-        steps_in_parts: Whether one step calls the torch optimizer several times, each time with a part of its groups,
-            so that hooks of that optimizer run more than once.
-        compile_obstacle: Why the model cannot be compiled under it, or None.
+        facts: The strategy's row of the table of facts.
+        clips_in_step: Whether the optimizer's step itself clips the gradients and reports their norm, so that
+            `clip_gradients` has nothing to do.
+        steps_in_parts: Whether one step calls the torch optimizer several times, each time with some of its groups, so
+            that the optimizer's hooks run more than once.
+        compile_obstacle: Why the model cannot be compiled under this strategy, or None.
     """
 
     facts: StrategyFacts
@@ -43,35 +43,35 @@ class Behaviour(_Base):
 
     @property
     def scales_gradients(self) -> bool:
-        """Whether the loss is scaled against underflow, and steps with gradients that overflow are left out."""
+        """Whether the loss is scaled against underflow, and steps whose gradients overflow are skipped."""
         return getattr(self.precision, "scaler", None) is not None
 
     def use_precision(self, name: str, accelerator: str) -> None:
-        """Choose the precision where Fabric would refuse or replace it; call it before Fabric is made.
+        """Set a precision that Fabric would refuse or replace; call this before Fabric is made.
 
         Args:
-            name: As in recipes.
+            name: Name of the precision, as in recipes.
             accelerator: Device type.
         """
         if name == "16-mixed":
-            # Fabric takes bf16-mixed instead on CPUs, and refuses it for sharded models; torch has it everywhere.
+            # Fabric would use bf16-mixed on CPUs and refuse 16-mixed for sharded models; torch supports both.
             self._precision = MixedPrecision("16-mixed", accelerator)
 
     def follow(self, train: TrainArgs) -> None:
-        """Learn how many micro-batches a step has and how it is clipped; call it when the ranks are connected."""
+        """Take over the number of micro-batches of a step and its clipping; call this once ranks are connected."""
 
     def attach_optimizer(self, model: Any, optimizer: Optimizer, on_norm: Callable[[Tensor], None]) -> Any:
-        """Return what the loop uses as the optimizer.
+        """Return the optimizer for the loop to use.
 
         Args:
             model: Fabric's wrapper of the model that was set up.
-            optimizer: Over its parameters.
-            on_norm: Told the gradient norm of every step, where `clips_in_step`.
+            optimizer: Optimizer over its parameters.
+            on_norm: Told the gradient norm of every step if `clips_in_step`.
         """
         return self.setup_optimizer(optimizer)
 
     def load_weights(self, model: nn.Module, weights: Mapping[str, Tensor], strict: bool = True) -> None:
-        """Give a model that was set up other weights; every rank must call.
+        """Load weights into a model that was set up; every rank must call this.
 
         Args:
             model: The model.
@@ -81,25 +81,25 @@ class Behaviour(_Base):
         model.load_state_dict(weights, strict=strict)
 
     def in_place_of_forward(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Return what a function returns that runs the model's passes, so that its gradients are exchanged.
+        """Return the result of a function that runs the model's passes, with gradients exchanged among ranks.
 
         Args:
-            function: Returns the loss of the inputs, a scalar. Where its backward pass is not autograd's of the model,
-                it ends with `exchange_gradients`.
-            *inputs: Of the function.
+            function: Returns the loss of the inputs, a scalar. If its backward pass bypasses the model's autograd
+                graph, it ends with `exchange_gradients`.
+            *inputs: Inputs of the function.
         """
         return function(*inputs)
 
     def exchange_gradients(self) -> None:
-        """Exchange the gradients that parameters have, which no node of autograd has added up, if their step ends."""
+        """Exchange gradients that were written without autograd, if this is the last micro-batch of a step."""
 
     def loss_scale_state(self) -> Callback:
-        """Return what keeps the loss scale in the checkpoints; only where `scales_gradients`."""
+        """Return the callback that saves the loss scale in checkpoints; only if `scales_gradients`."""
         return ScalerState(self.precision)
 
 
 class ScalerState(Callback):
-    """Keep the state of the gradient scaler of float16 training in the checkpoints.
+    """Saves the state of the gradient scaler of float16 training in checkpoints.
 
     Args:
         precision: Fabric's precision plugin.
@@ -120,12 +120,12 @@ class ScalerState(Callback):
 def as_the_model_names_them(model: nn.Module, weights: Mapping[str, Tensor], strict: bool) -> dict[str, Tensor]:
     """Return whole weights under the names and in the layout that the model saves.
 
-    A module may convert what it loads. Here a model without storage does that, because no rank of a sharded model has
-    room for the result.
+    Modules may convert weights on loading. A model without storage does that here, as no rank of a sharded model has
+    room for a whole one.
 
     Args:
         model: LitGPT's model, possibly sharded.
-        weights: What was loaded from a file.
+        weights: Weights loaded from a file.
         strict: As `nn.Module.load_state_dict`.
     """
     with torch.device("meta"):

@@ -1,6 +1,6 @@
-"""What each strategy shards and what goes with it: one table, read by launch, checks, the model card and `doctor`.
+"""A table of what each strategy shards and requires, used by launch, checks, the model card and `doctor`.
 
-Imports neither torch nor Lightning, so that a command that only describes a recipe may read it.
+Imports neither torch nor Lightning, so that commands that only describe a recipe can use it.
 """
 
 from dataclasses import dataclass, field
@@ -18,16 +18,16 @@ class StrategyFacts:
     """One strategy as plain data.
 
     Attributes:
-        knobs: Fields of `DistributedArgs` that it has, besides those that all strategies have.
-        shards: Of what a rank holds a share only, between two optimizer steps.
-        within_node: Whether the ranks of a node share among themselves, so that every node holds all of it.
-        communication: What a rank holds of other ranks' shares, or is about to send, at the worst moment: a copy of
-            all `gradients`, one `bucket` of them, the parameters of two `blocks`, or those of the whole `model`.
-        offloads: What the knob `cpu_offload` or `offload_optimizer` moves to the memory of the CPU.
+        knobs: Fields of `DistributedArgs` that it supports, besides those common to all strategies.
+        shards: What is sharded over the ranks between two optimizer steps.
+        within_node: Whether it shards only within a node, so that every node holds everything.
+        communication: What a rank holds at the worst moment for exchange with other ranks: a copy of all `gradients`,
+            one `bucket` of them, the parameters of two `blocks`, or those of the whole `model`.
+        offloads: What `cpu_offload` or `offload_optimizer` moves to CPU memory.
         cuda_only: Whether it needs CUDA devices.
-        alone: Whether it does anything in a single process; the others become `auto` there.
-        requires: What must be installed for it, beyond the requirements of this package, as its extra names it.
-        zero_stage: Stage of DeepSpeed's ZeRO, or None for torch's own strategies. ZeRO hands the optimizer flat shards
+        alone: Whether it has an effect in a single process; others become `auto` there.
+        requires: Requirement of its extra, beyond those of this package, or None.
+        zero_stage: Stage of DeepSpeed's ZeRO, or None for torch's own strategies. ZeRO gives the optimizer flat shards
             of several weights, keeps a float32 copy of them, and clips gradients inside the optimizer step.
     """
 
@@ -71,8 +71,8 @@ def _zero(stage: int) -> StrategyFacts:
         offloads=("optimizer",),
         cuda_only=True,
         alone=True,
-        # Earlier ones take steps whose gradients are not finite, outside of float16: they combine a norm of -1 for each
-        # group of weights to one that is.
+        # Outside float16, earlier versions do not skip steps with non-finite gradients: they combine the groups' norms
+        # of -1 into a finite one.
         requires="deepspeed>=0.19.8",
         zero_stage=stage,
     )
@@ -88,14 +88,14 @@ STRATEGIES: dict[str, StrategyFacts] = {
     "deepspeed_stage_2": _zero(2),
     "deepspeed_stage_3": _zero(3),
 }
-"""By the names that recipes use. `auto` is ddp wherever there are several processes."""
+"""Facts by the strategy's name in recipes. `auto` means ddp if there are several processes."""
 
 
 def facts_of(name: str) -> StrategyFacts:
     """Return the facts of a strategy.
 
     Raises:
-        SettingsError: If there is none of that name.
+        SettingsError: If there is no strategy of that name.
     """
     if name not in STRATEGIES:
         raise SettingsError(f"strategy: {name!r} is unknown; choose from {', '.join(STRATEGIES)}")

@@ -1,7 +1,7 @@
 """torch's FSDP2: every rank holds a shard of each parameter and gathers a block's parameters when it computes it.
 
-All three names of recipes use it. `fsdp2` shards among all ranks; `fsdp` among the ranks of a node, with every node
-holding the whole model (HSDP); `fsdp_shard_grad_op` keeps what it has gathered from forward to backward pass.
+Three strategy names use it. `fsdp2` shards among all ranks; `fsdp` among the ranks of a node, with every node holding
+the whole model (HSDP); `fsdp_shard_grad_op` keeps gathered parameters from forward to backward pass.
 
 torch's older FSDP is not used: Fabric has it keep all buffers in the low precision, in which a balancing bias stops
 moving, and an optimizer or average sees its flat parameters instead of matrices.
@@ -37,12 +37,13 @@ _BLOCK_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
     """FSDP2 behind the calls of LitGPT's loop.
 
-    In mixed precision blocks are gathered in the low precision, half the traffic, and their gradients are reduced in
-    float32. Embeddings, norms, the output head and the routers are gathered in float32, so that the residual stream and
-    the choice of experts are those of a single process. Sinks are not: they share a module with the projections.
+    In mixed precision, blocks are gathered in the low precision, which halves the traffic, and their gradients are
+    reduced in float32. Embeddings, norms, the output head and the routers are gathered in float32, so that the residual
+    stream and the choice of experts equal those of a single process. Sinks are not, as they share a module with the
+    projections.
 
     Args:
-        facts: The strategy's row of the table.
+        facts: The strategy's row of the table of facts.
         processes: Number of ranks on all nodes.
         nodes: Number of nodes.
         args: The knobs.
@@ -63,7 +64,7 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
     def _get_process_group_backend(self) -> str:
         backend = super()._get_process_group_backend()
         if self._args.cpu_offload and backend == "nccl":
-            # The gradient norm, and whole tensors for a checkpoint, come from shards that lie on the CPU.
+            # The gradient norm, and whole tensors for checkpoints, are computed from shards on the CPU.
             return "cpu:gloo,cuda:nccl"
         return backend
 
@@ -88,14 +89,14 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
             router for router in routers_of(model).values() if any(True for _ in router.parameters())
         ]
         if gates:
-            # One all-gather for the gates of all layers, which are small. Nothing changes gate values in place.
+            # One all-gather for the small gates of all layers. Nothing changes their values in place.
             warnings.filterwarnings("ignore", r"FSDP2-wrapped module \([^)]*Router[^)]*\) returned a view")
             fully_shard(gates, reshard_after_forward=False, **options)
         blocks = list(model.transformer.h)
         in_blocks = self._block_policy()
         norms = _norms_of(blocks) if in_blocks.param_dtype is not None else []
         if norms:
-            # Torch's fused kernels want weights in the dtype of the stream, and its LayerNorm on a CPU has no other.
+            # Torch's fused norm kernels need weights in the dtype of the stream; on a CPU its LayerNorm has no other.
             fully_shard(norms, reshard_after_forward=False, **options)
         for block in blocks:
             keep = self.facts.communication == "model"
@@ -107,12 +108,12 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
 
     def _block_policy(self) -> MixedPrecisionPolicy:
         dtype = _BLOCK_DTYPES.get(self.precision.precision)
-        # Autocast decides about the inputs, as it does in a single process.
+        # Autocast casts the inputs, as in a single process.
         return MixedPrecisionPolicy(dtype, torch.float32 if dtype is not None else None, cast_forward_inputs=False)
 
     def save_checkpoint(self, path: Any, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Save as Lightning does, which looks for shards among the parameters of the models in `state`."""
-        # What stays gathered until a backward pass is whole after a validation, which has none.
+        # After a validation, which has no backward pass, parameters may still be gathered.
         for value in state.values():
             for module in value.modules() if isinstance(value, nn.Module) else ():
                 if isinstance(module, FSDPModule):
@@ -121,15 +122,15 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
 
     @property
     def checkpoint_io(self) -> MappedCheckpointIO:  # pyrefly: ignore[bad-override]: nobody exchanges it
-        """How checkpoints are read; Lightning writes those of shards by itself."""
+        """How checkpoints are read; Lightning itself writes those of sharded models."""
         return MappedCheckpointIO()
 
     def load_checkpoint(  # pyrefly: ignore[bad-override]: Lightning's needs a `state` with a model as well
         self, path: Any, state: dict[str, Any], strict: bool = True, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load whole tensors from one file, of this strategy or another one; every rank must call."""
-        # Lightning's own takes the states of an optimizer without names to be in the order of the model's parameters,
-        # not in that of the optimizer's groups, and refuses a model whose shards and buffers lie on different devices.
+        """Load whole tensors from one file, written under any strategy; every rank must call this."""
+        # Lightning assumes that unnamed optimizer states are in the order of the model's parameters, not of the
+        # optimizer's groups, and refuses a model whose shards and buffers are on different devices.
         optimizers = {name: value for name, value in state.items() if isinstance(value, Optimizer)}
         others = {name: value for name, value in state.items() if name not in optimizers}
         (model,) = (value for value in others.values() if isinstance(value, nn.Module))
@@ -141,7 +142,7 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
             if any(saved["state"].values()):
                 set_optimizer_state_dict(model, optimizer, saved, options=whole)
             else:
-                # Torch looks for the device among the states, of which SGD without momentum has none.
+                # Torch finds the device from the states, but SGD without momentum has none.
                 own = optimizer.state_dict()["param_groups"]
                 pairs = zip(saved["param_groups"], own, strict=True)
                 groups = [{**group, "params": now["params"]} for group, now in pairs]
@@ -149,7 +150,7 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
         return rest
 
     def load_module_state_dict(self, module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-        """Give a sharded model other weights, whole ones, that every rank has."""
+        """Load whole weights, present on every rank, into a sharded model."""
         self.load_weights(module, state_dict, strict)
 
     def clip_gradients_norm(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -158,7 +159,7 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
         return norm.full_tensor() if is_shard(norm) else norm
 
     def load_weights(self, model: nn.Module, weights: Mapping[str, Tensor], strict: bool = True) -> None:
-        """Give a sharded model other weights; every rank copies its shards out of the whole tensors."""
+        """Load weights into a sharded model; every rank copies its shards from the whole tensors."""
         network = getattr(model, "module", model)
         loaded = as_the_model_names_them(network, weights, strict)
         with torch.no_grad():
@@ -167,7 +168,7 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
 
 
 def _by_name(saved: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Return a saved state of an optimizer over the same groups, with the names of the parameters."""
+    """Return a saved state of an optimizer with the same groups, keyed by parameter names."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     now = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
     before = [group["params"] for group in saved["param_groups"]]
@@ -187,8 +188,8 @@ def _norms_of(blocks: list[nn.Module]) -> list[nn.Module]:
 def placement_among(ranks: int) -> Callable[[nn.Parameter], Shard | None]:
     """Return FSDP2's `shard_placement_fn` for experts stacked along the first dimension, (E, ..., ...).
 
-    Cut along the experts, fewer experts than ranks would leave some ranks with a whole expert each and others with
-    nothing but padding. There, the next dimension that the number of ranks divides is cut instead.
+    With fewer experts than ranks, sharding by expert would give some ranks a whole expert and others only padding. Then
+    the next dimension divisible by the number of ranks is sharded instead.
 
     Args:
         ranks: Number of ranks that share a parameter.

@@ -1,7 +1,7 @@
-"""Whether a model can be trained in the memory that there is, and what to say when it runs out.
+"""Whether a model fits into the available memory for training, and the message when memory runs out.
 
-What a model needs in each phase is the model card's to say (`litgpt-moe model-card`). Here is the least that no setting
-of batch or length lowers: weights, gradients and the optimizer's two averages.
+The model card (`litgpt-moe model-card`) shows the need in each phase. This is the minimum that no batch size or length
+can lower: weights, gradients and the optimizer's two averages.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _REMEDY = (
 
 
 def check_memory(launched: Launched) -> None:
-    """Refuse a model of which not even the weights and their gradients fit into the memory of a device.
+    """Refuse a model whose weights and gradients alone exceed the memory of a device.
 
     Raises:
-        SettingsError: With what it needs, what there is, and what to change.
+        SettingsError: With the memory needed, the memory available, and what to change.
     """
     present = _present(launched)
     needed = _needed(launched, 2)
@@ -48,16 +48,16 @@ def check_memory(launched: Launched) -> None:
 
 @contextlib.contextmanager
 def explained(launched: Launched) -> Iterator[None]:
-    """Say what a model needs where the memory runs out in the scope.
+    """Explain the need of memory if it runs out in the scope.
 
     Raises:
-        TrainingStopped: Instead of torch's error, if this is the only process. Where others wait, torch's error stays:
-            it is what ends them.
+        TrainingStopped: Instead of torch's error, if this is the only process. With several, torch's error stays, as it
+            is what ends the others.
     """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # The allocator of CPUs has no error of its own.
+        # The CPU allocator has no error class of its own.
         known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
         if not known:
             raise
@@ -86,7 +86,7 @@ def _needed(launched: Launched, copies: int) -> float:
 
 
 def _present(launched: Launched) -> int | None:
-    """Return the memory of a device, in bytes for each process on it, or None where nothing says so."""
+    """Return the memory of a device in bytes per process on it, or None if unknown."""
     device = launched.fabric.device
     if device.type == "cuda":
         knobs = launched.plan.settings.distributed

@@ -1,10 +1,9 @@
 """The processes of a run: who starts them, and how those that the run starts itself end together.
 
-A run starts its processes itself (through Fabric), or torchrun, SLURM or somebody by hand does. Fabric's first process
-starts the others of its node. When one of those ends with an error, Fabric kills the first, within seconds. Nothing
-happens the other way round: if the first process is killed, the others wait until `distributed.timeout_minutes` are
-over, and one that is still importing starts to wait only then. So each of them here watches its parent. (torchrun and
-SLURM watch the processes that they start.)
+Processes are started by the run itself (through Fabric), by torchrun, by SLURM, or by hand. Fabric's first process
+starts the others of its node, and is killed within seconds if one of them fails. But if the first process is killed,
+the others wait until `distributed.timeout_minutes` are over, and one that is still importing starts to wait only then.
+So here each of them watches its parent. (torchrun and SLURM watch the processes that they start.)
 """
 
 import ctypes
@@ -35,7 +34,7 @@ def started_processes(environment: Mapping[str, str]) -> Processes | None:
     """Return the processes that a launcher has started already, or None if the run starts its own.
 
     Args:
-        environment: As `os.environ`. Known are torchrun's variables (also set by hand) and SLURM's.
+        environment: Environment variables; those of torchrun (or set by hand) and of SLURM are recognised.
 
     Raises:
         SettingsError: If the variables contradict each other or are incomplete.
@@ -45,7 +44,7 @@ def started_processes(environment: Mapping[str, str]) -> Processes | None:
         tasks, nodes = int(environment["SLURM_NTASKS"]), int(environment.get("SLURM_NNODES", 1))
         return _even("SLURM", tasks, int(environment.get("SLURM_NTASKS_PER_NODE", tasks // nodes)))
     given = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in environment]
-    # Fabric gives LOCAL_RANK and WORLD_SIZE, but no RANK, to the processes that it starts.
+    # Fabric sets LOCAL_RANK and WORLD_SIZE, but not RANK, for the processes that it starts.
     if "RANK" not in given and ("LOCAL_RANK" in given or environment.get("WORLD_SIZE", "1") == "1"):
         return None
     missing = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - set(environment)
@@ -57,7 +56,7 @@ def started_processes(environment: Mapping[str, str]) -> Processes | None:
     world = int(environment["WORLD_SIZE"])
     port = environment["MASTER_PORT"]
     if world > 1 and not (port.isdecimal() and 1 <= int(port) <= 65535):
-        # torch would have the first process listen anywhere, and the others look for it at this number.
+        # torch's first process would listen on any free port, while the others try this one.
         raise SettingsError(
             f"environment: MASTER_PORT: {port!r} is not a port at which {world} processes can meet; give torchrun "
             "--standalone (one node) instead of --master_port, or set a free port from 1 to 65535"
@@ -75,7 +74,7 @@ def _even(launcher: str, world: int, per_node: int) -> Processes:
 
 
 def cluster_plugins(processes: Processes | None) -> list[Any]:
-    """Return Fabric's plugin for variables set by hand, which Fabric does not recognise by itself."""
+    """Return Fabric's plugin for variables set by hand, which Fabric does not detect."""
     if processes is None or processes.started_by != "RANK and WORLD_SIZE":
         return []
     from lightning.fabric.plugins.environments import TorchElasticEnvironment
@@ -84,17 +83,17 @@ def cluster_plugins(processes: Processes | None) -> list[Any]:
 
 
 def started_by_fabric() -> bool:
-    """Whether this process was started by the first process of its run."""
-    # The processes of a launcher have a RANK, and may have been started in the environment of an earlier run.
+    """Return whether this process was started by the first process of its run."""
+    # A launcher's processes have a RANK, but may have inherited the variables of an earlier run.
     by_fabric = _LAUNCHER_PID in os.environ and "RANK" not in os.environ
     return by_fabric and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def end_together() -> None:
-    """Have the processes that this one will start end soon after it, or this one after the process that started it.
+    """Make child processes end soon after this one, or this one soon after its parent.
 
-    Call it in every process before Fabric launches. Without effect on Windows, which keeps the parent's number of a
-    process although the parent is gone.
+    Call it in every process before Fabric launches. It has no effect on Windows, where a process keeps its parent's id
+    after the parent has ended.
     """
     if started_by_fabric():
         parent = int(os.environ[_LAUNCHER_PID])
@@ -105,7 +104,7 @@ def end_together() -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have Linux end this process when the thread that started it ends; without effect elsewhere.
+    """Have Linux end this process when the thread that started it ends; no effect elsewhere.
 
     A process that is stopped (SIGSTOP, a debugger) cannot watch its parent.
 
@@ -123,5 +122,5 @@ def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(_LOOK_EVERY)
     print(f"error: the parent process {parent} is gone; this process ends too", file=sys.stderr, flush=True)
-    # The main thread may hang in a collective operation, which no exception reaches.
+    # The main thread may hang in a collective operation, where no exception reaches it.
     os._exit(1)

@@ -13,10 +13,10 @@ from litgpt_moe_ext.wording import counted
 
 
 def of_this_rank(device: torch.device) -> dict[str, Any]:
-    """Return the state of what training draws from: torch on the CPU and on the device of the rank, and Python.
+    """Return the states of the generators that training uses: torch's on the CPU and this rank's device, and Python's.
 
     Args:
-        device: Of this rank. Other devices are those of other ranks, or of nobody.
+        device: Device of this rank.
     """
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if device.type == "cuda":
@@ -40,7 +40,7 @@ def restore(state: dict[str, Any], device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def undisturbed(fabric: Any, model: nn.Module) -> Iterator[Any]:
-    """Give a model in evaluation mode and the training's precision; put back mode and random generators.
+    """Yield a model in evaluation mode and the training's precision; restore mode and random generators afterwards.
 
     lm-eval and its tasks may draw from Python's, NumPy's and torch's generators.
     """
@@ -72,9 +72,9 @@ class RankStreams:
         self.resumed: list[dict[str, Any]] | None = None
 
     def to_save(self) -> list[dict[str, Any]] | None:
-        """Return the states of all ranks in their order, or before the first batch those of the checkpoint, if any.
+        """Return the states of all ranks in order; before the first batch, those of the checkpoint, if any.
 
-        Every rank must call.
+        Every rank must call this.
         """
         if not self._settled:
             return self.resumed
@@ -85,10 +85,10 @@ class RankStreams:
         return states
 
     def settle(self, seed: int) -> None:
-        """Continue the streams from the checkpoint, or give each rank its own; only the first call does.
+        """At the first call, continue the streams from the checkpoint, or give each rank its own.
 
         Args:
-            seed: Of the run.
+            seed: Seed of the run.
         """
         if self._settled:
             return
@@ -107,14 +107,14 @@ class RankStreams:
 
 
 def part_ways(seed: int, rank: int, world_size: int, step: int = 0) -> None:
-    """Give every rank a random stream of its own; up to now all of them have drawn the same numbers.
+    """Give every rank its own random stream; until now, all have drawn the same numbers.
 
-    LitGPT seeds all ranks alike, which the initial weights need. Afterwards, dropout, jitter and router noise would be
-    the same for the different tokens of the ranks. A single process keeps its stream.
+    LitGPT seeds all ranks alike, as initial weights require. Without this, dropout, jitter and router noise would then
+    be the same on all ranks, for different tokens. A single process keeps its stream.
 
     Args:
-        seed: Of the run.
-        rank: Of this process.
+        seed: Seed of the run.
+        rank: Rank of this process.
         world_size: Number of ranks.
         step: Finished optimizer steps, so that a run resumed with another number of ranks repeats no numbers.
     """

@@ -1,8 +1,8 @@
-"""torch's DDP, also for passes that it does not see.
+"""torch's DDP, extended to passes that bypass autograd.
 
-DDP exchanges gradients when the autograd nodes that accumulate them run. A CUDA graph writes gradients without these
-nodes, so they are run after it with nothing to add: DDP then exchanges the gradients that the parameters have. Buckets,
-their order and all knobs are those of an ordinary pass, so ranks may even differ in how they compute theirs.
+DDP exchanges gradients when autograd's accumulation nodes run. A CUDA graph writes gradients without these nodes, so
+they are run afterwards with nothing to add: DDP then exchanges the existing gradients. Buckets, their order and all
+options are those of an ordinary pass, so some ranks may use graphs and others not.
 """
 
 from collections.abc import Callable
@@ -47,15 +47,15 @@ class ReplicatedStrategy(Behaviour, DDPStrategy):
 
     def setup_module(self, module: nn.Module) -> DistributedDataParallel:
         """Return the module in DDP."""
-        # On a side stream, as Lightning does it, so that passes can be captured. The nodes that accumulate gradients,
-        # and DDP's hooks with them, run there. It is kept because it has to wait for gradients that graphs write.
+        # On a side stream, as in Lightning, so that passes can be captured: gradient accumulation and DDP's hooks run
+        # there. The stream is kept because it must wait for gradients that graphs write.
         device = self.root_device
         if device.type != "cuda":
             self._replica = DistributedDataParallel(module, **self._knobs)
         else:
             usual, self._stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
             torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-            # It sends the weights of the first process to the others, which may still be being drawn.
+            # DDP broadcasts the first process's weights, whose initialisation may still be running.
             self._stream.wait_stream(usual)
             with torch.cuda.stream(self._stream):
                 self._replica = DistributedDataParallel(module, device_ids=[device.index], **self._knobs)
@@ -64,7 +64,7 @@ class ReplicatedStrategy(Behaviour, DDPStrategy):
         return self._replica
 
     def in_place_of_forward(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Return what a function returns; see `Behaviour`."""
+        """See `Behaviour.in_place_of_forward`."""
         module = self._replica.module
         before = vars(module).get("forward")
 
@@ -84,7 +84,7 @@ class ReplicatedStrategy(Behaviour, DDPStrategy):
             restore()
 
     def exchange_gradients(self) -> None:
-        """Exchange gradients that are there; see `Behaviour`."""
+        """See `Behaviour.exchange_gradients`."""
         if not self._replica.require_backward_grad_sync:
             return
         if self._stream is not None:
@@ -94,7 +94,7 @@ class ReplicatedStrategy(Behaviour, DDPStrategy):
 
 
 class _NothingToAdd(torch.autograd.Function):
-    """Has no gradient for its inputs, but lets their nodes run."""
+    """Runs the accumulation nodes of its inputs with no gradient to add."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *parameters: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How several processes share the work: a strategy of Fabric's for each name that recipes use."""
+"""The Fabric strategy for each strategy name of recipes."""
 
 from typing import Any
 
@@ -14,17 +14,17 @@ from litgpt_moe_ext.training.settings import DistributedArgs, StrategyName
 
 
 def make_strategy(name: StrategyName, processes: int, nodes: int, args: DistributedArgs, accelerator: str) -> Any:
-    """Return what `lightning.Fabric` takes as its strategy, which has a `Behaviour` as well.
+    """Return the strategy for `lightning.Fabric`, which also has a `Behaviour`.
 
     Args:
-        name: As in recipes.
+        name: Name of the strategy, as in recipes.
         processes: Number of processes on all nodes.
         nodes: Number of nodes.
         args: The knobs.
         accelerator: Device type.
 
     Raises:
-        SettingsError: If the strategy does not work here or lacks a knob that is set.
+        SettingsError: If the strategy does not work here or lacks an option that is set.
     """
     check_strategy(name, args, accelerator)
     facts = facts_of(name)
@@ -45,7 +45,7 @@ class SingleProcessStrategy(Behaviour, SingleDeviceStrategy):
     """Training in one process.
 
     Args:
-        accelerator: Device type; of several devices the first is used.
+        accelerator: Device type; the first of several devices is used.
     """
 
     facts = STRATEGIES["auto"]

@@ -1,14 +1,14 @@
 """How the GPUs of this machine are connected, and what that means for training on several of them.
 
-`nvidia-smi topo -m` prints the kind of connection of every pair of GPUs. A pair that talks through the CPUs'
-interconnect exchanges gradients at a small part of the speed of NVLink.
+`nvidia-smi topo -m` prints the connection of every pair of GPUs. A pair connected through the CPUs' interconnect
+exchanges gradients at a small fraction of NVLink's speed.
 """
 
 import re
 import subprocess
 from typing import NamedTuple
 
-# From the fastest to the slowest, with what nvidia-smi's legend says. Others, such as N/A on virtual GPUs, say nothing.
+# From fastest to slowest, with nvidia-smi's legend. Other values, such as N/A on virtual GPUs, are unknown.
 _KINDS = {
     "NV": "NVLink",
     "PIX": "one PCIe switch",

@@ -1,4 +1,4 @@
-"""What LitGPT's loop sees as the optimizer when DeepSpeed steps it."""
+"""The optimizer that LitGPT's loop sees when DeepSpeed takes the steps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,16 +14,16 @@ from litgpt_moe_ext.training.parallel.deepspeed.shards import FlatShards, SplitS
 
 
 class ZeroOptimizer:
-    """A torch optimizer to the loop: groups, `step`, and the state of a single process's optimizer.
+    """Acts like a torch optimizer: it has groups, `step`, and the state of a single process's optimizer.
 
-    DeepSpeed calls the torch optimizer below several times a step, each time with a part of its groups, so what is to
-    happen once a step happens here instead of in that optimizer's hooks.
+    DeepSpeed calls the underlying torch optimizer several times per step, each time with some of its groups. So what
+    must happen once per step happens here, not in that optimizer's hooks.
 
     Args:
         engine: DeepSpeed's engine.
         members: The weights of every group of the torch optimizer, before DeepSpeed replaced them.
         on_norm: Called after every step with the gradient norm before clipping, a scalar tensor; if it is not finite,
-            DeepSpeed has left the step out.
+            DeepSpeed has skipped the step.
     """
 
     def __init__(self, engine: Any, members: list[list[nn.Parameter]], on_norm: Callable[[Tensor], None]) -> None:
@@ -53,10 +53,10 @@ class ZeroOptimizer:
             update_routers(pending)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Do nothing: a step of DeepSpeed's ends with it."""
+        """Do nothing, as DeepSpeed's step ends with it."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a torch optimizer over the whole weights would return; every process must call.
+        """Return the state dict that a torch optimizer over the whole weights would have; every process must call this.
 
         Only the first process gets the states, on the CPU.
         """
@@ -71,7 +71,7 @@ class ZeroOptimizer:
         return {"state": states, "param_groups": groups} if keep else {}
 
     def _state_of(self, parameter: nn.Parameter, keep: bool) -> dict[str, Any]:
-        # All pieces take their steps together: what is not per weight is the same for all.
+        # All shards step together, so values that are not per weight are the same for all.
         flat = self.shards.flats()[0]
         state = {}
         for key, value in self._torch_optimizer.state.get(flat, {}).items():
@@ -85,7 +85,7 @@ class ZeroOptimizer:
         """Continue from a state that `state_dict`, or a torch optimizer over the same groups, returned.
 
         Raises:
-            ValueError: If the groups are others.
+            ValueError: If the groups differ.
         """
         before, now = [len(g["params"]) for g in saved["param_groups"]], [len(members) for members in self._members]
         if before != now:
@@ -110,7 +110,7 @@ class ZeroOptimizer:
     def _placed(self, value: Any, flat: Tensor) -> Any:
         if not isinstance(value, Tensor):
             return value
-        # As torch.optim: counters are on the device for fused kernels and CUDA graphs only.
+        # As in torch.optim, counters are on the device only for fused kernels and CUDA graphs.
         beside_weights = any(group.get("fused") or group.get("capturable") for group in self.param_groups)
         return value.to(flat.device if beside_weights else "cpu", copy=True)
 

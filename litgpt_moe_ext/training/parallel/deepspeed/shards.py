@@ -1,8 +1,8 @@
-"""Whole tensors from the shards that every rank has, and back.
+"""Whole tensors from every rank's shards, and back.
 
-DeepSpeed keeps the float32 weights of a rank, and what the optimizer knows about them, as flat vectors of shards of
-several weights. How a weight is cut depends on the stage; both classes have the same methods. With a `key` these work
-on a state of the optimizer that has the shape of the weight.
+DeepSpeed keeps a rank's float32 weights and optimizer states as flat vectors of shards of several weights. How a weight
+is sharded depends on the stage; both classes have the same methods. With a `key`, these work on an optimizer state of
+the weight's shape.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class FlatShards:
-    """Stages 1 and 2: the weights of a group in one vector, of which every rank has a contiguous part.
+    """Stages 1 and 2: the weights of a group in one vector; every rank has a contiguous part.
 
     Args:
         zero: DeepSpeed's optimizer.
