@@ -21,16 +21,16 @@ _HOMES = {
     "TokenShards": "modules.token_shards",
     "WandbCorpus": "corpora.prepared",
 }
-# Those that recipes name.
+# Modules that recipes can name.
 MODULES = tuple(name for name in _HOMES if name not in ("DocumentCorpus", "TokenLoader"))
 
 
 def import_path(name: str) -> str:
-    """Return the import path of a data module of LitGPT's or of this package that is named alone.
+    """Return the import path of a LitGPT or plugin data module from its bare name.
 
     Args:
-        name: Such as `TinyStories`, which is LitGPT's, as in its recipes: where both have a class, theirs. What has a
-            dot, and what neither has, is returned as it is.
+        name: Such as `TinyStories`; if both have a class of that name, LitGPT's is meant, as in its recipes. Names with
+            a dot, and unknown names, are returned unchanged.
     """
     if "." in name:
         return name
@@ -41,7 +41,7 @@ def import_path(name: str) -> str:
 
 
 def corpus_named(name: str) -> Any:
-    """Return the class of a corpus, which is not a data module and needs neither LitGPT nor torch."""
+    """Return the class of a corpus that is not a data module, so it needs neither LitGPT nor torch."""
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 

@@ -1,7 +1,7 @@
-"""The command line of the scripts in `data_prep/`: options out of a corpus' fields, errors in one line, W&B.
+"""The command line of the scripts in `data_prep/`: options from a corpus' fields, one-line errors, W&B.
 
-Options may be written with `-` or `_`; `--log-to-wandb` needs no value. Nothing here imports torch, and nothing heavy
-before Ctrl-C is answered in one line.
+Options may be written with `-` or `_`; `--log-to-wandb` needs no value. Nothing here imports torch, or anything heavy
+before Ctrl-C is handled.
 """
 
 import re
@@ -38,11 +38,10 @@ class Upload:
 def prepare_from_command_line(name: str, arguments: Sequence[str] | None = None) -> int:
     """Prepare a corpus, say where its tokenizer is, and log it if asked to.
 
-    A training run with the data module of the same name and the same settings finds the result; without this script
-    it prepares it itself.
+    A training run with the same data module and settings finds the result, or else prepares the corpus itself.
 
     Args:
-        name: Of the corpus, whose fields are the options.
+        name: Name of the corpus, whose fields are the options.
         arguments: The command line without the program's name; None takes it from `sys.argv`.
 
     Returns:
@@ -57,7 +56,7 @@ def prepare_from_command_line(name: str, arguments: Sequence[str] | None = None)
         try:
             _prepare(corpus(**given), upload)
         except SettingsError as error:
-            # Here the options have no section around them, as they have in a recipe.
+            # Unlike in a recipe, the options here have no `data.` prefix.
             options = "|".join(field.name for field in fields(corpus))
             raise SettingsError(re.sub(rf"(?<![\w./'])data\.(?=(?:{options})\b)", "", str(error))) from error
 
@@ -69,7 +68,7 @@ def _parse(corpus: "type[Corpus]", words: Sequence[str]) -> dict[str, Any]:
 
     from litgpt_moe_ext.data.corpora.base import full_docstring
 
-    # A name of its own: jsonargparse would look the other one up in `litgpt_moe_ext.data`, which imports torch.
+    # Renamed, because jsonargparse would look the original name up in `litgpt_moe_ext.data`, which imports torch.
     described = dataclass(type(f"{corpus.__name__}Options", (corpus,), {"__doc__": full_docstring(corpus)}))
     parser = ArgumentParser(description=(corpus.__doc__ or "").partition("\n")[0], exit_on_error=False)
     parser.add_argument("--config", action="config", help="A YAML file with options.")
@@ -86,13 +85,13 @@ def _parse(corpus: "type[Corpus]", words: Sequence[str]) -> dict[str, Any]:
 
 
 def refusal(error: Exception) -> str:
-    """Return in one line, with the option's name, what jsonargparse has against a command line."""
+    """Return jsonargparse's complaint about a command line in one line, with the option's name."""
     missing = re.search(r'Key "(\S+)" is required', str(error))
     return f"{missing[1]}: must be given" if missing else f"{one_line(error)}; --help explains the options"
 
 
 def _mistakes(words: Sequence[str], types: Mapping[str, Any]) -> Iterator[str]:
-    """Return what is wrong with options that a parser has refused."""
+    """Yield what is wrong with options that a parser has refused."""
     from litgpt_moe_ext.cli.given import Given, read_flags
     from litgpt_moe_ext.cli.mistakes import mistakes
 

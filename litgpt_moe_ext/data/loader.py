@@ -2,12 +2,12 @@
 
 Decisions, with their reasons:
 
-* No workers. Gathering a batch is one indexed copy out of a memory map, far cheaper than handing it between processes,
-  and without prefetching the saved position is by construction the number of batches that were handed out.
+* No workers. Gathering a batch is one indexed copy from a memory map, far cheaper than passing it between processes.
+  Without prefetching, the saved position is by construction the number of batches handed out.
 * The order of an epoch is a pure function of (seed, epoch), so a checkpoint holds two integers and no random state. The
   loader never touches torch's global generator (a plain `DataLoader` draws from it at the start of every epoch).
-* A global batch is a contiguous piece of that order, cut into one part per rank. W ranks with micro batches of B
-  therefore see in one step what a single rank sees in one batch of W * B or in W accumulated batches of B.
+* A global batch is a contiguous piece of that order, split among the ranks. So W ranks with micro-batches of B see in
+  one step what a single rank sees in one batch of W * B, or in W accumulated batches of B.
 """
 
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ class Order(NamedTuple):
     corpus: str = ""
 
     def of_epoch(self, epoch: int, windows: int) -> np.ndarray:
-        """Return the windows of an epoch in their order, int64, shape (windows,)."""
+        """Return the window indices of an epoch in order, int64, shape (windows,)."""
         order = np.arange(windows)
         if self.shuffle:
             np.random.default_rng([self.seed, epoch]).shuffle(order)
@@ -57,10 +57,10 @@ class Replica(NamedTuple):
 
 
 def corpora_of(state: Any) -> set[str]:
-    """Return the keys of the corpora that a saved position of `TokenLoader` is about; none if it is another loader's.
+    """Return the keys of the corpora in a saved position of `TokenLoader`; none if it is another loader's.
 
     Args:
-        state: As `TokenLoader.state_dict` returns it, or what else a checkpoint may hold.
+        state: A result of `TokenLoader.state_dict`, or anything else a checkpoint may hold.
     """
     saved = state.get("fingerprint") if isinstance(state, dict) else None
     if not isinstance(saved, dict):
@@ -75,9 +75,9 @@ class TokenLoader(DataLoader):
     Training (`train=True`): the windows are shuffled anew in every epoch (or, with `shuffle=False`, stay in the
     order of the data); each appears exactly once per epoch over all ranks, except for the fewer than
     `world_size * batch_size` that do not fill the last global batch.
-    `iter()` yields the *rest of the current epoch*: it goes on after the batches already handed out, also across
-    `load_state_dict`, and moves to the next epoch by itself once the current one is used up. So whoever re-creates
-    the iterator at every epoch, as LitGPT's `CycleIterator` does, keeps getting new orders.
+    `iter()` yields the *rest of the current epoch*: it continues after the batches already handed out, also across
+    `load_state_dict`, and moves on to the next epoch at the end. So re-creating the iterator for every epoch, as
+    LitGPT's `CycleIterator` does, gives a new order each time.
 
     Evaluation (`train=False`): file order, always from the start, every window exactly once over all ranks. All ranks
     get the same number of batches, as forward passes under sharded strategies are collective; the last one holds what
@@ -119,7 +119,7 @@ class TokenLoader(DataLoader):
         self._replica = replica
         self._epoch = 0
         self._position = 0  # batches of the epoch that were handed out on each rank
-        # So that too little data is noticed before the run starts.
+        # To refuse too little data before the run starts.
         self._count_batches(self._rank_and_world().world_size)
 
     @property
@@ -173,7 +173,7 @@ class TokenLoader(DataLoader):
             batches = count // (world * self._rows)
             needed = world * self._rows
         else:
-            # Rounded up from the smallest share, not the largest: no rank may come out with an empty batch.
+            # Rounded up from the smallest share, not the largest: no rank may get an empty batch.
             batches = -(-(count // world) // self._rows)
             needed = world
         if batches == 0:
@@ -186,7 +186,7 @@ class TokenLoader(DataLoader):
         return batches
 
     def _fingerprint(self, position: int) -> dict[str, Any]:
-        """Return what the meaning of a position depends on."""
+        """Return everything that the meaning of a position depends on."""
         return {
             "corpus": self.order.corpus,
             "windows": len(self.windows),
@@ -198,9 +198,9 @@ class TokenLoader(DataLoader):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the training order stands: plain numbers and strings, equal on all ranks.
+        """Return the position in the training order, as plain numbers and strings, equal on all ranks.
 
-        After k batches were handed out, a loader that loads this state goes on with batch k + 1.
+        After k batches were handed out, a loader that loads this state continues with batch k + 1.
         """
         return {"epoch": self._epoch, "position": self._position, "fingerprint": self._fingerprint(self._position)}
 
@@ -208,8 +208,7 @@ class TokenLoader(DataLoader):
         """Continue where `state` was taken.
 
         Raises:
-            SettingsError: The state belongs to other data or settings, under which its position would mean other
-                windows.
+            SettingsError: The state belongs to other data or settings, so its position would mean other windows.
         """
         missing = {"epoch", "position", "fingerprint"} - set(state)
         if missing:

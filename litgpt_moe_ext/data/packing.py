@@ -25,10 +25,10 @@ class Packing:
 def document_lengths(shards: Sequence[np.ndarray], eos_id: int, bos_id: int | None = None) -> np.ndarray:
     """Return the lengths of the documents in a stream, int64.
 
-    What follows the last of them counts as a document.
+    Tokens after the last end of document count as a document.
 
     Args:
-        shards: The stream; none of its documents goes over a border.
+        shards: The stream; no document spans two shards.
         eos_id: Token at the end of each document.
         bos_id: Token at its beginning, if there is one.
     """
@@ -45,7 +45,7 @@ def document_lengths(shards: Sequence[np.ndarray], eos_id: int, bos_id: int | No
 def first_documents(
     shards: Sequence[np.ndarray], count: int, eos_id: int, bos_id: int | None = None
 ) -> Sequence[np.ndarray]:
-    """Return shards with the first documents of a stream, as `document_lengths` tells them, and no others."""
+    """Return shards with only the first documents of a stream, divided as in `document_lengths`."""
     kept = []
     for shard in shards:
         ends = _document_ends(shard, eos_id, bos_id)
@@ -57,13 +57,13 @@ def first_documents(
 
 
 def _document_ends(shard: np.ndarray, eos_id: int, bos_id: int | None) -> np.ndarray:
-    # Where one token both begins and ends documents, as in GPT-2, every second one is an end.
+    # If one token both begins and ends documents, as in GPT-2, every second one is an end.
     per_document = 2 if bos_id == eos_id else 1
     return np.flatnonzero(np.asarray(shard) == eos_id)[per_document - 1 :: per_document] + 1
 
 
 def first_tokens(shards: Sequence[np.ndarray], count: int) -> Sequence[np.ndarray]:
-    """Return shards with the first tokens of a stream, and no others."""
+    """Return shards with only the first tokens of a stream."""
     kept = []
     for shard in shards:
         kept.append(shard[:count])

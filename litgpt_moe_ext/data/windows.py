@@ -1,6 +1,6 @@
 """How tokens are cut into the rows of a batch.
 
-Two ways: one stream of tokens in equal pieces (`StreamWindows`), or whole documents side by side (`DocumentWindows`).
+There are two ways: a token stream in equal pieces (`StreamWindows`), or whole documents together (`DocumentWindows`).
 A row has `block_size + 1` tokens, of which LitGPT takes `[:-1]` as inputs and `[1:]` as targets.
 """
 
@@ -53,10 +53,10 @@ class Windows(IterableDataset):
     Args:
         tokens: Where the tokens come from.
         block_size: Number of inputs (= number of targets) of a row.
-        name: What to call the data in error messages.
+        name: Name of the data in error messages.
 
     Attributes:
-        pads: Whether rows may hold `PADDING`; batches are then `litgpt_moe_ext.padding.PaddedRows`.
+        pads: Whether rows may contain `PADDING`; batches are then `litgpt_moe_ext.padding.PaddedRows`.
 
     Raises:
         ValueError: `block_size` is not positive.
@@ -78,7 +78,7 @@ class Windows(IterableDataset):
     @property
     @abstractmethod
     def targets(self) -> int:
-        """Number of tokens that are predicted in all windows together; padding is not."""
+        """Number of predicted tokens in all windows, without padding."""
 
     @abstractmethod
     def fill(self, out: np.ndarray, indices: np.ndarray) -> None:
@@ -88,8 +88,8 @@ class Windows(IterableDataset):
         """Return the windows with these indices as new rows, int64, (len(indices), block_size + 1).
 
         Args:
-            indices: Of the windows.
-            pin_memory: Whether they go to a GPU: then the memory is page-locked, and the rows are `Rows`.
+            indices: Indices of the windows.
+            pin_memory: Whether the rows go to a GPU: then their memory is page-locked, and they are `Rows`.
         """
         out = torch.empty((len(indices), self.block_size + 1), dtype=torch.int64, pin_memory=pin_memory)
         self.fill(out.numpy(), indices)
@@ -104,11 +104,10 @@ class Windows(IterableDataset):
 
 
 class StreamWindows(Windows):
-    """Windows that start every `block_size` tokens of the stream, whatever documents they cut.
+    """Windows that start every `block_size` tokens of the stream, regardless of documents.
 
-    Neighbours share one token: the last target of one window is the first input of the next, so every token but the
-    very first is a target exactly once, also where one shard ends and the next begins. A remainder too short for a
-    window is left out.
+    Neighbours share one token: the last target of one window is the first input of the next. So every token but the
+    very first is a target exactly once, also across shard borders. A remainder too short for a window is left out.
 
     Args:
         shards: The token stream, as in `TokenStream`.
@@ -133,7 +132,7 @@ class StreamWindows(Windows):
             )
         self._count = (count - 1) // block_size
         starts = self.tokens.starts
-        # Per shard: its first window, the end of the windows that lie in it whole, and a view of those.
+        # Per shard: its first whole window, the end of its whole windows, and a view of them.
         self._first = -(-starts[:-1] // block_size)
         self._end = (starts[1:] - 1) // block_size
         self._views = [
@@ -186,7 +185,7 @@ class DocumentWindows(Windows):
 
     @property
     def targets(self) -> int:
-        """See `Windows.targets`; the first token of a window is predicted by none."""
+        """See `Windows.targets`; the first token of a piece is not a target."""
         return int(self.packing.lengths.sum()) - len(self)
 
     def fill(self, out: np.ndarray, indices: np.ndarray) -> None:

@@ -38,7 +38,7 @@ class TrainingStopped(RuntimeError):  # noqa: N818  (not every reason is an erro
     """Training cannot or should not continue; the message says why, what is saved, and what to do."""
 
 
-# Wrappers such as `timeout`, or `uv run` in a terminal, may deliver one Ctrl-C twice, milliseconds apart: to their child
+# Wrappers such as `timeout`, or `uv run` in a terminal, deliver one Ctrl-C twice, milliseconds apart: to their child
 # and to the process group. Repeats within this time, in seconds, are ignored.
 MOMENT = 1.0
 _MESSAGE_SECONDS = 1.0  # longest wait for the message about a signal, as nobody may be reading the output

@@ -1,1 +1,1 @@
-"""The corpora: what each is, where its documents are, and the settings of both. Imports neither torch nor LitGPT."""
+"""The corpora: their settings, and where their documents are. Imports neither torch nor LitGPT."""

@@ -1,4 +1,4 @@
-"""What every corpus has: settings, and a way to a prepared folder."""
+"""The base class of corpora: common settings, and preparation."""
 
 import inspect
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from litgpt_moe_ext.field_types import NonNegativeInt, check_fields
 class Corpus:
     """A corpus: where its documents come from, and how training reads them.
 
-    The class needs neither torch nor LitGPT, so a script prepares it at once. `litgpt_moe_ext.data.NAME` is the same
-    class as a LitGPT data module; see `litgpt_moe_ext.data.modules.corpus.as_data_module`.
+    The class needs neither torch nor LitGPT, so scripts start fast. `litgpt_moe_ext.data.NAME` is the same class as a
+    LitGPT data module; see `litgpt_moe_ext.data.modules.corpus.as_data_module`.
     """
 
     packing: Literal["stream", "best_fit", "pad"] = "stream"
-    """How documents fill the windows. `stream`: one after the other, cut where a window ends. `best_fit`: whole, as
-    many as fit, and padding that the loss leaves out. `pad`: one document a window, and padding."""
+    """How documents fill the windows. `stream`: one after another, cut where a window ends. `best_fit`: as many whole
+    documents as fit, then padding, which the loss ignores. `pad`: one document per window, then padding."""
     shuffle: bool = True
-    """Whether the windows come in a random order, or in that of the documents."""
+    """Whether to shuffle the windows; otherwise they keep the order of the documents."""
     seed: NonNegativeInt = 42
-    """Decides the order of the windows, and which documents validate where no files are named for it."""
+    """Seed of the order of the windows, and of the choice of validation documents if no files are given for them."""
 
     def __post_init__(self) -> None:
         check_fields(self, "data.")
@@ -31,7 +31,7 @@ class Corpus:
         """Prepare the corpus if needed and return its folder; safe in several processes at once.
 
         Args:
-            verbose: Whether to show progress, and to print a line also when there is nothing to do.
+            verbose: Whether to show progress, and to print a line even if there is nothing to do.
             tokenizer: A `litgpt.Tokenizer` to encode with if the settings name none.
 
         Raises:
@@ -41,13 +41,13 @@ class Corpus:
 
     @property
     def document_limits(self) -> tuple[int | None, int | None]:
-        """How many documents of the prepared corpus to train on and to validate on, the first; None: all."""
+        """How many documents of the prepared corpus to train and to validate on, from the first; None: all."""
         return None, None
 
     def planned_vocabulary(self) -> tuple[str, int] | None:
-        """Return the setting that decides the size of the vocabulary, with its value, and the size.
+        """Return the setting that determines the vocabulary size, with its value, and the size.
 
-        None if only the prepared corpus tells.
+        None if only the prepared corpus determines it.
         """
         return None
 

@@ -15,18 +15,18 @@ from litgpt_moe_ext.errors import SettingsError
 class CodeParrot(DocumentCorpus):
     """CodeParrot-clean: Python files from GitHub in 54 gzipped shards of JSON lines.
 
-    From a folder with `file-000000000001.json.gz` to `..54.json.gz` (or some of them; the last validates, as in the
-    original), or without one through the Hugging Face library, which needs a network or a filled cache.
+    Read from a folder with `file-000000000001.json.gz` to `..54.json.gz` or some of them (the last validates, as in the
+    original); without a folder, through the Hugging Face library, which needs a network or a filled cache.
     """
 
     source_path: Path | None = None
-    """Folder of the shards. Default: the data sets `codeparrot/codeparrot-clean-train` and `-valid` of the hub."""
+    """Folder of the shards. Default: the datasets `codeparrot/codeparrot-clean-train` and `-valid` on the hub."""
     data_path: Path = Path("data/codeparrot")
-    """Cache folder. Every combination of documents and settings gets a folder of its own in it."""
+    """Cache folder, with a folder of its own for every combination of documents and settings."""
     field: str = "content"
-    """JSON key, or column, that holds the text."""
+    """JSON key or column of the text."""
     streaming: bool = False
-    """Without `source_path`: read the shards over the network as they are encoded, instead of downloading them first.
+    """Without `source_path`: stream the shards over the network while encoding, instead of downloading them first.
     """
 
     def sources(self, hashes: FileHashes) -> list[Source]:

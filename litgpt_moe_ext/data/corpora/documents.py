@@ -1,4 +1,4 @@
-"""Corpora that are made of documents: found, split, encoded once, and kept in a cache."""
+"""Corpora of documents, which are found, split, encoded once, and kept in a cache."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,26 +19,26 @@ from litgpt_moe_ext.field_types import PositiveFloat, PositiveInt, Share
 
 @dataclass(kw_only=True)
 class EncodedCorpus(Corpus):
-    """A corpus of documents; a subclass says where they are (`sources`) and what encodes them (`choose_tokenizer`)."""
+    """A corpus of documents; subclasses say where they are (`sources`) and how to encode them (`choose_tokenizer`)."""
 
     data_path: Path = Path("data/text")
-    """Cache folder. Every combination of documents and settings gets a folder of its own in it."""
+    """Cache folder, with a folder of its own for every combination of documents and settings."""
     prepend_bos: bool = False
-    """Whether each document starts with the BOS token. Each ends with EOS."""
+    """Whether to start each document with the BOS token. All end with EOS."""
     val_fraction: Share = 0.05
-    """Share of the documents that validate where no files are named for it, chosen by a hash of their text."""
+    """Share of the documents to validate on if no files are given for that, chosen by a hash of their text."""
     train_count: PositiveInt | None = None
-    """Train on this many documents, the first. Default: all."""
+    """Number of documents to train on, from the first. Default: all."""
     val_count: PositiveInt | None = None
-    """Validate on this many documents, the first. Default: all."""
+    """Number of documents to validate on, from the first. Default: all."""
     workers: PositiveInt | None = None
-    """Processes that encode. Default: one per core; below 32 MB one, with a thread per core."""
+    """Number of encoding processes. Default: one per core; for less than 32 MB one, with a thread per core."""
 
     def sources(self, hashes: FileHashes) -> list[Source]:
-        """Find what to read.
+        """Find the sources to read.
 
         Args:
-            hashes: What is known of the content of files.
+            hashes: Known hashes of files.
 
         Raises:
             SettingsError: Files are missing, cannot be read, or are of another kind.
@@ -46,12 +46,12 @@ class EncodedCorpus(Corpus):
         raise NotImplementedError
 
     def check_sources(self) -> None:
-        """Look for the files that `source_path` names, without reading them.
+        """Check that the files of `source_path` exist, without reading them.
 
         Raises:
             SettingsError: Files are missing, or of another kind.
         """
-        if getattr(self, "source_path", None) is not None:  # or else the hub is asked
+        if getattr(self, "source_path", None) is not None:  # otherwise the documents are on the hub
             self.sources(UnreadFiles())
 
     def choose_tokenizer(self, given: Any) -> dict[str, bytes] | BPESettings:
@@ -61,13 +61,13 @@ class EncodedCorpus(Corpus):
             given: The `litgpt.Tokenizer` of the run, or None.
 
         Raises:
-            SettingsError: The settings name none or two, or one that cannot be read.
+            SettingsError: The settings name no tokenizer, two, or one that cannot be read.
         """
         raise NotImplementedError
 
     @property
     def text_format(self) -> TextFormat:
-        """How to read the sources, as far as the settings say; part of the corpus' key."""
+        """How the settings say to read the sources; part of the corpus' key."""
         return TextFormat()
 
     def prepare(self, verbose: bool = True, tokenizer: Any = None) -> Path:
@@ -85,24 +85,24 @@ class EncodedCorpus(Corpus):
             counts={"train": self.train_count, "val": self.val_count},
             reading=asdict(self.text_format),
         )
-        hashes.save()  # before hours in which the process may be killed
+        hashes.save()  # now, as the process may be killed during hours of encoding
         return prepare_corpus(self.data_path, sources, settings, self.workers, verbose)
 
 
 @dataclass(kw_only=True)
 class DocumentCorpus(EncodedCorpus):
-    """A corpus whose tokenizer is chosen by the user; a subclass says where the documents are (`sources`)."""
+    """A corpus whose tokenizer the user chooses; subclasses define where the documents are (`sources`)."""
 
     tokenizer_dir: Path | None = None
-    """Tokenizer in Hugging Face format (or GPT-2's vocabulary and merges) to encode with."""
+    """Directory of a tokenizer in Hugging Face format, or of GPT-2's vocabulary and merges, to encode with."""
     bpe: BPESettings | None = None
-    """Instead: train a BPE tokenizer on the training documents, for example with `bpe.vocab_size` 2048."""
+    """Instead, train a BPE tokenizer on the training documents, for example with `bpe.vocab_size` 2048."""
     field: str = "text"
-    """JSON key, or column, that holds the text."""
+    """JSON key or column of the text."""
     invalid_utf8: Literal["error", "replace"] = "error"
-    """What to do about bytes that are not UTF-8."""
+    """What to do with bytes that are not UTF-8."""
     max_expansion: PositiveFloat = 200.0
-    """How many times their own size may come out of compressed files, against files made to fill the disk."""
+    """Maximum ratio of uncompressed to compressed size, against files made to fill the disk."""
 
     @property
     def text_format(self) -> TextFormat:

@@ -15,20 +15,20 @@ from litgpt_moe_ext.field_types import Share
 class FineWeb(DocumentCorpus):
     """FineWeb-Edu: web pages of educational value, in parquet files.
 
-    From a folder with the files, or without one through the Hugging Face library. Shards of tokens that somebody else
-    made, such as build-nanogpt's and llm.c's, need no preparation: `TokenShards` reads them.
+    Read from a folder with the files, or without one through the Hugging Face library. Ready-made token shards, such as
+    build-nanogpt's and llm.c's, need no preparation: `TokenShards` reads them.
     """
 
     source_path: Path | None = None
-    """Folder with the parquet files at any depth. Default: the data set `HuggingFaceFW/fineweb-edu` of the hub."""
+    """Folder with the parquet files at any depth. Default: the dataset `HuggingFaceFW/fineweb-edu` on the hub."""
     subset: str = "sample-10BT"
-    """Configuration of the data set on the hub."""
+    """Configuration of the dataset on the hub."""
     data_path: Path = Path("data/fineweb_edu")
-    """Cache folder. Every combination of documents and settings gets a folder of its own in it."""
+    """Cache folder, with a folder of its own for every combination of documents and settings."""
     val_fraction: Share = 0.01
-    """Share of the documents that validate, chosen by a hash of their text."""
+    """Share of the documents to validate on, chosen by a hash of their text."""
     streaming: bool = False
-    """Without `source_path`: read the files over the network as they are encoded, instead of downloading them first."""
+    """Without `source_path`: stream the files over the network while encoding, instead of downloading them first."""
 
     def sources(self, hashes: FileHashes) -> list[Source]:
         """See `EncodedCorpus.sources`."""

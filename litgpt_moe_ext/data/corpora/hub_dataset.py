@@ -1,4 +1,4 @@
-"""Any data set of the Hugging Face hub."""
+"""Any dataset of the Hugging Face hub."""
 
 import math
 import re
@@ -14,26 +14,26 @@ from litgpt_moe_ext.errors import SettingsError
 
 @dataclass(kw_only=True)
 class HubDataset(DocumentCorpus):
-    """A data set of the Hugging Face hub, or a local folder that its library can load.
+    """A dataset of the Hugging Face hub, or a local folder that the `datasets` library can load.
 
-    The `datasets` library downloads and caches it, or, with `streaming`, names the files to read over the network.
-    Without a network (`HF_HUB_OFFLINE=1`) its cache or a local folder works.
+    The library downloads and caches it or, with `streaming`, finds the files to read over the network. Without a
+    network (`HF_HUB_OFFLINE=1`), its cache or a local folder works.
     """
 
     dataset: str
     """Name on the hub, such as `roneneldan/TinyStories`; a local folder; or `json` or `parquet` with `data_files`."""
     config: str | None = None
-    """Configuration of the data set."""
+    """Configuration of the dataset."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     data_files: str | list[str] | dict[str, str | list[str]] | None = None
-    """Which files of the data set, as globs or URLs; in a dictionary by split. Default: as the data set says."""
+    """Files of the dataset, as globs or URLs, or a dictionary of them by split. Default: as the dataset says."""
     train_split: str = "train"
     """Rows to train on; the library's slices work: `train[:1%]`."""
     val_split: str | None = None
     """Rows to validate on. Default: a share of the training rows, `val_fraction`."""
     streaming: bool = False
-    """Read parquet or JSON files over the network as they are encoded, instead of downloading them first."""
+    """Stream parquet or JSON files over the network while encoding, instead of downloading them first."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,13 +61,13 @@ _ROWS = re.compile(r"\s*([\w.]+)\s*(?:\[(-?\d[\d_]*%?)?:(-?\d[\d_]*%?)?\])?(?:\(
 
 
 class _Place(NamedTuple):
-    """A place in a split: percent or a number of rows, of the beginning, or before the end if it is below 0."""
+    """A place in a split: percent or number of rows from the beginning, or from the end if negative."""
 
     number: float
     unit: str
 
     def is_at_most(self, other: "_Place") -> bool:
-        # As far as that is seen without counting rows; the beginning and the end are places in any unit.
+        # As far as can be told without counting rows; the beginning and the end are comparable in any unit.
         ends = {0.0: -math.inf, math.inf: math.inf}
         ours, theirs = (ends.get(place.number, place.number) for place in (self, other))
         if math.isinf(ours) or math.isinf(theirs):
@@ -91,7 +91,7 @@ def _place(text: str | None, unit: str) -> _Place:
 
 
 def _overlap(first: str, second: str) -> bool:
-    # Whether two splits have rows in common, as far as that is seen without counting any.
+    # Whether two splits have rows in common, as far as can be told without counting rows.
     ours, theirs = ([_rows(part) for part in split.split("+")] for split in (first, second))
     return any(
         "all" in (a[0], b[0]) or (a[0] == b[0] and not (a[2].is_at_most(b[1]) or b[2].is_at_most(a[1])))

@@ -1,4 +1,4 @@
-"""Corpora that are prepared already, by a script of `data_prep/` or on another machine."""
+"""Corpora that are already prepared, by a script of `data_prep/` or on another machine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,12 @@ from litgpt_moe_ext.field_types import PositiveInt
 
 @dataclass(kw_only=True)
 class FinishedCorpus(Corpus):
-    """A corpus that is read as it was prepared, or the beginning of it."""
+    """An already prepared corpus, read in whole or from its beginning."""
 
     train_count: PositiveInt | None = None
-    """Train on this many documents, the first. Default: all."""
+    """Number of documents to train on, from the first. Default: all."""
     val_count: PositiveInt | None = None
-    """Validate on this many documents, the first. Default: all."""
+    """Number of documents to validate on, from the first. Default: all."""
 
     @property
     def document_limits(self) -> tuple[int | None, int | None]:
@@ -29,13 +29,13 @@ class FinishedCorpus(Corpus):
 
 @dataclass
 class PreparedCorpus(FinishedCorpus):
-    """A finished corpus: a folder with a tokenizer, shards and a manifest."""
+    """A prepared corpus: a folder with a tokenizer, shards and a manifest."""
 
     corpus_dir: Path
     """The folder with the `manifest.json`."""
 
     def prepare(self, verbose: bool = True, tokenizer: Any = None) -> Path:
-        """See `Corpus.prepare`; only checks that the corpus is whole, and as it was prepared."""
+        """See `Corpus.prepare`; only checks that the corpus is whole and unchanged."""
         if read_manifest(self.corpus_dir) is None:
             raise SettingsError(
                 f"corpus_dir: {str(self.corpus_dir)!r} has no {MANIFEST}, so it is not a prepared corpus; set "
@@ -47,15 +47,15 @@ class PreparedCorpus(FinishedCorpus):
 
 @dataclass
 class WandbCorpus(FinishedCorpus):
-    """A prepared corpus that is downloaded from W&B.
+    """A prepared corpus downloaded from W&B.
 
-    If a W&B run is active, as with `logger_name: wandb`, the artifact becomes an input of it.
+    If a W&B run is active, as with `logger_name: wandb`, the artifact becomes its input.
     """
 
     reference: str
     """The artifact, as `entity/project/name:alias`."""
     artifacts_dir: Path = Path("data/wandb")
-    """Where downloads are kept, each version in a folder of its own."""
+    """Folder for downloads, with a folder of its own for each version."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,7 +63,7 @@ class WandbCorpus(FinishedCorpus):
 
     @classmethod
     def instead_of(cls, data: Any, reference: str, artifacts_dir: Path | None) -> "WandbCorpus":
-        """Return the corpus of `reference`, read as the data module of a recipe (or None) would be."""
+        """Return the corpus of `reference`, with the reading settings of a recipe's data module, if any."""
         corpus = cls(reference) if artifacts_dir is None else cls(reference, artifacts_dir)
         for name in ("packing", "shuffle", "seed", "train_count", "val_count"):
             if hasattr(data, name):
@@ -71,7 +71,7 @@ class WandbCorpus(FinishedCorpus):
         return corpus
 
     def prepare(self, verbose: bool = True, tokenizer: Any = None) -> Path:
-        """See `Corpus.prepare`; downloads the artifact, what is there already is only compared."""
+        """See `Corpus.prepare`; downloads the artifact, or checks an existing download."""
         directory = download(self.reference, self.artifacts_dir)
         if verbose:
             print(f"Using the W&B artifact {self.reference} in {directory}", flush=True)

@@ -22,8 +22,8 @@ from litgpt_moe_ext.wording import counted
 
 # Tests are repetitive and hold binary-like literals; packages are not part of the standard library.
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-# Of the standard library: tables of character names and rendered documentation, a fifth of its bytes. A small model
-# that sees them spends its capacity on hexadecimal numbers.
+# Character tables and rendered documentation, a fifth of the standard library's bytes. A small model would spend its
+# capacity on their hexadecimal numbers.
 GENERATED_FOLDERS = frozenset({"encodings", "pydoc_data"})
 
 
@@ -32,23 +32,23 @@ class PythonStdlib(EncodedCorpus):
     """Python source files, by default those of the running Python's standard library, without tests and tables.
 
     About 10 MB of text, 2.6 million training tokens at the default vocabulary, prepared in a few seconds by the first
-    run. The files differ between Python versions, so losses compare only between runs on the same corpus; its hash is
-    in `manifest.json`, together with the validation loss of a unigram model that training should beat.
+    run. The files differ between Python versions, so compare losses only between runs on the same corpus. Its hash is
+    in `manifest.json`, with the validation loss of a unigram model, which training should beat.
 
-    Left out are folders of tests, files that cannot be read, are blank or not UTF-8 text, and all but the first (by
-    path) of several files with the same content. Line ends become LF, as Python itself reads them.
+    Left out are test folders, files that are unreadable, blank or not UTF-8, and all but the first (by path) of files
+    with the same content. Line ends become LF, as Python itself reads them.
     """
 
     data_path: Path = Path("data/python_stdlib")
-    """Cache folder. Every combination of documents and settings gets a folder of its own in it."""
+    """Cache folder, with a folder of its own for every combination of documents and settings."""
     source_path: Path | None = None
     """Another folder of `.py` files to use instead of the standard library."""
     packages: bool = False
-    """Without `source_path`: read the packages that are installed for the running Python instead."""
+    """Without `source_path`: read the running Python's installed packages instead."""
     vocab_size: PositiveInt = 4096
-    """Upper bound for the vocabulary of the byte-level BPE tokenizer trained on the training files."""
+    """Upper bound of the vocabulary size of the byte-level BPE tokenizer trained on the training files."""
     val_fraction: Share = 0.05
-    """Share of the files, chosen by a hash of their relative path, that validate."""
+    """Share of the files to validate on, chosen by a hash of their relative path."""
 
     def planned_vocabulary(self) -> tuple[str, int]:
         """See `Corpus.planned_vocabulary`."""
@@ -59,7 +59,7 @@ class PythonStdlib(EncodedCorpus):
         return BPESettings(self.vocab_size)
 
     def sources(self, hashes: FileHashes) -> list[Source]:
-        """Return a source per file, sorted by relative path, each on the side that a hash of that path decides."""
+        """Return a source per file, sorted by relative path, whose hash decides whether it trains or validates."""
         folder, skipped = self._folder()
         if not folder.is_dir():
             raise SettingsError(
@@ -93,7 +93,7 @@ class PythonStdlib(EncodedCorpus):
         return list(found.values())
 
     def _folder(self) -> tuple[Path, frozenset[str]]:
-        # Where the files are, and which folders in it are left out.
+        # The folder of the files, and the folders in it to leave out.
         if self.source_path is not None:
             if self.packages:
                 raise SettingsError(

@@ -1,4 +1,4 @@
-"""Text in files of any kind."""
+"""Text in files of many formats."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,17 +17,18 @@ _OTHERWISE = "the pattern to one that matches"
 class TextCorpus(DocumentCorpus):
     """Text in files: plain text, JSON lines, lists of JSON objects, CSV, TSV, parquet; compressed, or in tar archives.
 
-    A plain text file is one document, unless a separator is given. Compressed are `.gz`, `.bz2`, `.xz` and `.zst`.
+    A plain text file is one document unless a separator is given. Compressed files end in `.gz`, `.bz2`, `.xz` or
+    `.zst`.
     """
 
     source_path: Path
-    """A file, or a folder with the files to train on at any depth."""
+    """File to train on, or folder with the files at any depth."""
     val_path: Path | None = None
-    """A file or a folder to validate on. Default: a share of the training documents, `val_fraction`."""
+    """File or folder to validate on. Default: a share of the training documents, `val_fraction`."""
     pattern: str = "**/*.txt"
-    """Which files in the folders, as a glob: `**/*.parquet`, `train-*.jsonl.gz`, ..."""
+    """Glob of the files in the folders, such as `**/*.parquet` or `train-*.jsonl.gz`."""
     separator: str | None = None
-    """What ends a document in a plain text file, for example `<|endoftext|>`. Its line ends match any style."""
+    """End of a document in plain text files, for example `<|endoftext|>`. Its line ends match any style."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

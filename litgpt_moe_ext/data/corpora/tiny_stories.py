@@ -19,9 +19,9 @@ _FIRST_STORIES = "data00.json"
 
 @dataclass(kw_only=True)
 class TinyStories(DocumentCorpus):
-    """TinyStories in any of its forms: parquet, the archive or folder of JSON lists, or two text files.
+    """TinyStories in any published form: parquet, the archive or folder of JSON lists, or two text files.
 
-    | what is at `source_path`                             | validates                |
+    | files at `source_path`                               | validation files         |
     | ---------------------------------------------------- | ------------------------ |
     | `train*.parquet`, `validation*.parquet`              | `validation*`            |
     | `TinyStories_all_data.tar.gz`, or its `data*.json`   | the first, `data00.json` |
@@ -31,15 +31,15 @@ class TinyStories(DocumentCorpus):
     """
 
     source_path: Path
-    """The archive, or a folder with the files at any depth."""
+    """Archive, or folder with the files at any depth."""
     data_path: Path = Path("data/tinystories")
-    """Cache folder. Every combination of documents and settings gets a folder of its own in it."""
+    """Cache folder, with a folder of its own for every combination of documents and settings."""
     field: str | None = None  # pyrefly: ignore[bad-override-mutable-attribute] one default per form
-    """JSON key, or column, that holds the text. Default: `text` in parquet, `story` in JSON."""
+    """JSON key or column of the text. Default: `text` in parquet, `story` in JSON."""
 
     @property
     def text_format(self) -> TextFormat:
-        """What of the format is a setting; the rest follows from the files."""
+        """The part of the format given by settings; the rest follows from the files."""
         return TextFormat(self.field or "", None, self.invalid_utf8, self.max_expansion)
 
     def sources(self, hashes: FileHashes) -> list[Source]:

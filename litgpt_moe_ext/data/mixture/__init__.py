@@ -1,1 +1,1 @@
-"""Several corpora in fixed shares: which row comes from which, and loaders over them. `data.Mixture` uses them."""
+"""Mixtures of corpora in fixed shares: the corpus of each row, and loaders over them. `data.Mixture` uses them."""

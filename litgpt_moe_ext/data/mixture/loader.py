@@ -21,9 +21,9 @@ class Part:
     """A corpus of a mixture.
 
     Attributes:
-        name: What the user calls it.
+        name: Name of the corpus in the recipe.
         windows: Its rows.
-        order: What decides the order in which they come.
+        order: What determines the order of its rows.
     """
 
     name: str
@@ -34,13 +34,13 @@ class Part:
 class MixedWindows(Windows):
     """The rows of several corpora as one endless sequence; row 0 is the first of a training.
 
-    Each corpus is gone through in an order of its own, shuffled anew every time it starts over, and independently of
-    the others: its rows are those that it would give alone.
+    Each corpus has its own order, shuffled anew every time it starts over and independent of the others: its rows come
+    in the order that the corpus would have alone.
 
     Args:
         parts: The corpora, all with rows of the same length.
-        phases: Which row comes from which.
-        name: What to call the data in error messages.
+        phases: The corpus of each row.
+        name: Name of the data in error messages.
     """
 
     def __init__(self, parts: Sequence[Part], phases: Phases, name: str) -> None:
@@ -52,7 +52,7 @@ class MixedWindows(Windows):
         self._orders: list[tuple[int, np.ndarray]] = [(-1, np.empty(0, np.int64))] * len(parts)
 
     def __len__(self) -> int:
-        """Return the number of windows of all corpora together, which is what an epoch of the mixture has."""
+        """Return the number of windows of all corpora together, which makes an epoch of the mixture."""
         return sum(len(part.windows) for part in self.parts)
 
     @property
@@ -76,7 +76,7 @@ class MixedWindows(Windows):
                 out[rows] = filled
 
     def _windows_of(self, number: int, turns: np.ndarray) -> np.ndarray:
-        """Return the windows that are the rows `turns` of a corpus, which ascend."""
+        """Return the windows of a corpus at its rows `turns`, in ascending order."""
         size = len(self.parts[number].windows)
         first = int(turns[0]) // size
         if int(turns[-1]) < (first + 1) * size:
@@ -96,9 +96,9 @@ class MixedWindows(Windows):
 class MixtureLoader(TokenLoader):
     """The training loader of a mixture.
 
-    A global batch is a contiguous piece of the mixture's rows, cut into one part per rank, as in `TokenLoader`. The
-    position counts batches from the start of the training: no epoch has a rest that is dropped, so the rows do not
-    depend on the number of processes, and neither does a resume.
+    A global batch is a contiguous piece of the mixture's rows, split among the ranks as in `TokenLoader`. The position
+    counts batches from the start of the training. No remainder of an epoch is dropped, so neither the rows nor a resume
+    depend on the number of processes.
 
     Args:
         windows: The mixture.
@@ -112,7 +112,7 @@ class MixtureLoader(TokenLoader):
 
     @property
     def epoch(self) -> int:
-        """How often as many rows were handed out as the corpora have together."""
+        """How many times the total rows of all corpora have been handed out."""
         return self._position * self._rows * self._rank_and_world().world_size // len(self.windows)
 
     def _train_batches(self) -> Iterator[Tensor]:
@@ -143,7 +143,7 @@ class MixtureLoader(TokenLoader):
     def _fingerprint(self, position: int) -> dict[str, Any]:
         parts, phases = self.mixture.parts, self.mixture.phases
         world = self._rank_and_world().world_size
-        # Shares that are still to come may be changed.
+        # Shares of rows still to come may change.
         annealed = phases.second is not None and position * self._rows * world > phases.border
         return {
             "corpora": [[part.name, part.order.corpus, len(part.windows)] for part in parts],
@@ -158,17 +158,17 @@ class MixtureLoader(TokenLoader):
 
 
 class MixtureValidation(DataLoader):
-    """The validation loader of a mixture: a batch of each corpus in turn, so that a few batches show all of them.
+    """The validation loader of a mixture: a batch of each corpus in turn, so that a few batches cover all corpora.
 
-    Every window comes once, as with `TokenLoader`, and all batches with the same number belong to the same corpus on
-    all ranks. A corpus whose batches are used up is left out.
+    Every window comes once, as with `TokenLoader`, and the n-th batch belongs to the same corpus on all ranks. A corpus
+    whose batches are used up is skipped.
 
     Args:
         loaders: A validation loader for each corpus, by name.
-        weights: How much each counts in the loss of the whole; the shares in training.
+        weights: Weight of each corpus in the loss of the mixture: its share in training.
 
     Attributes:
-        weights: The same.
+        weights: As given.
     """
 
     def __init__(self, loaders: Mapping[str, TokenLoader], weights: Mapping[str, float]) -> None:

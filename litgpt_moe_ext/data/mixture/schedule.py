@@ -1,9 +1,9 @@
-"""Which corpus each row of a mixture comes from: a pure function of the row's number.
+"""The corpus of each row of a mixture, as a pure function of the row's number.
 
-Rows are dealt out, not drawn. After any number of rows n, a corpus with the share p has had between n * p - 1 and
-n * p + 1 of them: the order is Tijdeman's for the chairman assignment problem (Discrete Mathematics 32, 1980), which
-keeps within 1 - 1 / (2 * corpora - 2) of every share at every moment. Shares are whole numbers of a period, so the
-order repeats, and a table of one period answers for any row: nothing has to be remembered but the next one's number.
+Rows are dealt out, not drawn. After any number of rows n, a corpus with share p has had between n * p - 1 and n * p + 1
+of them: the order is Tijdeman's for the chairman assignment problem (Discrete Mathematics 32, 1980), which always stays
+within 1 - 1 / (2 * corpora - 2) rows of every share. Shares are whole numbers of rows in a period, so the order repeats
+and a table of one period suffices for any row; the only state is the number of the next row.
 """
 
 import math
@@ -13,15 +13,15 @@ from fractions import Fraction
 
 import numpy as np
 
-# Shares with more digits than fit are rounded to 1 in so many rows.
+# Shares that need a longer period are rounded to multiples of 1 in so many rows.
 LONGEST_PERIOD = 1 << 16
 
 
 def whole_shares(shares: Sequence[Fraction]) -> list[int]:
-    """Return whole numbers in the proportion of the shares, with a sum of about `LONGEST_PERIOD` at most.
+    """Return whole numbers in the proportion of the shares, with a sum of at most about `LONGEST_PERIOD`.
 
-    They are exact if that is possible. Otherwise the largest remainders are rounded up, and what would be zero is one,
-    by which the sum may be longer: no share moves by more than their number / `LONGEST_PERIOD`.
+    They are exact if possible. Otherwise the largest remainders are rounded up, and zeros from rounding become one,
+    which may increase the sum. No share changes by more than the number of shares / `LONGEST_PERIOD`.
 
     Args:
         shares: At least one, none negative, not all zero.
@@ -45,8 +45,8 @@ class Schedule:
         shares: Rows of each corpus in a period, as from `whole_shares`.
 
     Attributes:
-        shares: The same, int64, shape (corpora,).
-        period: Rows after which the order repeats.
+        shares: As given, int64, shape (corpora,).
+        period: Number of rows after which the order repeats.
     """
 
     def __init__(self, shares: Sequence[int]) -> None:
@@ -62,10 +62,10 @@ class Schedule:
         return periods * self.shares + self._before[rest]
 
     def look_up(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the corpus of each row, and how many rows that corpus has had before it.
+        """Return the corpus of each row, and the number of that corpus' rows before it.
 
         Args:
-            rows: Numbers of rows from 0, int64, shape (N,).
+            rows: Row numbers from 0, int64, shape (N,).
 
         Returns:
             Two int64 arrays of shape (N,).
@@ -76,7 +76,7 @@ class Schedule:
 
 
 def _chairmen(shares: Sequence[int]) -> np.ndarray:
-    """Return the corpus of each row of a period: of those that may take it, the one with the earliest deadline."""
+    """Return the corpus of each row of a period: among those eligible, the one with the earliest deadline."""
     period, present = sum(shares), [index for index, share in enumerate(shares) if share]
     slack = max(2 * len(present) - 2, 1)
     owed = dict.fromkeys(present, 0)  # how far a corpus is behind its share, in rows times the period
@@ -97,12 +97,12 @@ def _chairmen(shares: Sequence[int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Phases:
-    """A schedule, and perhaps another one from some row on.
+    """A schedule, and optionally another one from some row on.
 
     Attributes:
         first: The order from row 0 on.
-        second: The order of the annealing; None: there is none.
-        border: The row with which it begins.
+        second: The order during the annealing, or None.
+        border: The first row of the annealing.
     """
 
     first: Schedule

@@ -1,4 +1,4 @@
-"""What a mixture is told: weights, where its annealing begins, how long the run is."""
+"""Settings of a mixture: its weights, the start of its annealing, the length of the run."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -10,12 +10,12 @@ from litgpt_moe_ext.field_types import NonNegativeInt, Share, check_fields
 
 
 class RunLength(NamedTuple):
-    """How long a run is going to be.
+    """The length of a run.
 
     Attributes:
         steps: Optimizer steps of the whole training.
         rows_per_step: Sequences of a step, over all ranks.
-        validation_batches: Batches of a validation on each rank, at most.
+        validation_batches: Maximum batches of a validation on each rank.
     """
 
     steps: int
@@ -25,13 +25,13 @@ class RunLength(NamedTuple):
 
 @dataclass(frozen=True)
 class Annealing:
-    """Other shares towards the end of a training. Exactly one of the three beginnings is set.
+    """Other shares towards the end of a training. Exactly one of the three starting points is set.
 
     Attributes:
         weights: Share of each corpus from then on; every corpus is named.
-        from_step: The optimizer step after which they hold.
-        from_fraction: Instead: the part of the run's steps after which they hold, such as 0.9.
-        from_tokens: Instead: the tokens after which they hold, rounded up to a step.
+        from_step: Number of optimizer steps after which they apply.
+        from_fraction: Instead, the fraction of the run's steps after which they apply, such as 0.9.
+        from_tokens: Instead, the number of tokens after which they apply, rounded up to a step.
     """
 
     weights: dict[str, float]
@@ -43,7 +43,7 @@ class Annealing:
         check_fields(self, "data.annealing.")
 
     def check_start(self) -> None:
-        """Raise SettingsError unless one beginning is set."""
+        """Raise SettingsError unless exactly one starting point is set."""
         names = ("from_step", "from_fraction", "from_tokens")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if len(given) != 1:
@@ -53,14 +53,14 @@ class Annealing:
             )
 
     def first_row(self, length: RunLength | None, row_tokens: int) -> int:
-        """Return the row with which the annealing begins.
+        """Return the first row of the annealing.
 
         Args:
-            length: How long the run is; None if that is not known.
+            length: The length of the run, or None if unknown.
             row_tokens: Tokens of a row.
 
         Raises:
-            SettingsError: Only the length of the run would tell.
+            SettingsError: It depends on the length of the run, which is unknown.
         """
         if self.from_tokens is not None:
             rows = -(-self.from_tokens // row_tokens)
@@ -82,12 +82,12 @@ class Annealing:
 
 
 def check_weights(setting: str, weights: Mapping[str, float], names: Collection[str]) -> None:
-    """Raise SettingsError unless every corpus has a weight that is possible, and nothing else has one.
+    """Raise SettingsError unless exactly the given corpora have weights, all of them valid.
 
     Args:
         setting: Name of the setting.
-        weights: By corpus.
-        names: The corpora.
+        weights: Weights by corpus.
+        names: Names of the corpora.
     """
     for name in weights:
         if name not in names:

@@ -1,1 +1,1 @@
-"""The data modules that recipes name."""
+"""The data modules that recipes can name."""

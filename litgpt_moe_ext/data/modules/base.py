@@ -1,4 +1,4 @@
-"""The bases of data modules over tokens."""
+"""The base classes of data modules over tokens."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -17,18 +17,17 @@ from litgpt_moe_ext.errors import SettingsError
 
 
 def is_first_rank() -> bool:
-    """Return whether this is the process that prints; before the ranks are connected, every process is."""
+    """Return whether this is the process that prints; before the ranks are connected, every process does."""
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
 class TokenModule(DataModule):
-    """A LitGPT data module over tokens that are ready in memory maps.
+    """A LitGPT data module over memory-mapped tokens.
 
     A subclass is a dataclass with the user's settings. The order of calls is LitGPT's: `connect`, `prepare_data`,
-    `setup`, then the two loaders. An entry point that knows the model calls `require_vocabulary` before all of
-    them; it may be left out.
+    `setup`, then the two loaders. An entry point that knows the model may call `require_vocabulary` before them.
     """
 
     def __post_init__(self) -> None:
@@ -42,7 +41,7 @@ class TokenModule(DataModule):
     def connect(  # pyrefly: ignore[bad-override] LitGPT's own modules take no more either
         self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
     ) -> None:
-        """Take over what is known only at run time.
+        """Take over the values known only at run time.
 
         Args:
             tokenizer: The tokenizer of the run, or None.
@@ -55,19 +54,19 @@ class TokenModule(DataModule):
 
     @abstractmethod
     def require_vocabulary(self, padded_vocab_size: int) -> None:
-        """Raise SettingsError, with the remedy, if the data may hold ids that a model has no embedding for."""
+        """Raise SettingsError, with the remedy, if the data may contain ids without an embedding in the model."""
 
     def require_documents(self, boundary: str, token_id: int) -> None:
-        """Raise SettingsError if a model that attends within documents would not find those of the data.
+        """Raise SettingsError if a model that attends within documents would not find the data's boundaries.
 
         Args:
             boundary: `eos` or `bos`, the model's `attention_document_boundary`.
-            token_id: Its `attention_document_token_id`.
+            token_id: The model's `attention_document_token_id`.
         """
 
     @property
     def pads(self) -> bool:
-        """Whether rows may hold padding; `litgpt pretrain` then weighs tokens (`litgpt_moe_ext.host.padding`)."""
+        """Whether rows may contain padding; `litgpt pretrain` then weighs tokens (`litgpt_moe_ext.host.padding`)."""
         return False
 
 
@@ -75,8 +74,8 @@ class ShardModule(TokenModule):
     """One stream of token shards for training and one for validation, read by `TokenLoader`.
 
     Attributes:
-        seed: Decides the order of the windows.
-        shuffle: Whether the windows come in a random order, or in that of the data.
+        seed: Seed of the order of the windows.
+        shuffle: Whether to shuffle the windows; otherwise they keep the order of the data.
     """
 
     seed: int
@@ -94,15 +93,15 @@ class ShardModule(TokenModule):
 
     @abstractmethod
     def open_shards(self) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
-        """Return the shards to train on and those to validate on, each of shape (N_i,)."""
+        """Return the training and the validation shards, each of shape (N_i,)."""
 
     @property
     @abstractmethod
     def corpus_id(self) -> str:
-        """What identifies the data in checkpoints."""
+        """Identifies the data in checkpoints."""
 
     def windows(self, shards: Sequence[np.ndarray], name: str) -> Windows:
-        """Return the rows that loaders hand out."""
+        """Return the rows that the loaders return."""
         return StreamWindows(shards, self.max_seq_length, name)
 
     def train_dataloader(self) -> TokenLoader:
@@ -114,11 +113,11 @@ class ShardModule(TokenModule):
         return self._loader("validation")
 
     def windows_of(self, split: Literal["training", "validation"], name: str) -> Windows:
-        """Return the rows of one side; call `connect` and `setup` before.
+        """Return the rows of a split; call `connect` and `setup` before.
 
         Args:
-            split: Which side.
-            name: What to call the data in error messages.
+            split: The split.
+            name: Name of the data in error messages.
         """
         if self._shards is None:
             raise RuntimeError("Call setup() before asking for a data loader.")
@@ -137,11 +136,11 @@ class ShardModule(TokenModule):
 
 @contextmanager
 def naming(corpus: str, module: Any) -> Iterator[None]:
-    """In the scope, let errors about the settings of a mixture's corpus have their whole names.
+    """In the scope, have errors give the full names of the settings of a mixture's corpus.
 
     Args:
-        corpus: Its name in the mixture.
-        module: The corpus, a dataclass, which names its settings as if it were all of the data.
+        corpus: Name of the corpus in the mixture.
+        module: The corpus, a dataclass; its own errors name settings as if it were used alone.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""A corpus as a LitGPT data module: prepared once into token shards, then read from them."""
+"""Corpora as LitGPT data modules: prepared once into token shards, then read from these."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +19,10 @@ from litgpt_moe_ext.padding import accept_padding
 
 
 class CorpusModule(Corpus, ShardModule):
-    """What makes a corpus a LitGPT data module; `as_data_module` joins the two.
+    """The base class that turns a corpus into a LitGPT data module; see `as_data_module`.
 
-    An entry point that wants LitGPT to use (and to copy into the checkpoints) the tokenizer of the corpus calls
-    `prepare_tokenizer` before `connect`.
+    For LitGPT to use the corpus' tokenizer, and copy it into checkpoints, an entry point calls `prepare_tokenizer`
+    before `connect`.
 
     Attributes:
         corpus_path: The prepared corpus; None before it is prepared.
@@ -36,23 +36,23 @@ class CorpusModule(Corpus, ShardModule):
         self._model_documents: tuple[str, int] | None = None
 
     def prepare_tokenizer(self) -> Path:
-        """Prepare everything if needed and return the tokenizer directory."""
+        """Prepare the corpus if needed and return the tokenizer directory."""
         self.prepare_data()
         return self._prepared() / TOKENIZER_DIR
 
     def connect(
         self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
     ) -> None:
-        """Take over what is known only at run time.
+        """Take over the values known only at run time.
 
         Args:
-            tokenizer: None, or the one of this corpus. With None, as in `litgpt pretrain` without a tokenizer
-                directory, training works all the same, only no tokenizer is copied into the checkpoints.
+            tokenizer: The tokenizer of this corpus, or None. With None, as in `litgpt pretrain` without a tokenizer
+                directory, training works, but no tokenizer is copied into the checkpoints.
             batch_size: Windows per micro-batch, that is per batch and rank.
             max_seq_length: Number of inputs of a window.
 
         Raises:
-            SettingsError: The corpus is prepared already and `tokenizer` is another one. If it is not prepared yet,
+            SettingsError: The corpus is already prepared, with another tokenizer. If it is not prepared yet,
                 `prepare_data` raises instead.
         """
         super().connect(tokenizer, batch_size, max_seq_length)
@@ -60,12 +60,12 @@ class CorpusModule(Corpus, ShardModule):
             self._check_tokenizer()
 
     def prepare_data(self) -> None:
-        """Prepare the corpus unless this was done before.
+        """Prepare the corpus unless it is already prepared.
 
         Raises:
-            SettingsError: The tokenizer given to `connect` is not the one of the corpus, the vocabulary is larger than
-                the one `require_vocabulary` named, documents do not begin or end as `require_documents` has it, or a
-                setting or a file is wrong.
+            SettingsError: The tokenizer given to `connect` is not the corpus', the vocabulary exceeds the one given to
+                `require_vocabulary`, documents do not begin or end as given to `require_documents`, or a setting or a
+                file is wrong.
         """
         if self.corpus_path is None:
             self.corpus_path = self.prepare(is_first_rank(), self.tokenizer)
@@ -75,8 +75,8 @@ class CorpusModule(Corpus, ShardModule):
 
     def open_shards(self) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
         """See `ShardModule.open_shards`."""
-        self._facts = None  # of an earlier run of the process
-        self.prepare_data()  # reuses; where only rank 0 was asked to prepare, this finds its result
+        self._facts = None  # may be from an earlier run in this process
+        self.prepare_data()  # finds the existing result, possibly prepared by rank 0 alone
         manifest = self.manifest
         train, val = (
             shards if count is None else first_documents(shards, count, manifest["eos_id"], manifest["bos_id"])
@@ -100,7 +100,7 @@ class CorpusModule(Corpus, ShardModule):
         return DocumentWindows(shards, packing, self.max_seq_length, name)
 
     def require_vocabulary(self, padded_vocab_size: int) -> None:
-        """See `TokenModule.require_vocabulary`; where the settings tell, before anything is prepared.
+        """See `TokenModule.require_vocabulary`; checked before any preparation if the settings determine the size.
 
         The ids were checked against the vocabulary when they were written.
         """
@@ -115,7 +115,7 @@ class CorpusModule(Corpus, ShardModule):
             )
 
     def require_documents(self, boundary: str, token_id: int) -> None:
-        """See `TokenModule.require_documents`; only a prepared corpus knows its tokens."""
+        """See `TokenModule.require_documents`; checked once the corpus is prepared."""
         self._model_documents = (boundary, token_id)
         if self.corpus_path is not None:
             self._check_documents()
@@ -129,9 +129,9 @@ class CorpusModule(Corpus, ShardModule):
 
     @property
     def unigram_loss(self) -> float | None:
-        """Validation loss, in nats per token, of a model that knows only how frequent each token is.
+        """Validation loss, in nats per token, of a model that knows only token frequencies.
 
-        None where only a part of the corpus is read.
+        None if only a part of the corpus is read.
         """
         return None if any(self.document_limits) else self.manifest["unigram_val_loss"]
 
@@ -142,8 +142,8 @@ class CorpusModule(Corpus, ShardModule):
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What the prepared corpus says of itself."""
-        # Read once: a corpus that is deleted while it trains is still there for those that have opened it.
+        """The manifest of the prepared corpus."""
+        # Read once: if the corpus is deleted during training, its open files remain readable, but this file would not.
         self._facts = self._facts or read_manifest(self._prepared())
         assert self._facts is not None
         return self._facts
@@ -162,7 +162,7 @@ class CorpusModule(Corpus, ShardModule):
             return
         boundary, token_id = self._model_documents
         eos_id, bos_id = (self.manifest[name] for name in ("eos_id", "bos_id"))
-        # Without a BOS token, the EOS token may count as the beginning of the document that follows.
+        # Without a BOS token, EOS may count as the beginning of the next document.
         expected = eos_id if boundary == "eos" or bos_id is None else bos_id
         if token_id != expected:
             raise SettingsError(
@@ -180,7 +180,7 @@ class CorpusModule(Corpus, ShardModule):
         if self.tokenizer is None:
             return
         directory, processor = self._prepared() / TOKENIZER_DIR, self.tokenizer.processor
-        # LitGPT's Tokenizer does not keep its path, and the same tokenizer may well come from a copy.
+        # LitGPT's Tokenizer does not keep its path, and the same tokenizer may come from a copy.
         given = processor.to_str().encode() if isinstance(processor, HFTokenizer) else b""
         contents = given, (directory / "tokenizer.json").read_bytes()
         if not given or len({parse_tokenizer(content, "tokenizer.json").to_str() for content in contents}) > 1:

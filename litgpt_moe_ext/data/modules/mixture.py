@@ -24,27 +24,27 @@ from litgpt_moe_ext.field_types import NonNegativeInt, PositiveFloat, check_fiel
 
 @dataclass
 class Mixture(TokenModule):
-    """Several corpora, each with a fixed share of the tokens, and perhaps other shares towards the end.
+    """Several corpora, each with a fixed share of the tokens, and optionally other shares towards the end.
 
-    The rows are dealt out rather than drawn: after any number of them, a corpus has had its share to within one row.
-    A corpus that is used up starts over in a new order, whatever the others do. All corpora are encoded with one
-    tokenizer, that of the first one that has one: the others use it where their settings name none. Validation runs
-    over each corpus; the loss of the whole is the mean of theirs, weighted like the training.
+    Rows are dealt out, not drawn: after any number of rows, each corpus has had its share to within one row. A corpus
+    that is used up starts over in a new order, independently of the others. All corpora share one tokenizer, that of
+    the first corpus that has one, which corpora use if their settings name none. Validation covers each corpus; the
+    loss of the mixture is the mean of the corpora's losses with the training's weights.
 
     An entry point that knows the length of the run calls `plan_run` before `setup`.
     """
 
     corpora: dict[str, DataModule]
-    """The corpora by name, each a data module of litgpt_moe_ext.data with its own class_path and init_args."""
+    """Corpora by name, each a data module of litgpt_moe_ext.data with its own class_path and init_args."""
     weights: dict[str, float]
-    """Share of the tokens of each corpus, in any unit: 7 and 3 mean the same as 0.7 and 0.3. Zero for a corpus that
-    only the annealing reads."""
+    """Each corpus' share of the tokens, in any unit: 7 and 3 mean the same as 0.7 and 0.3. Zero for a corpus read only
+    in the annealing."""
     annealing: Annealing | None = None
-    """Other weights from some point on, given as from_step, from_fraction or from_tokens."""
+    """Other weights from a point on, given as from_step, from_fraction or from_tokens."""
     max_epochs: PositiveFloat | None = None
-    """Refuse a run that would read a corpus more often than this. Default: it repeats as often as it has to."""
+    """Refuse a run that would read a corpus more often than this. Default: no limit."""
     seed: NonNegativeInt = 42
-    """Decides the order of the windows of every corpus. Theirs decides which documents validate."""
+    """Seed of the order of all windows. The corpora's own seeds decide which documents validate."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,10 +88,10 @@ class Mixture(TokenModule):
                 module.require_documents(boundary, token_id)
 
     def plan_run(self, length: RunLength) -> None:
-        """Take over how long the run is going to be.
+        """Take over the length of the run.
 
         Raises:
-            SettingsError: A validation is too short to see every corpus.
+            SettingsError: A validation is too short to cover every corpus.
         """
         self._length = length
         if length.validation_batches < len(self.corpora):
@@ -102,15 +102,15 @@ class Mixture(TokenModule):
 
     @property
     def flags_to_go_on(self) -> str:
-        """Flags, each after a space, that keep the shares of this run in a longer one; empty if none is needed."""
+        """Flags, each after a space, that keep this run's shares in a longer run; empty if none is needed."""
         if self.annealing is None or self.annealing.from_fraction is None or self._length is None:
             return ""
-        # The part of a longer run would be another step.
+        # The same fraction of a longer run would be another step.
         step = self.annealing.first_row(self._length, 1) // self._length.rows_per_step
         return f" --data.annealing.from_fraction null --data.annealing.from_step {step}"
 
     def check_sources(self) -> None:
-        """Look for the files of every corpus that can do so.
+        """Check that the source files of the corpora exist, for corpora that have any.
 
         Raises:
             SettingsError: See `EncodedCorpus.check_sources`.
@@ -121,7 +121,7 @@ class Mixture(TokenModule):
                     module.check_sources()
 
     def prepare_tokenizer(self) -> Path | None:
-        """Prepare everything if needed and return the directory of the tokenizer; None if no corpus has one."""
+        """Prepare all corpora if needed and return the tokenizer directory; None if no corpus has a tokenizer."""
         self.prepare_data()
         return self._shared.directory
 
@@ -134,7 +134,7 @@ class Mixture(TokenModule):
             TokenModule.connect(module, module.tokenizer, batch_size, max_seq_length)
 
     def prepare_data(self) -> None:
-        """Prepare the corpora that are not prepared yet, one after the other.
+        """Prepare the corpora that are not prepared yet, one by one.
 
         Raises:
             SettingsError: They do not fit together, or one of them cannot be prepared.
@@ -162,8 +162,8 @@ class Mixture(TokenModule):
         """Return the resumable training loader.
 
         Raises:
-            SettingsError: A corpus would come more often than `max_epochs`, or where the annealing begins depends on
-                the length of the run, which is not known.
+            SettingsError: A corpus would be read more often than `max_epochs`, or the start of the annealing depends on
+                the length of the run, which is unknown.
         """
         parts = [
             Part(
@@ -180,7 +180,7 @@ class Mixture(TokenModule):
         return MixtureLoader(MixedWindows(parts, phases, "training data of the mixture"), self.batch_size)
 
     def val_dataloader(self) -> MixtureValidation:
-        """Return the validation loader: the corpora in turn, every window once."""
+        """Return the validation loader: a batch of each corpus in turn, every window once."""
         loaders = {
             name: TokenLoader(module.windows_of("validation", f"validation data of {name}"), self.batch_size, False)
             for name, module in self.parts.items()
@@ -252,7 +252,7 @@ def _check_corpora(corpora: Mapping[str, Any]) -> None:
 
 
 def _row_shares(weights: Mapping[str, float], parts: Sequence[Part]) -> list[int]:
-    # Rows with padding hold fewer tokens, so a corpus of short documents needs more of them for the same share.
+    # Padded rows hold fewer tokens, so a corpus of short documents needs more rows for the same share.
     shares = [Fraction(str(weights[part.name])) * len(part.windows) / max(part.windows.targets, 1) for part in parts]
     return whole_shares(shares)
 

@@ -1,4 +1,4 @@
-"""One tokenizer for all corpora of a mixture: the first one's, which encodes the others as well."""
+"""One tokenizer for all corpora of a mixture: the first corpus', which also encodes the others."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,14 +15,14 @@ from litgpt_moe_ext.errors import SettingsError
 
 
 class SharedTokenizer:
-    """Prepares corpora with one tokenizer, and refuses those that have another.
+    """Prepares corpora with one tokenizer, and refuses corpora with another.
 
     Args:
-        corpora: The data modules by name. Those that do not make their tokens themselves, such as `TokenShards`, have
-            no tokenizer to compare; only the sizes of the vocabularies are.
+        corpora: The data modules by name. Ready-made tokens, such as `TokenShards`, have no tokenizer to compare; only
+            their vocabulary size is compared.
 
     Attributes:
-        directory: The tokenizer; None before `prepare`, or if no corpus has one.
+        directory: Directory of the tokenizer; None before `prepare`, or if no corpus has one.
     """
 
     def __init__(self, corpora: Mapping[str, Any]) -> None:
@@ -35,7 +35,7 @@ class SharedTokenizer:
         """Prepare the corpora that are not prepared yet.
 
         Args:
-            tokenizer: That of the run, or None.
+            tokenizer: The run's tokenizer, or None.
 
         Raises:
             SettingsError: They do not fit together, or one of them cannot be prepared.
@@ -65,7 +65,7 @@ class SharedTokenizer:
         return tokenizer or open_as_litgpt(directory)
 
     def _look_ahead(self, tokenizer: Tokenizer | None) -> None:
-        """Refuse what settings alone show to be wrong, before the first corpus is encoded, which may take hours."""
+        """Refuse wrong settings before the first corpus is encoded, which may take hours."""
         first = ""
         for name, module in self._corpora.items():
             if not isinstance(module, CorpusModule):
@@ -88,11 +88,11 @@ class SharedTokenizer:
                     )
 
     def _refuse_others(self, name: str, module: CorpusModule, tokenizer: Tokenizer | None) -> None:
-        """Look at a corpus' settings before its documents are encoded, which may take hours."""
+        """Refuse a corpus whose settings name another tokenizer, before its documents are encoded."""
         if self.directory is None or module.corpus_path is not None or not hasattr(module, "choose_tokenizer"):
             return
         chosen = module.choose_tokenizer(tokenizer)
-        if not isinstance(chosen, BPESettings):  # which are refused already
+        if not isinstance(chosen, BPESettings):  # `_look_ahead` has refused those
             self._compare(f"data.corpora.{name}.tokenizer_dir", chosen["tokenizer.json"])
 
     def _compare(self, setting: str, content: bytes) -> None:
@@ -122,7 +122,7 @@ class SharedTokenizer:
 
 
 def _facts(module: Any) -> dict[str, int | None]:
-    """Return what is known of a corpus' ids."""
+    """Return what is known about a corpus' token ids."""
     if isinstance(module, CorpusModule) and module.corpus_path is not None:
         ids = {"end of text": module.manifest["eos_id"], "beginning of text": module.manifest["bos_id"]}
         return {"vocabulary": module.manifest["vocab_size"], **ids}

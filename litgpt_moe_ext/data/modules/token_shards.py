@@ -1,4 +1,4 @@
-"""Ready-made token shards, such as FineWeb-Edu in the form of build-nanogpt or llm.c."""
+"""Ready-made token shards, such as FineWeb-Edu in build-nanogpt's or llm.c's format."""
 
 import hashlib
 import re
@@ -23,30 +23,30 @@ SUFFIXES = (".bin", ".npy")
 
 @dataclass
 class TokenShards(ShardModule):
-    """Token shards as they are found, in any form that `litgpt_moe_ext.data.pipeline.shards.open_shard` reads.
+    """Existing token shards, in any format that `litgpt_moe_ext.data.pipeline.shards.open_shard` reads.
 
-    The shards are one stream in the natural order of their names (2 before 10): windows run across the borders of
-    files, so no token is lost there. Where a `SHA256SUMS` lies beside them they are compared with it, once in a place
-    and again when a file has changed.
+    The shards form one stream in the natural order of their names (2 before 10). Windows run across file borders, so no
+    token is lost there. If a `SHA256SUMS` lies beside the shards, they are compared with it, once per location and
+    again after a file has changed.
     """
 
     data_path: Path
     """Folder of the shards."""
     train_pattern: str | None = None
-    """Which files in the folder train, as a glob. Default: those with `train` in their names, or else all but the
-    validating ones."""
+    """Glob of the training files in the folder. Default: files with `train` in their names, or else all but the
+    validation files."""
     val_pattern: str | None = None
-    """Which files in the folder validate, as a glob. Default: those with `val` in their names, or else the first."""
+    """Glob of the validation files in the folder. Default: files with `val` in their names, or else the first file."""
     vocab_size: PositiveInt | None = None
-    """Entries of the vocabulary of the shards' tokenizer; every id is checked against it. Default: the model's."""
+    """Vocabulary size of the shards' tokenizer; every id is checked against it. Default: the model's."""
     train_count: PositiveInt | None = None
-    """Train on this many tokens, the first: shards do not say where documents end. Default: all."""
+    """Number of tokens to train on, from the first: shards do not mark where documents end. Default: all."""
     val_count: PositiveInt | None = None
-    """Validate on this many tokens, the first. Default: all."""
+    """Number of tokens to validate on, from the first. Default: all."""
     shuffle: bool = True
-    """Whether the windows come in a random order, or in that of the files."""
+    """Whether to shuffle the windows; otherwise they keep the order of the files."""
     seed: NonNegativeInt = 42
-    """Decides the order of the windows."""
+    """Seed of the order of the windows."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,7 +63,7 @@ class TokenShards(ShardModule):
         self._model_vocab_size = padded_vocab_size
 
     def prepare_data(self) -> None:
-        """Check that the shards can be read, and are what their checksums say.
+        """Check that the shards can be read and match their checksums.
 
         Raises:
             SettingsError: See `check_shards`; or a file differs from its checksum.
@@ -71,7 +71,7 @@ class TokenShards(ShardModule):
         verify_shards(self.data_path, self.check_shards(), is_first_rank())
 
     def check_shards(self) -> list[Path]:
-        """Return all shards; reads no more of them than how they begin.
+        """Return all shards; reads only their beginnings.
 
         Raises:
             SettingsError: A file cannot be read or is not a shard, there are none, or there is none to validate on.
@@ -82,7 +82,7 @@ class TokenShards(ShardModule):
         return train + val
 
     def find_shards(self) -> tuple[list[Path], list[Path]]:
-        """Return the files to train on and those to validate on, in natural order.
+        """Return the training and the validation files, in natural order.
 
         Raises:
             SettingsError: `data_path` is not a folder, there is nothing to train on, nothing to validate
@@ -153,6 +153,6 @@ class TokenShards(ShardModule):
 def _natural_order(paths: Iterable[Path]) -> list[Path]:
     def key(path: Path) -> tuple[list, str]:
         parts = [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)]
-        return parts, path.name  # which tells 1 from 01, as a folder may list them either way
+        return parts, path.name  # the name orders 1 and 01, which a folder may list either way
 
     return sorted((path for path in paths if path.is_file()), key=key)
