@@ -2,13 +2,13 @@
 
 | file                  | what it holds                                                                       |
 | --------------------- | ----------------------------------------------------------------------------------- |
-| `layer.py`            | `SinkAttention`, which takes the place of LitGPT's `CausalSelfAttention` in a block  |
+| `layer.py`            | `SinkAttention`, which replaces LitGPT's `CausalSelfAttention` in a block            |
 | `causal_attention.py` | attention of a whole sequence: all of it, in sliding windows, within documents       |
 | `sinks.py`            | softmax attention with a sink logit per head, as a pure function                     |
-| `flash.py`            | the same by flash kernels, and its gradients                                         |
-| `kernels/`            | what computes it: a registry of kernels, the choice between them, one file for each  |
+| `flash.py`            | the same with flash kernels, and its gradients                                       |
+| `kernels/`            | a registry of attention kernels, the choice between them, one file for each          |
 | `documents.py`        | documents in a packed sequence                                                       |
-| `streaming_cache.py`  | a cache of the first and the last tokens, for generation without end                 |
+| `streaming_cache.py`  | a cache of the first and last tokens, for endless generation                         |
 | `cache_positions.py`  | the range of positions in a call with a cache, without waiting for a device          |
 | `rope.py`             | rotary tables                                                                        |
 | `rotation.py`         | the rotary embedding of queries and keys                                             |

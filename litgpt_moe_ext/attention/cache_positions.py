@@ -1,4 +1,4 @@
-"""The range of positions in a call with a cache, without making the host wait for a device.
+"""The range of positions in a call with a cache, without waiting for a device.
 
 Shape legend: B batch, T tokens.
 """
@@ -10,15 +10,15 @@ from torch import Tensor
 def position_range(input_pos: Tensor, input_pos_maxp1: int | None) -> tuple[int | None, int | None]:
     """Bound the positions of a call with a cache.
 
-    On a CPU they are read. On other devices, under `torch.compile` and for fake tensors, which have no content, only
-    `input_pos_maxp1` is known: LitGPT's `max(input_pos) + 1`.
+    On a CPU the positions are read. On other devices, under `torch.compile` and for fake tensors, which have no
+    content, only `input_pos_maxp1` is known: LitGPT's `max(input_pos) + 1`.
 
     Args:
         input_pos: Positions, (T,) without gaps, or (B, T).
         input_pos_maxp1: The largest of them plus 1, if the caller knows it.
 
     Returns:
-        The smallest position, and the largest plus 1; each None where it is not known.
+        The smallest position, and the largest plus 1; None for each that is not known.
     """
     if input_pos.numel() == 0:
         return None, input_pos_maxp1

@@ -20,11 +20,11 @@ def causal_attention(
     window: int | None = None,
     documents: Documents | None = None,
 ) -> Tensor:
-    """Attend to the preceding tokens that are visible.
+    """Attend to the visible preceding tokens.
 
-    A GPU kernel that knows windows and documents does all of it in one call. Elsewhere the sequence is cut into
-    documents, and these into blocks, so that no mask of T * T elements exists; only documents under `torch.compile` or
-    on a GPU without such a kernel need one.
+    A GPU kernel that supports windows and documents does everything in one call. Elsewhere the sequence is cut into
+    documents, and these into blocks, to avoid a mask of T * T elements; only documents under `torch.compile` or on a
+    GPU without such a kernel need one.
 
     Args:
         q_BHTd: Queries.
@@ -75,12 +75,12 @@ def window_mask(position: Tensor, n_keys: int, window: int) -> Tensor:
 
 
 def _attend_block_by_block(q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, softmax: Softmax, window: int) -> Tensor:
-    # The cost grows with T * W instead of T * T. The first block of W tokens needs nothing but itself. Every other one
-    # sees itself and its predecessor through one mask, (W, 2W), that all of them share, so they run as one batch.
+    # The cost grows with T * W instead of T * T. The first block of W tokens sees only itself. Every other block sees
+    # itself and its predecessor through the same mask, (W, 2W), so these run as one batch.
     B, _, T, _ = q_BHTd.shape
     first = sink_attention(q_BHTd[:, :, :window], k_BGTd[:, :, :window], v_BGTd[:, :, :window], softmax)
     q_blocks, k_blocks, v_blocks = (_blocks(x, window) for x in (q_BHTd, k_BGTd, v_BGTd))
-    # Query i of a block is key W + i of the two blocks that it sees.
+    # Query i of a block is key W + i of the two visible blocks.
     position_W = torch.arange(window, 2 * window, device=q_BHTd.device)
     rest = sink_attention(
         q_blocks[:, 1:].flatten(0, 1),
@@ -94,7 +94,7 @@ def _attend_block_by_block(q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, softm
 
 
 def _blocks(x_BHTd: Tensor, window: int) -> Tensor:
-    # (B, N, H, W, d). Padding goes to the end, where only queries that are padding themselves can see it.
+    # (B, N, H, W, d). Padding goes to the end, where only padding queries see it.
     padding = -x_BHTd.size(2) % window
     return F.pad(x_BHTd, (0, 0, 0, padding)).unflatten(2, (-1, window)).transpose(1, 2)
 
@@ -108,8 +108,8 @@ def _attend_document_by_document(
     lengths: tuple[int, ...],
 ) -> Tensor:
     B, H, T, _ = q_BHTd.shape
-    # One sequence after the other, (1, heads, B * T, d). Splitting once keeps the gradient one concatenation; slices
-    # would each add a tensor of full size.
+    # One sequence after the other, (1, heads, B * T, d). The gradient of one split is one concatenation; slices would
+    # each add a tensor of full size.
     pieces = (
         (x if B == 1 else x.transpose(0, 1).flatten(1, 2).unsqueeze(0)).split(lengths, dim=2)
         for x in (q_BHTd, k_BGTd, v_BGTd)

@@ -1,4 +1,4 @@
-"""Room for the documents of many batches, where a model's passes are captured once (`training/steps/room.py`).
+"""Room for the documents of many batches when a model's passes are captured once (`training/steps/room.py`).
 
 Shape legend: B batch, T tokens.
 """
@@ -13,13 +13,13 @@ from litgpt_moe_ext.attention.documents import Boundary, Extent, needed_extent, 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
 
-# Steps by which room grows: quarters of a power of two, and no less than this. A batch seldom needs more than those
-# before it then, and what is not needed costs a kernel a quarter more blocks at most, which end at once.
+# Room grows in quarters of a power of two, and by no less than this. A batch then seldom needs more than those before
+# it, and unused room costs a kernel at most a quarter more blocks, which end at once.
 _LEAST = 16
 
 
 class DocumentRoom:
-    """As many documents as a batch has, and as long ones, rounded up.
+    """The number and the largest length of a batch's documents, rounded up.
 
     Args:
         boundary: Whether `token_id` ends a document or begins one.
@@ -31,18 +31,18 @@ class DocumentRoom:
         self._token_id = token_id
 
     def needed(self, ids_BT: Tensor) -> Extent:
-        """Return the room for a batch and others like it; a device is not asked."""
+        """Return the room for a batch and others like it, without reading from a device."""
         B, T = ids_BT.shape
         documents, longest = needed_extent(ids_BT, self._boundary, self._token_id)
         return Extent(min(_with_spare(documents), B * T), min(_with_spare(longest), T))
 
     def reserve(self, ids_BT: Tensor, sizes: tuple[int, ...]) -> None:
-        """Have the documents of `ids_BT`, whose values will change, found in this room."""
+        """Use this room to find the documents of `ids_BT`, whose values will change."""
         reserve_extent(ids_BT, Extent(*sizes))
 
 
 def document_room(config: litgpt.Config) -> DocumentRoom | None:
-    """Return the room that a model's batches need, or None if its attention knows no documents."""
+    """Return the room that a model's batches need, or None if its attention does not separate documents."""
     ours = cast("Config", config)
     boundary, token_id = ours.attention_document_boundary, ours.attention_document_token_id
     return None if boundary is None else DocumentRoom(boundary, token_id)

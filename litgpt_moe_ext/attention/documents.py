@@ -1,4 +1,4 @@
-"""Documents in a packed sequence: where they begin, and who may see whom.
+"""Documents in a packed sequence: where they begin, and which tokens see each other.
 
 A token sees the tokens of its own document up to itself. An EOS token belongs to the document it ends; a BOS token
 begins one.
@@ -18,7 +18,7 @@ from torch import Tensor
 from litgpt_moe_ext.rows import Rows, host_copy
 
 # If the ids are not in host memory, the offsets of a CUDA batch get a fixed size, because reading the true one would
-# make the host wait. Every sequence has room for documents of this mean length, and for this many more. The kernel
+# wait for the device. Every sequence has room for documents of this mean length, and for this many more. The kernel
 # starts empty blocks for unused room.
 _MEAN_LENGTH = 16
 _MORE = 64
@@ -29,7 +29,7 @@ Boundary = Literal["eos", "bos"]
 
 
 class Extent(NamedTuple):
-    """How many documents, and how long ones, a kernel must have room for.
+    """The number and length of documents for which a kernel must have room.
 
     Attributes:
         documents: Number of documents in the batch, at most.
@@ -49,11 +49,11 @@ class Documents:
         lengths: Number of tokens of each document, in the order of the B * T tokens; the end of a sequence ends a
             document too. Known on a CPU, else `None`.
         offsets: The same as running sums from 0, int32, padded with B * T; on a CUDA device, else `None`.
-        longest: Number of tokens that no document exceeds; with `offsets` only.
-        overflow: 0, or NaN where there are more documents than `offsets` has room for, or longer ones than `longest`, a
-            scalar on the device; with `offsets` only. To be added to what goes through the model, so that a wrong
-            result cannot be mistaken for a right one. (A failed assertion on the device would take every tensor of the
-            process with it.)
+        longest: Upper bound of the lengths of documents; with `offsets` only.
+        overflow: A scalar on the device; 0, or NaN if there are more documents than `offsets` has room for or longer
+            ones than `longest`; with `offsets` only. It is added to the hidden states, so that a wrong result cannot be
+            mistaken for a right one. (A failed assertion on the device would make every tensor of the process
+            unusable.)
     """
 
     start_BT: Tensor
@@ -72,9 +72,9 @@ def find_documents(idx_BT: Tensor, boundary: Boundary, token_id: int) -> Documen
         token_id: Id of the EOS or BOS token.
 
     Returns:
-        The documents. On a CPU their lengths are read from the ids, except under `torch.compile`; on a CUDA device the
-        host waits for nothing, and reads from a host copy of the ids, if there is one, how much room they need.
-        Tensors without data, with which memory and FLOPs are counted, stand for one document per sequence.
+        The documents. On a CPU their lengths are read from the ids, except under `torch.compile`. On a CUDA device the
+        host does not wait; the room they need is read from a host copy of the ids, if there is one. Tensors without
+        data, used to count memory and FLOPs, stand for one document per sequence.
     """
     begins_BT = idx_BT == token_id
     if boundary == "eos":
@@ -93,7 +93,7 @@ def find_documents(idx_BT: Tensor, boundary: Boundary, token_id: int) -> Documen
 
 
 def needed_extent(idx_BT: Tensor, boundary: Boundary, token_id: int) -> Extent:
-    """Return how much room the documents of a batch need; a device is not asked.
+    """Return how much room the documents of a batch need, without reading from a device.
 
     Args:
         idx_BT: Token ids.
@@ -101,9 +101,9 @@ def needed_extent(idx_BT: Tensor, boundary: Boundary, token_id: int) -> Extent:
         token_id: Id of the EOS or BOS token.
 
     Returns:
-        What `reserve_extent` was given for these ids. Otherwise the number of documents and the length of the longest,
-        rounded up to a whole block, from the host copy of the ids. Without one, and under `torch.compile`, whose code
-        is for sizes that depend on B and T only, `largest_extent`.
+        The extent passed to `reserve_extent` for these ids. Otherwise the number of documents and the length of the
+        longest, rounded up to a whole block, from the host copy of the ids. Without a copy, and under `torch.compile`,
+        whose sizes may depend on B and T only, `largest_extent`.
     """
     if torch.compiler.is_compiling():
         return largest_extent(*idx_BT.shape)
@@ -116,7 +116,7 @@ def needed_extent(idx_BT: Tensor, boundary: Boundary, token_id: int) -> Extent:
 
 
 def reserve_extent(idx_BT: Tensor, extent: Extent) -> None:
-    """Have `needed_extent` return `extent` for ids whose values will change; it hangs on this very tensor."""
+    """Have `needed_extent` return `extent` for ids whose values will change; it is stored on this very tensor."""
     idx_BT._reserved_extent = extent  # pyrefly: ignore[missing-attribute]: as `host_copy` does
 
 
@@ -129,24 +129,24 @@ def _lengths(idx_BT: Tensor, boundary: Boundary, token_id: int) -> np.ndarray:
 
 
 def largest_extent(B: int, T: int) -> Extent:
-    """Return the room for a batch of which only the shape is known.
+    """Return the room for a batch whose shape alone is known.
 
     Returns:
-        T / 16 + 64 documents for every sequence, which for up to 68 tokens is always enough, of any length.
+        T / 16 + 64 documents, of any length, for every sequence; always enough for up to 68 tokens.
     """
     return Extent(min(B * T, B * (T // _MEAN_LENGTH + _MORE)), T)
 
 
 def document_offsets(is_first_BT: Tensor, extent: Extent) -> tuple[Tensor, Tensor]:
-    """Turn marks on the first token of every document into running sums of lengths, without reading any value.
+    """Turn marks on the first token of every document into running sums of lengths, without waiting for the device.
 
     Args:
-        is_first_BT: True for first tokens, bool; the first token of every sequence is one.
-        extent: What there is room for.
+        is_first_BT: True for first tokens, bool, including the first token of every sequence.
+        extent: The room.
 
     Returns:
-        Offsets, int32, (`extent.documents` + 1,). The entries behind the last document are B * T, which makes empty
-        documents. And 0, or NaN where documents did not fit.
+        Offsets, int32, (`extent.documents` + 1,), whose entries after the last document are B * T, for empty documents;
+        and a scalar, 0, or NaN if the documents do not fit.
     """
     is_first_N = is_first_BT.flatten()
     N, T, device = is_first_N.numel(), is_first_BT.size(1), is_first_BT.device
@@ -156,7 +156,7 @@ def document_offsets(is_first_BT: Tensor, extent: Extent) -> tuple[Tensor, Tenso
     offsets = torch.full((capacity + 1,), N, dtype=torch.int32, device=device)
     position_N = torch.arange(N, dtype=torch.int32, device=device)
     offsets = offsets.scatter_reduce(0, document_N.clamp(max=capacity), position_N, "amin")
-    # What does not fit belongs to the last document, which ends with the batch.
+    # Documents that do not fit are merged into the last one, which ends with the batch.
     offsets[-1].fill_(N)  # an assignment would copy the number from the host, and wait
     if extent.longest < T:
         fits = fits & (offsets.diff().amax() <= extent.longest)
@@ -189,9 +189,9 @@ def remember_documents(
     """Find the documents of tokens whose predecessors are in a cache.
 
     Args:
-        starts_BS: What is remembered from call to call, int64, zeros at first, one column more than the cache has
-            positions: the position itself where a document begins, 0 elsewhere. Columns behind the newest token are
-            never read, so a caller may go back. Changed in place.
+        starts_BS: State kept between calls, int64, zeros at first, one column more than the cache has positions: the
+            position itself where a document begins, 0 elsewhere. Columns after the newest token are never read, so a
+            caller may go back. Changed in place.
         idx_BT: Token ids.
         input_pos: Their positions, (T,) or (B, T).
         boundary: Whether `token_id` ends a document or begins one.

@@ -1,7 +1,7 @@
-"""Flash kernels, which know no sinks, with a sink logit per head.
+"""Attention with a sink logit per head by flash kernels, which do not support sinks.
 
-With `lse` the log-sum-exp of the scores, the share of the probability that a sink `s` leaves is `sigmoid(lse - s)`, so
-any flash kernel that returns `lse` computes attention with sinks.
+If `lse` is the log-sum-exp of the scores, a sink `s` leaves a share of `sigmoid(lse - s)` of the probability, so any
+flash kernel that returns `lse` can compute attention with sinks.
 
 Shape legend: B batch, H query heads, G key/value heads (H is a multiple of G), T queries, S keys, d head size.
 """
@@ -19,7 +19,7 @@ from litgpt_moe_ext.kernels.launch import operators_are_unwatched
 
 
 def flash_attention(call: Call, sinks_H: Tensor | None, inputs: Inputs) -> Tensor:
-    """Return attention by the kernel that a call names, (B, H, T, d).
+    """Return attention computed by the kernel that a call names, (B, H, T, d).
 
     Args:
         call: What to compute.
@@ -108,14 +108,14 @@ def _epilogue() -> Any:
 
 def _scale_in_place(out_BHTd: Tensor, gate_BHT1: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
-        # A compiler chooses the memory itself, and that of torch 2.11 loses every gradient of a function that returns
-        # what an operator has changed in place or only renamed.
+        # A compiler chooses the memory itself, and torch 2.11's loses every gradient of a function that returns a
+        # tensor which an operator changed in place or passed through.
         scaled_BHTd = out_BHTd * gate_BHT1
         return scaled_BHTd if scaled_BHTd.dtype == out_BHTd.dtype else scaled_BHTd.to(out_BHTd.dtype)
-    # Nothing else refers to what a kernel has just returned, except a mode that watches operators: selective activation
-    # checkpointing may keep it for the recomputation.
+    # Nothing else refers to the fresh result of a kernel, except a dispatch mode: selective activation checkpointing
+    # may keep it for the recomputation.
     if is_in_torch_dispatch_mode():
         out_BHTd = out_BHTd.clone()
-    # A CPU multiplies two types after copying both to the larger one, which takes a sixth of the kernel's time for
-    # 512 tokens in bfloat16. A GPU does it on the way.
+    # To multiply mixed dtypes a CPU first copies both operands to the wider one, which takes a sixth of the kernel's
+    # time for 512 tokens in bfloat16. A GPU converts on the fly.
     return out_BHTd.mul_(gate_BHT1 if out_BHTd.is_cuda else gate_BHT1.to(out_BHTd.dtype))

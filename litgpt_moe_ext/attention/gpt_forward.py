@@ -1,8 +1,8 @@
-"""What settings change in a whole model: embeddings, positions, documents, padding, token ids, endless generation.
+"""Settings that affect the whole model: embeddings, positions, documents, padding, token ids, endless generation.
 
-LitGPT's `GPT.forward` runs as it is, on a stand-in that has the parts of the model, some of them wrapped. What layers
-need to know about a batch reaches them as arguments of their blocks, so that activation checkpointing recomputes every
-batch with its own, whatever ran in between.
+LitGPT's `GPT.forward` runs unchanged, on a stand-in that has the parts of the model, some of them wrapped. Layers get
+what they need to know about a batch as arguments of their blocks, so that activation checkpointing recomputes every
+batch with its own metadata, whatever ran in between.
 
 Shape legend: B batch, T tokens, S positions of the cache, D model width.
 """
@@ -39,13 +39,13 @@ def rope_length(model: GPT) -> int:
     config, length = _config(model), model.max_seq_length
     if config.streaming_cache_window is None:
         return length
-    # Positions of an endless text are counted within the cache, whose window is the layer's own where it slides.
+    # Positions of an endless text are counted within the cache, whose window in a sliding-window layer is the layer's.
     window = max(config.streaming_cache_window, config.sliding_window_size or 0)
     return max(min(length, config.block_size), positions_needed(config.streaming_cache_first, window))
 
 
 def cache_length(model: GPT, max_seq_length: int | None) -> int:
-    """Return for how many positions a streaming model needs a cache, given what the caller asked for."""
+    """Return how many positions the cache of a streaming model needs, given the caller's request."""
     config = _config(model)
     asked = model.max_seq_length if max_seq_length is None else max_seq_length
     return min(asked, config.streaming_cache_first + config.streaming_cache_window)
@@ -59,7 +59,7 @@ def forward(
     input_pos_maxp1: int | None = None,
     lm_head_chunk_size: int = 0,
 ) -> Any:
-    """Run a model whose configuration `changes_model`, or whose layers read token ids or padding, or no mask.
+    """Run a model whose configuration `changes_model`, or whose layers read token ids or padding, or ignore the mask.
 
     Args:
         original: LitGPT's `GPT.forward`.
@@ -77,7 +77,7 @@ def forward(
     documents = _find_documents(model, idx, input_pos, input_pos_maxp1)
     ids = TokenIds(idx.flatten()) if routers_need(config, "token_ids") else None
     if real_BT is not None:
-        # Any id will do: causal attention hides it from the tokens before it, and experts do not see it.
+        # Any valid id will do: causal attention hides it from the tokens before it, and experts do not see it.
         idx = idx.clamp_min(0)
     has_metadata = ids is not None or (real_BT is not None and config.mlp_class_name in MOE_CLASS_NAMES)
     if not (changes_model(config) or has_metadata):
@@ -96,7 +96,7 @@ def forward(
             for i, block in enumerate(stand_in.transformer.h)
         ]
     if documents is not None:
-        # Looked up once: all layers keep the same tables for their backward passes.
+        # Looked up once, so that all layers keep the same tables for their backward passes.
         tables = (model.cos[position], model.sin[position]) if restart else None
         stand_in.transformer.h = [
             _within_documents(block, documents, tables and _tables_of(block_idx, tables, config.rope_indices))
@@ -104,7 +104,7 @@ def forward(
         ]
     elif config.streaming_cache_window is not None and input_pos is not None:
         stand_in.transformer.h = [_streaming(block, model, input_pos) for block in stand_in.transformer.h]
-        # LitGPT looks up rows at these positions. They must exist, but are not used.
+        # LitGPT looks up rows at these positions; they must exist, but are not used.
         stand_in.max_seq_length = max(model.max_seq_length, idx.size(1))
         stand_in.mask_cache = model.cos.new_zeros(1, 1, 1, 1).expand(1, 1, model.cos.size(0), 1)
         input_pos = input_pos.clamp(max=model.cos.size(0) - 1)
@@ -121,7 +121,7 @@ def _transformer(model: GPT) -> Any:
 
 
 class _StandIn:
-    # What LitGPT's forward reads of a model.
+    # The attributes that LitGPT's forward reads.
 
     def __init__(self, model: GPT, transformer: Any) -> None:
         self.config = model.config
@@ -161,22 +161,22 @@ class _Embedding:
         return F.dropout(x_BTD, config.embedding_dropout or 0.0, self.model.training)
 
 
-# What stands in for a block is called as LitGPT calls one: x, cos, sin, mask, input_pos, input_pos_maxp1.
+# Stand-ins for blocks are called as LitGPT calls blocks: x, cos, sin, mask, input_pos, input_pos_maxp1.
 _Block = Callable[..., Tensor]
 
 
 def _with_metadata(block: _Block, real_BT: Tensor | None, ids: TokenIds | None) -> _Block:
-    """Give a block which tokens are padding, or their ids, beside its mask."""
+    """Give a block the padding or the token ids along with its mask."""
     return lambda x, cos, sin, mask, *positions: block(x, cos, sin, BatchMetadata(mask, real_BT, ids), *positions)
 
 
 def _within_documents(block: _Block, documents: Documents, tables: tuple[Tensor, ...] | None) -> _Block:
-    """Give a block documents for a mask, and its own rotary tables if there are any."""
+    """Give a block documents as its mask, and its own rotary tables if there are any."""
     return lambda x, cos, sin, _mask, *positions: block(x, *(tables or (cos, sin)), documents, *positions)
 
 
 def _streaming(block: _Block, model: GPT, input_pos: Tensor) -> _Block:
-    """Give a block, which counts positions itself, the whole rotary tables and the positions in the text."""
+    """Give a block the whole rotary tables and the positions in the text, as it counts positions itself."""
     tables = model.cos.unsqueeze(0), model.sin.unsqueeze(0)
     return lambda x, _cos, _sin, _mask, _pos, input_pos_maxp1: block(x, *tables, None, input_pos, input_pos_maxp1)
 
@@ -204,7 +204,7 @@ def _starts_in_cache(model: GPT, idx: Tensor) -> Tensor:
     if cache is None:
         raise TypeError("input_pos needs a cache: call `gpt.set_kv_cache()` first")
     if not hasattr(cache, "document_starts"):
-        # Made in inference mode, they could not be written to outside.
+        # Tensors made in inference mode could not be written to outside it.
         with torch.inference_mode(False):
             starts_BS = torch.zeros(cache.k.size(0), cache.k.size(2) + 1, dtype=torch.long, device=idx.device)
         cache.register_buffer("document_starts", starts_BS, persistent=False)

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SinkAttention"]
 
-# A call with a cache and up to this many queries takes as long as reading the cache, which the written-out softmax does
-# only once.
+# With a cache and up to this many queries, a call takes as long as reading the cache, which the written-out softmax
+# does only once.
 _FEW_QUERIES = 16
 
 
@@ -39,13 +39,12 @@ class SinkAttention(CausalSelfAttention):
     """Causal self-attention with a learnable sink logit per head, as in gpt-oss.
 
     Parameters have the names and shapes of LitGPT's `CausalSelfAttention`, plus `sinks` of shape (H,) unless
-    `attention_sinks` is false, in which case this is ordinary softmax attention. Keys and values of grouped queries are
-    never repeated. The reference is Hugging Face's `GptOssAttention`.
+    `attention_sinks` is false, which means ordinary softmax attention. Keys and values of grouped queries are never
+    repeated. The reference is Hugging Face's `GptOssAttention`.
 
-    Three things differ from the parent class. YaRN is computed as Hugging Face does (see `rope.py`), and its attention
-    factor is in the rotary tables only. A layer with a sliding window keeps a cache of full length, so that prompts
-    longer than the window work. And with a cache, positions alone decide what a token sees: LitGPT's mask says the same
-    in more bytes.
+    Three things differ from the parent class. YaRN follows Hugging Face (see `rope.py`), with its attention factor in
+    the rotary tables only. A layer with a sliding window keeps a cache of full length, so that prompts longer than the
+    window work. And with a cache, positions alone decide what a token sees: LitGPT's mask says the same in more bytes.
 
     Args:
         config: The model configuration.
@@ -55,7 +54,7 @@ class SinkAttention(CausalSelfAttention):
     config: "Config"  # pyrefly: ignore[bad-override-mutable-attribute]: with the fields of this package
 
     def __init__(self, config: "Config", block_idx: int) -> None:
-        load_functions()  # of kernels that were registered since
+        load_functions()  # of kernels registered in the meantime
         super().__init__(config, block_idx)
         self.mscale = 1.0
         sinks = nn.Parameter(torch.zeros(config.n_head)) if has_sinks(config, block_idx) else None
@@ -81,14 +80,14 @@ class SinkAttention(CausalSelfAttention):
 
         Args:
             x: Input, (B, T, D).
-            cos: Rotary cosines of the tokens, (1 or B, T, rope_n_elem). With a streaming cache, of positions from 0.
+            cos: Rotary cosines of the tokens, (1 or B, T, rope_n_elem); with a streaming cache, of positions from 0 on.
             sin: Rotary sines, same shape.
             mask: Bool or additive mask that broadcasts to (B, H, T, T), or the documents of the tokens. `None` means
-                causal. The sliding window applies on top of it. With `input_pos`, a mask tensor is not read: a token
-                sees the positions up to its own.
+                causal. The sliding window applies on top. With `input_pos`, a mask tensor is ignored: a token sees the
+                positions up to its own.
             input_pos: Positions of the tokens in the cache, (T,) without gaps or (B, T); `None` for a forward without
                 cache.
-            input_pos_maxp1: The largest of `input_pos` plus 1, if known: no more of the cache is read.
+            input_pos_maxp1: The largest of `input_pos` plus 1, if known; the cache is read up to it.
 
         Returns:
             Output, (B, T, D).
@@ -124,24 +123,24 @@ class SinkAttention(CausalSelfAttention):
     ) -> KVCache | StreamingKVCache:
         """Build a cache for all positions, with or without a sliding window, or a streaming cache.
 
-        LitGPT's ring buffer of window length cannot take a prompt longer than the window, because its entries no longer
-        stand at their positions; here the window is a mask.
+        LitGPT's ring buffer of window length cannot take a prompt longer than the window, because its entries leave
+        their positions; here the window is a mask.
 
         Args:
             batch_size: Largest batch the cache is for.
             max_seq_length: Number of positions, S.
-            rope_cache_length: Number of columns of the rotary tables, which are more than `rope_n_elem` where that
-                is 1; the default takes them to be as many.
+            rope_cache_length: Number of columns of the rotary tables, which exceeds a `rope_n_elem` of 1; by default
+                `rope_n_elem`.
             device: Where to put the buffers.
             dtype: Their type.
 
         Returns:
             Zeroed buffers: k of shape (B, G, S, d) (d + 1 with a single rotated element), v of shape (B, G, S, d).
-            With `streaming_cache_window`, buffers for the first and the last tokens, however many positions there are.
+            With `streaming_cache_window`, buffers for the first and last tokens, whatever `max_seq_length`.
         """
         config, G, d = self.config, self.config.n_query_groups, self.config.head_size
         if self._streams is not None:
-            # The last tokens are all that a sliding window sees, so its cache is exact and needs no first tokens.
+            # A sliding window sees only the last tokens, so its cache is exact and needs no first tokens.
             first, window = self._streams if self._window is None else (0, self._window)
             return StreamingKVCache((batch_size, G, d), first, window, device, dtype)
         n_elem = config.rope_n_elem
@@ -156,10 +155,10 @@ class SinkAttention(CausalSelfAttention):
 
         Args:
             device: Where the layer runs.
-            dtype: The type of queries, keys and values, under autocast the autocast type.
+            dtype: The type of queries, keys and values; under autocast, autocast's.
 
         Returns:
-            A name in `KERNELS`, or "scaled_dot_product_attention", behind which PyTorch makes its own choice.
+            A name in `KERNELS`, or "scaled_dot_product_attention", which makes PyTorch's own choice.
 
         Raises:
             SettingsError: If the kernel that `attention_backend` names cannot compute it.
@@ -227,7 +226,7 @@ class SinkAttention(CausalSelfAttention):
 
         low = 0 if begin is None or window is None else max(0, begin - window + 1)
         k_BGSd, v_BGSd = k_BGSd[:, :, low:end], v_BGSd[:, :, low:end]
-        # A single query sees everything that is left.
+        # A single query sees all remaining keys.
         mask = None
         if begin is None or per_sequence or T > 1:
             mask = window_mask(input_pos - low, end - low, end if window is None else window)
@@ -270,7 +269,7 @@ class SinkAttention(CausalSelfAttention):
 
     @property
     def _streams(self) -> tuple[int, int] | None:
-        # Numbers of first and of last tokens that a streaming cache keeps.
+        # Numbers of first and last tokens that a streaming cache keeps.
         config = self.config
         if config.streaming_cache_window is None:
             return None
@@ -286,7 +285,7 @@ class SinkAttention(CausalSelfAttention):
 
 
 def _combine(mask: Tensor, visible: Tensor) -> Tensor:
-    # A bool mask keeps what both allow; an additive one is closed where the second does not allow.
+    # An additive mask becomes minus infinity where `visible` is false.
     if mask.dtype == torch.bool:
         return mask & visible
     return mask.masked_fill(~visible, -math.inf)

@@ -39,11 +39,11 @@ def rope_frequencies(
         base: The base of the geometric progression of wavelengths.
         rope_adjustments: How to stretch the context, see `validate_rope_adjustments`.
         device: Where to put the result.
-        seq_len: Length of the sequences that the model is about to see, which only dynamic NTK asks for.
+        seq_len: Length of the sequences, needed for dynamic NTK only.
 
     Returns:
-        The angle per position in float32, shape (F,), and the factor to multiply both cosine and sine by. The factor is
-        1 except for YaRN, where the attention logits grow by its square.
+        The angle per position, (F,), float32, and the factor of both cosine and sine: 1 except for YaRN, where the
+        attention logits grow by its square.
 
     Raises:
         ValueError: If `rope_adjustments` is not valid.
@@ -67,15 +67,15 @@ def build_rope_cache(config: "Config", seq_len: int, device: torch.device | None
     """Build the cosine and sine tables that LitGPT's `apply_rope` reads.
 
     Args:
-        config: The model configuration. Read are `rope_n_elem`, `rope_base`, `rope_condense_ratio`, `rope_adjustments`
-            and `rope_local_base_freq`; with dynamic NTK also `block_size`, for which the base is chosen, whatever the
-            length of a text: a model generates with the base that it was trained with, and keys in a cache keep it.
+        config: The model configuration; uses `rope_n_elem`, `rope_base`, `rope_condense_ratio`, `rope_adjustments` and
+            `rope_local_base_freq`. Dynamic NTK chooses the base for `block_size`, whatever the length of a text, so
+            that a model generates with the base that it was trained with, and keys in a cache stay valid.
         seq_len: Number of positions, T.
         device: Where to put the tables.
 
     Returns:
-        Cosines and sines in float32, shape (T, N). As in LitGPT, they have two columns where N is 1. Where N is 0 they
-        have one, which is never read: LitGPT cannot look up positions per sequence in an empty table. With
+        Cosines and sines, (T, N), float32. As in LitGPT, they have two columns if N is 1. If N is 0 they have one that
+        is never read, because LitGPT cannot look up positions per sequence in an empty table. With
         `rope_local_base_freq` the shape is (T, N, 2): index 0 of the last dimension holds the tables above, index 1
         plain RoPE with the local base, without attention factor.
 
@@ -102,8 +102,8 @@ def _tables(position_T: Tensor, frequency_F: Tensor, n_elem: int) -> tuple[Tenso
     if n_elem == 0:
         return torch.ones_like(position_T).unsqueeze(-1), torch.zeros_like(position_T).unsqueeze(-1)
     angle_TN = torch.outer(position_T, frequency_F).repeat(1, 2)
-    # Two columns per frequency are one too many for an odd N. LitGPT keeps both where N is 1 and lets the single
-    # element broadcast against them; its cache shapes count on that.
+    # Two columns per frequency are one too many for an odd N. LitGPT keeps both if N is 1 and lets the single element
+    # broadcast against them; its cache shapes rely on that.
     if n_elem > 1:
         angle_TN = angle_TN[:, :n_elem]
     return angle_TN.cos(), angle_TN.sin()
@@ -114,7 +114,7 @@ def _plain_frequencies(n_elem: int, base: float, device: torch.device | None) ->
 
 
 def _dynamic_base(n_elem: int, base: float, keys: dict[str, Any], seq_len: int | None) -> float:
-    # NTK-aware scaling by as much as the sequence is longer than the original context.
+    # NTK-aware scaling by the ratio of the sequence to the original context.
     if n_elem <= 2:
         return base  # the only frequency is 1, whatever the base
     original = keys["original_max_seq_len"]
@@ -123,8 +123,8 @@ def _dynamic_base(n_elem: int, base: float, keys: dict[str, Any], seq_len: int |
 
 
 def _llama3_frequencies(plain_F: Tensor, keys: dict[str, Any]) -> Tensor:
-    # Llama 3.1: what turns at least `high_freq_factor` times within the original context stays as it is, what turns
-    # less than `low_freq_factor` times is slowed by `factor`, and the share of the two changes linearly in between.
+    # Llama 3.1: frequencies with at least `high_freq_factor` turns within the original context stay, those with fewer
+    # than `low_freq_factor` are divided by `factor`, and in between the two are interpolated linearly.
     turns_F = keys["original_max_seq_len"] * plain_F / (2 * math.pi)
     low, high = keys["low_freq_factor"], keys["high_freq_factor"]
     kept_F = ((turns_F - low) / (high - low)).clamp(0, 1)
@@ -132,8 +132,8 @@ def _llama3_frequencies(plain_F: Tensor, keys: dict[str, Any]) -> Tensor:
 
 
 def _yarn_frequencies(plain_F: Tensor, n_elem: int, base: float, keys: dict[str, Any]) -> Tensor:
-    # "NTK by parts", section 3.2 of Peng et al. 2023 (arXiv:2309.00071): as Llama-3 above, but the share changes
-    # linearly with the index of the frequency instead of its number of turns.
+    # "NTK by parts", section 3.2 of Peng et al. 2023 (arXiv:2309.00071): as Llama 3 above, but interpolated linearly in
+    # the index of the frequency instead of its number of turns.
     def index_that_turns(n_turns: float) -> float:
         return n_elem * math.log(keys["original_max_seq_len"] / (2 * math.pi * n_turns)) / (2 * math.log(base))
 
@@ -141,8 +141,8 @@ def _yarn_frequencies(plain_F: Tensor, n_elem: int, base: float, keys: dict[str,
     last = index_that_turns(keys.get("beta_slow", DEFAULT_BETA_SLOW))
     if keys.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
-    # The upper bound is N - 1 and not F - 1, the last index there is: the ramp may end beyond it, and then not even the
-    # slowest frequency is divided by the whole factor.
+    # The upper bound is N - 1 and not the last index, F - 1: the ramp may end beyond it, and then not even the slowest
+    # frequency is divided by the whole factor.
     first, last = max(first, 0), min(last, n_elem - 1)
     if first == last:
         last += 0.001  # a step instead of a division by zero
@@ -152,8 +152,8 @@ def _yarn_frequencies(plain_F: Tensor, n_elem: int, base: float, keys: dict[str,
 
 
 def _yarn_attention_factor(keys: dict[str, Any]) -> float:
-    # Section 3.3 of the paper: sqrt(1/t) = 0.1 ln(s) + 1. DeepSeek's `mscale` and `mscale_all_dim` count as a pair
-    # only, as in Hugging Face.
+    # Section 3.3 of the paper: sqrt(1/t) = 0.1 ln(s) + 1. DeepSeek's `mscale` and `mscale_all_dim` count only as a
+    # pair, as in Hugging Face.
     if "attention_factor" in keys:
         return float(keys["attention_factor"])
 

@@ -1,4 +1,4 @@
-"""The rotary embedding of queries and keys: LitGPT's functions, or a Triton kernel that computes the same at once.
+"""The rotary embedding of queries and keys: LitGPT's functions, or a Triton kernel that does the same in one launch.
 
 Shape legend: B batch, T tokens, H query heads, G key/value heads, d head size, N rotated elements of a head,
 W width of the projection to queries, keys and values.
@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from litgpt_moe_ext.kernels.launch import operators_are_unwatched
 
-# Cosines and sines, (1 or B, T, N). Where N is 1 they have two columns, where it is 0 one (see `rope.py`).
+# Cosines and sines, (1 or B, T, N); two columns if N is 1, one if it is 0 (see `rope.py`).
 Tables = tuple[Tensor, Tensor]
 # Numbers of heads, of queries and of keys and values: H, G.
 Heads = tuple[int, int]
@@ -26,8 +26,8 @@ class Rotary(NamedTuple):
 
     Attributes:
         tables: Cosines and sines of the tokens.
-        n_elem: Number of rotated elements of a head, N; the others stay as they are.
-        interleave: Whether the pairs that rotate stand next to each other. In the result they do not.
+        n_elem: Number of rotated elements of a head, N; the others are unchanged.
+        interleave: Whether the elements of a pair are adjacent. In the result they are not.
     """
 
     tables: Tables
@@ -36,7 +36,7 @@ class Rotary(NamedTuple):
 
 
 def rotate(x_BHTd: Tensor, rotary: Rotary) -> Tensor:
-    """Return queries or keys rotated, in their dtype, by LitGPT's functions."""
+    """Rotate queries or keys by LitGPT's functions, keeping their dtype."""
     tables, n_elem, interleave = rotary
     if n_elem == 0:
         return x_BHTd
@@ -55,7 +55,7 @@ def rotate_both(q_BHTd: Tensor, k_BGTd: Tensor, rotary: Rotary) -> tuple[Tensor,
         rotary: How they rotate.
 
     Returns:
-        Both, in their dtypes. From the kernel they lie in memory as (B, T, H, d), which attention reads without a copy.
+        Both, in their dtypes. The kernel's memory layout is (B, T, H, d), which attention reads without a copy.
     """
     if _has_kernel((q_BHTd, k_BGTd), q_BHTd.size(2), rotary):
         return _Rotation.apply(q_BHTd, k_BGTd, *rotary.tables, rotary.interleave)
@@ -63,7 +63,7 @@ def rotate_both(q_BHTd: Tensor, k_BGTd: Tensor, rotary: Rotary) -> tuple[Tensor,
 
 
 def rotate_projection(qkv_BTW: Tensor, heads: Heads, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Take queries, keys and values out of their projection and rotate the first two, on a GPU in one launch each way.
+    """Split a projection into queries, keys and values and rotate the first two, on a GPU in one launch each way.
 
     Args:
         qkv_BTW: The projection: the heads of queries, of keys and of values, W = (H + 2 G) d.
@@ -71,7 +71,7 @@ def rotate_projection(qkv_BTW: Tensor, heads: Heads, rotary: Rotary) -> tuple[Te
         rotary: How queries and keys rotate.
 
     Returns:
-        Queries, keys and values, these a view of `qkv_BTW`; None where there is no kernel.
+        Queries, keys and values, the last a view of `qkv_BTW`; None if the kernel cannot do it.
     """
     if not _has_kernel((qkv_BTW,), qkv_BTW.size(1), rotary):
         return None
@@ -121,7 +121,7 @@ class _Rotation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         """Return the gradients of the arguments of `forward`."""
-        # In the memory layout of queries and keys, so that what has computed them reads the gradients without a copy.
+        # In the memory layout of queries and keys, so that the operator before them reads the gradients without a copy.
         pairs = zip(gradients, ctx.are_contiguous, strict=True)
         turned = tuple(dx.new_empty(dx.shape) if is_contiguous else _empty(dx) for dx, is_contiguous in pairs)
         _kernels().rotate(gradients, turned, ctx.saved_tensors, ctx.interleave, backward=True)

@@ -1,7 +1,7 @@
 """Softmax attention with a learnable sink logit per head (gpt-oss; Xiao et al. 2023, arXiv:2309.17453).
 
-The softmax of a row runs over its scores and one more logit `s`, whose share of the probability is then dropped: a head
-may attend to nothing. Written out, this is the reference, and what computes where no flash kernel can
+The softmax of a row runs over its scores and one more logit `s`, whose share of the probability is then dropped, so a
+head may attend to nothing. The written-out softmax is the reference, and the fallback where no flash kernel works
 (`litgpt_moe_ext.attention.flash`).
 
 Shape legend: B batch, H query heads, G key/value heads (H is a multiple of G), T queries, S keys, d head size.
@@ -31,8 +31,8 @@ class Softmax(NamedTuple):
 
     Attributes:
         sinks_H: One logit per query head, of any floating type, not scaled; None for ordinary softmax.
-        scale: Multiplied to the scores.
-        dropout: Probability of dropping a weight; the others grow to make up for it.
+        scale: Factor of the scores.
+        dropout: Probability of dropping a weight; the others are scaled up to compensate.
         backend: The only kernel allowed, or None.
     """
 
@@ -50,7 +50,7 @@ def sink_attention(
     mask: Tensor | None = None,
     causal: bool = True,
 ) -> Tensor:
-    """Compute attention whose softmax has one extra logit per head that stands for no token.
+    """Compute attention whose softmax has one extra logit per head, for no token.
 
     Under autocast the inputs are cast as `F.scaled_dot_product_attention` casts them. The softmax and the sinks are
     always at least float32.
@@ -60,14 +60,14 @@ def sink_attention(
         k_BGSd: Keys.
         v_BGSd: Values.
         softmax: How scores become weights. Without sinks and `backend` it is `F.scaled_dot_product_attention`.
-        mask: Bool (True: may look) or additive floating mask that broadcasts to (B, H, T, S). It takes the place of
-            the causal mask.
-        causal: Without mask, whether a query sees only keys up to its own position, which needs T == S; otherwise it
-            sees them all.
+        mask: Bool (True: visible) or additive floating mask that broadcasts to (B, H, T, S). It replaces the causal
+            mask.
+        causal: Without a mask, whether a query sees only keys up to its own position, which needs T == S; otherwise it
+            sees all keys.
 
     Returns:
-        (B, H, T, d) in the type of the queries (in the autocast type under autocast). A row that may look nowhere gives
-        0 where there are sinks.
+        (B, H, T, d) in the type of the queries (under autocast, in autocast's). With sinks, a row that sees nothing
+        gives 0.
 
     Raises:
         ValueError: If the shapes do not fit together.
@@ -78,8 +78,8 @@ def sink_attention(
         mask = mask[(None,) * (4 - mask.dim())]  # kernels take two or four dimensions
     if softmax.sinks_H is None and softmax.backend is None:
         if mask is not None and mask.is_floating_point() and mask.dtype != q_BHTd.dtype:
-            # Torch takes float32 beside narrower queries, and no other type but theirs. Beside float64 its CPU kernel
-            # takes float32 as well, and reads its memory as that of float64.
+            # The mask must have the queries' type, or float32 with narrower queries. With float64 queries torch's CPU
+            # kernel accepts float32 too, but reads its memory as float64.
             mask = mask.to(torch.promote_types(q_BHTd.dtype, torch.float32))
         return F.scaled_dot_product_attention(
             q_BHTd, k_BGSd, v_BGSd, attn_mask=mask, dropout_p=softmax.dropout, is_causal=causal, scale=softmax.scale,
@@ -94,7 +94,7 @@ def sink_attention(
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q_BHTd.dtype).masked_fill_(~mask, -math.inf)
     elif mask is not None:
-        # The kernels read the mask's memory as elements of q's type and do not check it.
+        # The kernels read the mask as elements of q's type, unchecked.
         mask = mask.to(q_BHTd.dtype)
     call = Call(kernel, softmax.scale, causal, None, softmax.dropout)
     return flash_attention(call, softmax.sinks_H, Inputs(q_BHTd, k_BGSd, v_BGSd, mask))
@@ -149,7 +149,7 @@ def _needs(
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    # Autocast knows nothing of operators that are called directly.
+    # Autocast does not cast for operators that are called directly.
     return tuple(x.to(matmul_dtype(x)) for x in tensors)
 
 
@@ -166,8 +166,8 @@ def _check_shapes(q: Tensor, k: Tensor, sinks: Tensor | None, causal: bool) -> N
 def _eager(
     q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, softmax: Softmax, mask: Tensor | None, causal: bool
 ) -> Tensor:
-    # The definition, written out: the reference for every other kernel, the fallback where there is none, and the
-    # fastest way for a handful of queries, which is limited by reading the keys and values once.
+    # The definition, written out: the reference for every kernel, the fallback without one, and the fastest way for a
+    # handful of queries, whose time goes into reading the keys and values once.
     scores_BHTS = grouped_matmul(q_BHTd, k_BGSd.mT) * softmax.scale
     if causal:
         mask = torch.ones(scores_BHTS.shape[2:], dtype=torch.bool, device=q_BHTd.device).tril()
@@ -177,7 +177,7 @@ def _eager(
 
 
 def sink_softmax(scores_BHTS: Tensor, sinks_H: Tensor | None, mask: Tensor | None = None) -> Tensor:
-    """Turn scores into weights, in float32 at least.
+    """Turn scores into weights, in at least float32.
 
     Args:
         scores_BHTS: Scores, scaled.
@@ -198,7 +198,7 @@ def sink_softmax(scores_BHTS: Tensor, sinks_H: Tensor | None, mask: Tensor | Non
 
 
 def grouped_matmul(x_BHTI: Tensor, y_BGIJ: Tensor) -> Tensor:
-    """Multiply the matrix of every query head with the matrix of its key/value head, repeating none of them.
+    """Multiply the matrix of every query head by the matrix of its key/value head, without repeating the latter.
 
     Args:
         x_BHTI: Left operands.

@@ -1,7 +1,7 @@
-"""Generation of any length: a cache of the first tokens and the last ones (StreamingLLM, arXiv:2309.17453).
+"""Generation of any length: a cache of the first and last tokens (StreamingLLM, arXiv:2309.17453).
 
-Positions are counted within the cache: the last tokens keep their distances, and the first ones move along, never
-further away than the cache is long. The cache therefore holds keys before their rotation.
+Positions are counted within the cache: the last tokens keep their distances, and the first ones move along, so that
+they are never further away than the cache is long. Keys are therefore stored before their rotation.
 
 Shape legend: B batch, H query heads, G key/value heads, T queries, S keys, d head size.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from litgpt_moe_ext.attention.sinks import Softmax, grouped_matmul, sink_softmax
 
-# Queries are processed in chunks of this many, which bounds the memory and the number of positions that are needed.
+# Queries are processed in chunks of this many, which bounds memory and the number of positions.
 CHUNK = 256
 
 # Rotates (B, heads, T, d) to the given positions, (T,).
@@ -29,12 +29,12 @@ def positions_needed(first: int, window: int) -> int:
 
 
 class StreamingKVCache(nn.Module):
-    """Keys, not rotated yet, and values of the first tokens and the last ones.
+    """Keys, not rotated yet, and values of the first and last tokens.
 
     Args:
         shape: Largest batch, number of key/value heads, head size: (B, G, d).
         first: Number of first tokens to keep.
-        window: Number of last tokens to keep, which for every query includes itself.
+        window: Number of last tokens to keep, including the query itself.
         device: Where to put the buffers.
         dtype: Their type.
     """
@@ -59,25 +59,25 @@ class StreamingKVCache(nn.Module):
         self.n_seen = 0
 
     def reset_parameters(self) -> None:
-        """Forget everything."""
+        """Empty the cache."""
         nn.init.zeros_(self.k)
         nn.init.zeros_(self.v)
         self.n_seen = 0
 
     def extend(self, k_BGTd: Tensor, v_BGTd: Tensor, begin: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Take in new tokens.
+        """Add new tokens.
 
         Args:
             k_BGTd: Their keys.
             v_BGTd: Their values.
-            begin: Position of the first of them in the text; 0 starts a new text.
+            begin: Position in the text of the first new token; 0 starts a new text.
 
         Returns:
-            Keys and values, (B, G, S, d), of what was in the cache and of the new tokens, and their positions in the
-            text, (S,). The first tokens of the text come first, the others in any order.
+            Keys and values, (B, G, S, d), of the cached and the new tokens, and their positions in the text, (S,). The
+            first tokens of the text come first, the others in any order.
 
         Raises:
-            ValueError: If tokens are left out or come again.
+            ValueError: If tokens are skipped or repeated.
         """
         if begin not in (0, self.n_seen):
             raise ValueError(
@@ -104,17 +104,17 @@ class StreamingKVCache(nn.Module):
         return k_BGSd, v_BGSd, position_S
 
     def _position(self, slot: Tensor, n_seen: int) -> Tensor:
-        # The last tokens go round in a ring behind the first ones.
+        # The last tokens are in a ring buffer after the first ones.
         newest = n_seen - 1
         in_ring = newest - (newest - slot) % self.window
         return torch.where(slot < self.first, slot, in_ring)
 
 
 class Stream(NamedTuple):
-    """Where a text goes on.
+    """Where a text continues.
 
     Attributes:
-        cache: What came before; takes in the new keys and values.
+        cache: The preceding tokens; the new keys and values are added to it.
         begin: Position of the first new token in the text.
         rotate: Applies the rotary embedding.
     """
@@ -125,14 +125,14 @@ class Stream(NamedTuple):
 
 
 def streaming_attention(q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, softmax: Softmax, stream: Stream) -> Tensor:
-    """Attend to the first tokens and to the last ones up to the query.
+    """Attend to the first tokens and to the last tokens up to the query.
 
     Args:
         q_BHTd: Queries, not rotated.
         k_BGTd: Keys, not rotated.
         v_BGTd: Values.
         softmax: How scores become weights; its dropout and kernel are ignored.
-        stream: Where the text goes on.
+        stream: Where the text continues.
 
     Returns:
         (B, H, T, d).
@@ -159,10 +159,10 @@ def _scores(
 ) -> Tensor:
     n_first = min(cache.first, cache.n_seen)
     first_F, recent_R = position_S[:n_first], position_S[n_first:]
-    # Only distances count, and small positions keep the tables short.
+    # Only distances matter, and small positions keep the tables short.
     origin = max(0, cache.n_seen - query_T.numel() - cache.window)
 
-    # For the first tokens, a query is at the end of the cache at most; for the others, at its true distance.
+    # Seen from the first tokens, a query is at most at the end of the cache; from the others, at its true distance.
     far_q = rotate(q_BHTd, query_T.clamp(max=cache.first + cache.window - 1))
     near_q = rotate(q_BHTd, query_T - origin)
     far_BHTF = grouped_matmul(far_q, rotate(k_BGSd[:, :, :n_first], first_F).mT)

@@ -1,1 +1,1 @@
-"""What the kernels of attention and of experts share: operators, launches, marks for compilers, kinds of GPUs."""
+"""What the kernels of attention and experts share: operators, launches, marks for compilers, kinds of GPUs."""

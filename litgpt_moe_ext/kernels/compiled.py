@@ -7,13 +7,13 @@ _Function = TypeVar("_Function", bound=Callable)
 
 
 def assume_constant_result(function: _Function) -> _Function:
-    """Mark a function whose result compiled code may take as a constant.
+    """Mark a function whose result compiled code may treat as a constant.
 
-    As `torch.compiler.assume_constant_result`, which imports torch's compiler, two thirds of the time that torch
-    itself takes, to set this one attribute.
+    Like `torch.compiler.assume_constant_result`, which imports torch's compiler to set this one attribute; that takes
+    two thirds as long as importing torch.
 
     Args:
-        function: Returns the same for the same arguments, and no tensor.
+        function: Returns the same value for the same arguments, and no tensor.
 
     Returns:
         The function itself.

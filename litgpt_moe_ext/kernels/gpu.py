@@ -1,10 +1,10 @@
-"""Whose GPU a device is: `torch.device` says `cuda` for AMD's as well."""
+"""The vendor of a GPU: `torch.device` says `cuda` for AMD's as well."""
 
 import functools
 
 import torch
 
-# Chips that PyTorch runs on and for which Triton has no matrix products; by the beginning of their names.
+# Prefixes of the names of chips on which PyTorch runs but Triton has no matrix products.
 _WITHOUT_TRITON = ("gfx8", "gfx90c", "gfx900", "gfx902", "gfx940", "gfx941", "gfx10")
 
 
@@ -15,7 +15,7 @@ def vendor_kind(device: torch.device) -> str:
 
 @functools.cache
 def amd_chip(device: torch.device) -> str:
-    """Return AMD's name of a GPU, such as `gfx942`, without the features behind it."""
+    """Return AMD's name of a GPU, such as `gfx942`, without the list of features."""
     return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
 
 

@@ -1,4 +1,4 @@
-"""How the package's Triton kernels are started, and where they can be; does not import Triton."""
+"""How and where the package's Triton kernels are launched; does not import Triton."""
 
 import functools
 import importlib.util
@@ -13,7 +13,7 @@ from litgpt_moe_ext.kernels.gpu import amd_chip, triton_knows, vendor_kind
 
 @functools.cache
 def triton_installed() -> bool:
-    """Return whether Triton can be imported; on Windows it is a package of its own."""
+    """Return whether Triton is installed; on Windows it is a package of its own."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -28,9 +28,9 @@ def triton_works_on(device: torch.device) -> bool:
 
 
 def operators_are_unwatched(x: Tensor) -> bool:
-    """Return whether a Triton kernel may take the place of torch's operators on `x`: on a GPU, with nobody watching."""
-    # A compiler fuses the operators itself. A mode that watches operators (selective activation checkpointing, the FLOP
-    # counter, fake tensors) does not see a Triton kernel, and a subclass of tensors may have no memory to give it.
+    """Return whether a Triton kernel may replace torch's operators on `x`: on a GPU, with nothing intercepting them."""
+    # A compiler fuses the operators itself. Dispatch modes (selective activation checkpointing, the FLOP counter, fake
+    # tensors) do not see a Triton kernel, and a tensor subclass may have no memory for it.
     return (
         not torch.compiler.is_compiling()
         and x.is_cuda
@@ -41,24 +41,24 @@ def operators_are_unwatched(x: Tensor) -> bool:
 
 
 def ceil_div(a: int, b: int) -> int:
-    """Return `a / b`, rounded up. Triton's own functions of numbers take the host five microseconds each."""
+    """Return `a / b`, rounded up. Triton's own function takes five microseconds of host time."""
     return -(-a // b)
 
 
 def power_of_two(n: int) -> int:
-    """Return the power of two that is not less than `n`, which is at least 1."""
+    """Return the smallest power of two that is at least `n`; `n` is at least 1."""
     return 1 << (n - 1).bit_length()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], warps: int, stages: int = 1) -> None:
-    """Start a kernel on the device of its tensors; an empty grid does nothing.
+    """Launch a kernel on the device of its tensors; an empty grid does nothing.
 
     Args:
         kernel: A function made by `triton.jit`.
         grid: Number of programs in each direction.
-        arguments: What the kernel takes, in order.
+        arguments: The kernel's arguments, in order.
         warps: Warps of each program.
-        stages: How many loads of a loop are under way at once.
+        stages: How many loads of a loop are in flight at once.
     """
     if 0 in grid:
         return

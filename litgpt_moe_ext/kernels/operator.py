@@ -1,4 +1,4 @@
-"""Operators of torch whose arguments are named tuples, with their gradients and the FLOPs they cost."""
+"""Torch operators whose arguments are named tuples, with their gradients and FLOPs."""
 
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -13,7 +13,7 @@ _SCHEMA_TYPES = {
     Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", bool: "bool", float: "float", str: "str",
     torch.dtype: "ScalarType",
 }  # fmt: skip
-# What is to be registered with torch's FLOP counter, by operator.
+# Formulas to register with torch's FLOP counter, by operator.
 _FLOP_FORMULAS: dict[Any, Callable[..., int]] = {}
 
 
@@ -26,7 +26,7 @@ def define(
         name: Name of the operator.
         arguments: Type of each argument.
         n_result: Number of tensors returned.
-        function: What computes them.
+        function: Computes the results.
         fake: Returns empty results of the right shape.
     """
     schema = ", ".join(f"{_SCHEMA_TYPES[kind]} {argument}" for argument, kind in arguments.items())
@@ -41,17 +41,17 @@ def define(
 class Operator:
     """A torch operator that is called with a named tuple, whose fields are its arguments.
 
-    Where something watches operators (a compiler, the FLOP counter, fake tensors, selective checkpointing) it is the
-    operator that runs; elsewhere the function behind it, because torch takes longer to get from a Python operator to
-    its function, and back through its gradient, than the GPU takes for a small layer.
+    The operator itself runs only where something intercepts operators (a compiler, the FLOP counter, fake tensors,
+    selective checkpointing). Elsewhere its function is called directly, because torch's dispatch of a Python operator
+    and its gradient takes longer than the GPU takes for a small layer.
 
     Args:
         name: Name of the operator.
         kind: Class of the named tuple.
-        function: Takes the named tuple.
-        fake: Takes it too; returns empty results of the right shape.
+        function: Computes the results from the named tuple.
+        fake: Returns empty results of the right shape for the named tuple.
         n_result: Number of tensors returned.
-        flops: Takes it with shapes in the place of tensors; returns what a call costs. None for nothing.
+        flops: Returns the FLOPs of a call from the named tuple with shapes instead of tensors. None for no FLOPs.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Operator:
         def refuse(_ctx: Any, *_gradients: Tensor) -> None:
             raise RuntimeError(f"{_NAMESPACE}::{name} has no gradient, so what uses it cannot be differentiated twice")
 
-        # Torch would warn, and take its result for a constant.
+        # Without a gradient torch would warn, and treat the result as a constant.
         self._differentiated = self._with_gradient(lambda *_: None, refuse)
         if flops is not None:
             _FLOP_FORMULAS[self._overload.overloadpacket] = lambda *shapes, **_: flops(kind(*shapes))
@@ -79,7 +79,7 @@ class Operator:
                 register_flops(flop_counter)
 
     def __call__(self, call: Any) -> Any:
-        """Return what the function returns, a tensor or a tuple of tensors."""
+        """Return the results of the function, a tensor or a tuple of tensors."""
         if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or call[0].is_meta:
             return self._overload(*call)
         if not torch.is_grad_enabled():
@@ -90,15 +90,15 @@ class Operator:
         """Make it differentiable.
 
         Args:
-            backward: Takes the named tuple, one of the same class that says which arguments need a gradient, and
-                gradients of the results; returns those of the arguments by name.
-            unread: Arguments that it does not read, which are not kept and None to it.
+            backward: Takes the named tuple, one of the same class that says which arguments need a gradient, and the
+                gradients of the results; returns the gradients of the arguments by name.
+            unread: Arguments that `backward` does not read; they are not kept, and None there.
         """
         kind = self._kind
         tensors = [name for name, type_ in kind.__annotations__.items() if type_ in (Tensor, Tensor | None)]
         kept = [i for i, name in enumerate(kind._fields) if name in tensors and name not in unread]
         others = [i for i, name in enumerate(kind._fields) if name not in tensors]
-        # Where each argument is among those that are kept, the others, and at the end None.
+        # The index of each argument among the kept tensors, then the others, then None.
         order = [(*kept, *others).index(i) if i in (*kept, *others) else -1 for i in range(len(kind._fields))]
 
         def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -116,7 +116,7 @@ class Operator:
 
     def _with_gradient(self, keep: Callable[..., None], backward: Callable[..., Any]) -> Any:
         def forward(ctx: Any, *args: Any) -> Any:
-            # A function with a context of its own (`setup_context`) has its signature inspected at every call.
+            # With a separate `setup_context`, torch would inspect the signature at every call.
             output = self._function(self._kind(*args))
             keep(ctx, args, output)
             return output
@@ -126,15 +126,15 @@ class Operator:
 
 
 def operator(name: str, kind: type, fake: Callable[[Any], Any], **options: Any) -> Callable[[Callable], Operator]:
-    """Return a decorator that makes an `Operator` of a function; the arguments are those of the class."""
+    """Return a decorator that turns a function into an `Operator`; takes the arguments of the class."""
     return lambda function: Operator(name, kind, function, fake, **options)
 
 
 def register_flops(flop_counter: Any) -> None:
-    """Tell torch's FLOP counter what the operators cost that have been defined so far.
+    """Register the FLOP formulas of the operators defined so far with torch's FLOP counter.
 
     Args:
-        flop_counter: The module `torch.utils.flop_counter`. It imports Triton, so it is not imported for this.
+        flop_counter: The module `torch.utils.flop_counter`; a parameter, because importing it would import Triton.
     """
     for packet, formula in _FLOP_FORMULAS.items():
         if packet not in flop_counter.flop_registry:

@@ -1,4 +1,4 @@
-"""In what torch multiplies matrices: under autocast, and by whichever of its settings for float32 was used."""
+"""The precision of torch's matrix products: under autocast, and by any of its settings for float32."""
 
 from typing import Any
 
@@ -19,15 +19,15 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 @assume_constant_result
 def float32_precision(device_type: str) -> str:
-    """Return in what float32 matrices are multiplied: `ieee` (float32 itself), `tf32`, or on a CPU `bf16`.
+    """Return the precision of float32 products: `ieee` (float32 itself), `tf32`, or on a CPU `bf16`.
 
     `torch.get_float32_matmul_precision` raises an error once a program has used the newer setting,
-    `torch.backends.cuda.matmul.fp32_precision`; that one shows what the older ones have set as well.
+    `torch.backends.cuda.matmul.fp32_precision`; the newer one also reflects the older ones.
 
     Args:
         device_type: `cpu` or `cuda`.
     """
-    # Modules that torch puts others in place of, which type checkers do not see.
+    # Torch replaces these modules at run time, which type checkers do not see.
     backend: Any = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
     precision = backend.matmul.fp32_precision
     return "ieee" if precision == "none" else precision

@@ -1,10 +1,10 @@
-"""Parts of a layer side by side, within CUDA graphs.
+"""Runs independent parts of a layer concurrently within CUDA graphs.
 
-The kernels of a small layer leave most of a GPU idle, and each waits for the end of the one before. A graph starts a
-kernel as soon as those are over whose results it needs, so parts that do not need each other are captured on different
-streams; the numbers stay the same. Autograd runs a backward pass on the streams of its forward pass.
+The kernels of a small layer leave most of a GPU idle, and on one stream each waits for the one before. A graph starts a
+kernel as soon as its inputs are ready, so independent parts are captured on different streams; results stay the same.
+Autograd runs a backward pass on the streams of its forward pass.
 
-Outside of graphs the host would have more to do than the GPU gains, and large kernels fill a GPU by themselves. There,
+Outside graphs the host would lose more than the GPU gains, and large kernels fill a GPU by themselves. There,
 everything stays on one stream.
 """
 
@@ -16,21 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Elements of the activations that are read side by side. What one stream has allocated and another reads is not used
-# again in the capture, so this also limits what it costs in memory: up to 6 MiB in each layer in 16 bits.
+# Most elements of activations that are read on a side stream. Memory that one stream allocates and another reads is not
+# reused in the capture, so this also limits the cost in memory: up to 6 MiB per layer in 16 bits.
 _MOST = 2**20
 
-# The streams of each device beside the first: of parts of layers, and of gradients of weights.
+# The side streams of each device: for parts of layers, and for gradients of weights.
 _STREAMS: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}
-# What has not been waited for, by thread: a backward pass runs in autograd's. None where nothing goes side by side.
+# Streams that have not been joined, by thread, as backward passes run in autograd's. None if side streams are off.
 _unjoined: dict[int, list[torch.cuda.Stream]] | None = None
 
 
 @contextlib.contextmanager
 def side_by_side() -> Iterator[None]:
-    """Let parts of layers run side by side that are captured in this scope, in any thread."""
+    """Let parts of layers captured in this scope, in any thread, run concurrently."""
     global _unjoined
-    if torch.cuda.is_initialized():  # a capture is no time to make streams
+    if torch.cuda.is_initialized():  # before a capture, which must not create streams
         _streams(torch.device("cuda", torch.cuda.current_device()))
     before, _unjoined = _unjoined, {}
     try:
@@ -41,7 +41,7 @@ def side_by_side() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_after_the_other() -> Iterator[None]:
-    """Let nothing run side by side in this scope."""
+    """Let nothing run concurrently in this scope."""
     global _unjoined
     before, _unjoined = _unjoined, None
     try:
@@ -51,7 +51,7 @@ def one_after_the_other() -> Iterator[None]:
 
 
 def goes_aside(x: Tensor) -> bool:
-    """Return whether what reads `x` may run beside what follows it."""
+    """Return whether a part that reads `x` may run on a side stream."""
     return (
         _unjoined is not None
         and x.is_cuda
@@ -63,7 +63,7 @@ def goes_aside(x: Tensor) -> bool:
 
 @contextlib.contextmanager
 def part(x: Tensor) -> Iterator[None]:
-    """Run a part of a layer, and its backward pass, beside what follows it, up to `join`; only where `goes_aside(x)`.
+    """Run a part of a layer, and its backward pass, on a side stream until `join`; only if `goes_aside(x)`.
 
     Args:
         x: The activations that it reads.
@@ -71,16 +71,16 @@ def part(x: Tensor) -> Iterator[None]:
     stream, _ = _streams(x.device)
     with _beside(stream):
         yield
-    # Backward passes on both streams may hold it, and the last one lets go of it when its kernel has been started.
+    # Backward passes on both streams may hold `x`, and the last one releases it when its kernel has been launched.
     x.record_stream(stream)
 
 
 @contextlib.contextmanager
 def gradients(x: Tensor) -> Iterator[None]:
-    """Compute gradients of weights beside what follows, up to `join`; only where `goes_aside(x)`.
+    """Compute gradients of weights on a side stream until `join`; only if `goes_aside(x)`.
 
     Args:
-        x: What they are computed of. The caller holds it, and all else that is read, until it has joined.
+        x: The activations of which they are computed. The caller must keep it, and all else that is read, until `join`.
     """
     _, stream = _streams(x.device)
     with _beside(stream):
@@ -97,14 +97,14 @@ def _beside(stream: torch.cuda.Stream) -> Iterator[None]:
 
 
 def join() -> None:
-    """Have what follows wait for all that this thread has put aside."""
+    """Make the current stream wait for this thread's side streams."""
     if _unjoined:
         for stream in _unjoined.pop(threading.get_ident(), ()):
             torch.cuda.current_stream().wait_stream(stream)
 
 
 def added(x: Tensor, other: Tensor | None) -> Tensor:
-    """Return `x + other`, where `other` may have been computed aside; `x` if there is none."""
+    """Return `x + other`, where `other` may come from a side stream; `x` if `other` is None."""
     if other is None:
         return x
     join()
@@ -118,7 +118,7 @@ def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream
 
 
 class GradientOfBoth(torch.autograd.Function):
-    """A sum whose addends both get their gradient before either is differentiated further."""
+    """A sum that passes its gradient to both addends before either is differentiated further."""
 
     @staticmethod
     def forward(ctx: Any, sum_TD: Tensor, added_TD: Tensor) -> Tensor:

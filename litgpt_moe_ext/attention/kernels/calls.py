@@ -14,11 +14,11 @@ class Call(NamedTuple):
 
     Attributes:
         kernel: Name of the kernel.
-        scale: Multiplied to the scores.
+        scale: Factor of the scores.
         causal: Whether a query sees only keys up to its own position.
         window: Number of visible keys, the query's own included, or None.
         dropout: Probability of dropping an attention weight.
-        longest: Number of tokens that no document exceeds, or None for T.
+        longest: Upper bound of the lengths of documents; None for T.
     """
 
     kernel: str
@@ -48,12 +48,12 @@ class Inputs(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What the forward returns and the backward is given again, changed by the sinks where there are any.
+    """The result of the forward, which sinks, if any, change before the backward gets it back.
 
     Attributes:
         out_BHTd: The output; nothing else may refer to its memory.
         lse_BHT: Log-sum-exp of the scores, float32 (float64 for float64 inputs); nothing else may refer to its memory.
-        rest: What the backward needs besides, such as the state of the random numbers of dropout.
+        rest: What else the backward needs, such as the random state of dropout.
     """
 
     out_BHTd: Tensor
@@ -62,9 +62,9 @@ class Result(NamedTuple):
 
 
 def check_result(kernel: str, result: object, inputs: Inputs) -> None:
-    """Raise if the forward of another package's kernel returns something else than a `Result` for its inputs.
+    """Raise unless the forward of another package's kernel returns a `Result` that fits its inputs.
 
-    What adds sinks takes it as it is, and would read out of bounds.
+    The code that adds sinks trusts it, and would read out of bounds.
     """
     if not isinstance(result, Result):
         raise TypeError(f"attention kernel {kernel!r}: forward returns a {type(result).__name__}, not a Result")
@@ -83,7 +83,7 @@ def check_result(kernel: str, result: object, inputs: Inputs) -> None:
 
 
 def check_gradients(kernel: str, gradients: object) -> None:
-    """Raise if the backward of another package's kernel returns something else than three gradients."""
+    """Raise unless the backward of another package's kernel returns three gradients."""
     if not isinstance(gradients, tuple) or [isinstance(each, Tensor) for each in gradients] != [True] * 3:
         raise TypeError(f"attention kernel {kernel!r}: backward must return a tuple of dq, dk and dv")
 
@@ -94,7 +94,7 @@ def window_sides(call: Call) -> tuple[int | None, int | None]:
 
 
 def longest_document(inputs: Inputs, call: Call) -> int:
-    """Return the number of tokens that no document exceeds, by which kernels start their blocks."""
+    """Return the upper bound of document lengths, by which kernels start their blocks."""
     return inputs.q_BHTd.size(2) if call.longest is None else call.longest
 
 
@@ -110,7 +110,7 @@ def pack_lse(lse_BHT: Tensor, offsets: Tensor | None) -> Tensor:
 
 
 def unpack_result(out: Tensor, lse: Tensor, inputs: Inputs, rest: tuple[Tensor | None, ...] = ()) -> Result:
-    """Return what a kernel returned, in that layout, as the result of a forward pass."""
+    """Return the packed output of a kernel as the result of a forward pass."""
     q_BHTd, offsets = inputs.q_BHTd, inputs.offsets
     if offsets is not None:
         lse = lse.unflatten(1, (q_BHTd.size(0), q_BHTd.size(2))).transpose(0, 1)
@@ -118,7 +118,7 @@ def unpack_result(out: Tensor, lse: Tensor, inputs: Inputs, rest: tuple[Tensor |
 
 
 def unpack_gradients(dq: Tensor, dk: Tensor, dv: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of queries, keys and values, in that layout, in the layout of the inputs."""
+    """Return the packed gradients of queries, keys and values in the layout of the inputs."""
     q, k, v, _, offsets = inputs
     return _unpack(dq, q, offsets), _unpack(dk, k, offsets), _unpack(dv, v, offsets)
 

@@ -40,17 +40,17 @@ _LACKS: dict[Ability, str] = {
 def choose_kernel(
     q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, needs: tuple[Ability, ...] = (), forced: str | None = None
 ) -> str:
-    """Pick the fastest kernel that gives right results for these tensors, and say once which one it is.
+    """Pick the fastest kernel that gives correct results for these tensors, and log it once.
 
     Args:
         q_BHTd: Queries.
         k_BGSd: Keys.
         v_BGSd: Values.
-        needs: What is asked for besides causal attention; "gradient" is found out here.
+        needs: Abilities needed besides causal attention; "gradient" is determined here.
         forced: The only kernel allowed (`attention_backend` in the model configuration).
 
     Returns:
-        A name in `KERNELS`. On the meta device it is "eager", which counts as many operations there as
+        A name in `KERNELS`. On the meta device it is "eager", whose FLOPs are counted as those of
         `F.scaled_dot_product_attention`.
 
     Raises:
@@ -71,10 +71,10 @@ def choose_kernel(
     else:
         raise SettingsError(_refusal(forced, irregular))
     if chosen == "cudnn" and q_BHTd.size(2) == 1:
-        # Some versions return wrong numbers for one query on Blackwell (pytorch/pytorch#193893), others no gradient.
+        # For one query on Blackwell, some versions return wrong numbers (pytorch/pytorch#193893), others no gradient.
         chosen = EAGER
-    # Without a kernel for windows and documents, attention is cut into pieces, and each of them gets here. A handful of
-    # queries to a cache is a matrix product, for which the written-out softmax is best.
+    # Without a kernel for windows and documents, attention is cut into pieces, each of which gets here. For a handful
+    # of queries to a cache, a matrix product, the written-out softmax is best.
     is_final = chosen != EAGER or not ("window" in needs or "documents" in needs)
     if is_final and not torch.compiler.is_compiling() and q_BHTd.size(2) > 1:
         _announce(chosen, workload.dtype, workload.device, forced is not None)
@@ -85,11 +85,11 @@ def choose(workload: Workload, forced: str | None = None) -> str:
     """Pick the kernel for a workload.
 
     Args:
-        workload: What is to be computed.
+        workload: The work.
         forced: The only kernel allowed.
 
     Returns:
-        A name in `KERNELS`: the forced one, else the first that can do it, in the order of preference.
+        A name in `KERNELS`: the forced one, or else the first in the order of preference that can do it.
 
     Raises:
         SettingsError: If the forced kernel cannot do it.
@@ -113,12 +113,12 @@ def choose(workload: Workload, forced: str | None = None) -> str:
 def _choose(
     device: str, capability: Capability, dtype: str, head_size: int, needs: tuple[Ability, ...], forced: str | None
 ) -> str:
-    # A compiler that traces attention takes the answer as it is; a named tuple would not reach this function whole.
+    # A compiler takes the result as a constant; a named tuple would not reach this function intact.
     return choose(Workload(device, capability, dtype, head_size, needs), forced)
 
 
 def obstacle(kernel: AttentionKernel, workload: Workload) -> str | None:
-    """Say what keeps a kernel from computing a workload; None if nothing does."""
+    """Return what keeps a kernel from computing a workload, or None."""
     if kernel.device is not None and workload.device != kernel.device:
         return f"it works on {kernel.device} tensors, these are on {workload.device}"
     for need in workload.needs:
@@ -151,7 +151,7 @@ def _missing(name: str) -> str | None:
 
 
 def _irregularity(q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor) -> str | None:
-    # What no kernel but the written-out softmax takes.
+    # Inputs that only the written-out softmax takes.
     if not q_BHTd.dtype == k_BGSd.dtype == v_BGSd.dtype:
         return f"q, k and v have different types ({q_BHTd.dtype}, {k_BGSd.dtype}, {v_BGSd.dtype})"
     # The CPU kernel divides by the sequence length, and returns wrong numbers for other head sizes or strides.
@@ -172,7 +172,7 @@ def _refusal(forced: str, reason: str) -> str:
 
 @functools.cache
 def _announce(kernel: str, dtype: str, device: str, is_forced: bool) -> None:
-    # Cached, so that a training run says it once.
+    # Cached, so that a run logs it once.
     line = f"attention: {kernel} for torch.{dtype} on {device} ({'forced' if is_forced else 'chosen'})"
     _log.info(line)
     if kernel == EAGER and not is_forced:

@@ -1,4 +1,4 @@
-"""PyTorch's memory-efficient attention, the one for float32 and for cards before Ampere."""
+"""PyTorch's memory-efficient attention, for float32 and for cards before Ampere."""
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def forward(inputs: Inputs, call: Call) -> Result:
 def backward(dout: Tensor, inputs: Inputs, result: Result, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of queries, keys and values."""
     q, k, v, _, _ = inputs
-    # The kernel reads lse in rows of a multiple of 32, and wants infinity where there is no query.
+    # The kernel reads lse in rows of a multiple of 32, and expects infinity where there is no query.
     lse = torch.nn.functional.pad(result.lse_BHT, (0, -result.lse_BHT.size(-1) % 32), value=float("inf"))
     dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
         dout, q, _repeat_groups(k, q), _repeat_groups(v, q), None, result.out_BHTd, lse, *result.rest, call.dropout,

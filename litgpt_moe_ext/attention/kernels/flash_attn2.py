@@ -34,7 +34,7 @@ def backward(dout: Tensor, inputs: Inputs, result: Result, call: Call) -> tuple[
         "rng_state": result.rest[0],
     }
     packed = [calls.pack(x, offsets).contiguous() for x in (dout, q, k, v, result.out_BHTd)]
-    # The package writes the gradients into tensors that it is given.
+    # The package writes gradients into given tensors.
     gradients = [torch.empty_like(x) for x in packed[1:4]]
     lse = calls.pack_lse(result.lse_BHT, offsets).contiguous()
     package = _package()
@@ -49,9 +49,9 @@ def backward(dout: Tensor, inputs: Inputs, result: Result, call: Call) -> tuple[
 
 
 def register_flop_formulas(flop_counter: Any) -> None:
-    """Give the package's operators FLOP formulas, as torch counts `F.scaled_dot_product_attention`.
+    """Give the package's operators the FLOP formulas that torch has for `F.scaled_dot_product_attention`.
 
-    A causal mask or a window changes nothing, as in torch.
+    As in torch, a causal mask or a window changes nothing.
 
     Args:
         flop_counter: The module `torch.utils.flop_counter`.
@@ -81,7 +81,7 @@ def backward_flops(
 
 
 def varlen_forward_flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-    """Return the FLOPs of `_flash_attn_varlen_forward`, of attention within each sequence.
+    """Return the FLOPs of `_flash_attn_varlen_forward`: attention within each sequence.
 
     Args:
         args: The operator's: q, k, v, offsets of queries and of keys, largest lengths of both. On the meta device all
@@ -131,7 +131,7 @@ def _settings(call: Call) -> dict[str, Any]:
 
 
 def _package() -> Any:
-    # Not every installation has it, and it loads CUDA code.
+    # Optional, and it loads CUDA code.
     from flash_attn import flash_attn_interface  # pyrefly: ignore[missing-import]
 
     return flash_attn_interface

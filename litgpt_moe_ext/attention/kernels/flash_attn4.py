@@ -1,6 +1,6 @@
 """The `flash-attn-4` package (FlashAttention in CuTe DSL), with sliding windows and documents. Not run on a card yet.
 
-Written against the functions of 4.0.0b36. They are not public, so the kernel is never chosen by itself.
+Written against the functions of 4.0.0b36. They are not public, so the kernel is never chosen automatically.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """PyTorch's flash attention for CPUs.
 
-FlexAttention cannot take its place: its backward does not exist on CPUs.
+FlexAttention cannot replace it: it has no backward on CPUs.
 """
 
 import torch

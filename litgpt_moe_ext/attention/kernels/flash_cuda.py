@@ -13,7 +13,7 @@ def forward(inputs: Inputs, call: Call) -> Result:
     """Compute causal attention, within windows and documents if there are any."""
     q, k, v, _, offsets = inputs
     if offsets is None and call.window is None:
-        # The same kernel; torch's FLOP counter reads the shapes of this operator right.
+        # The same kernel, by the operator whose shapes torch's FLOP counter reads correctly.
         out, lse, _, _, _, _, rng_state, unused, _ = aten._scaled_dot_product_flash_attention(
             q, k, v, call.dropout, call.causal, False, scale=call.scale
         )

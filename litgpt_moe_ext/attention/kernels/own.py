@@ -1,8 +1,8 @@
 """The attention kernels of this package: what each can do, and where.
 
-Why operators of torch and not FlexAttention, which returns the log-sum-exp as well: outside of `torch.compile`
-FlexAttention writes out all scores, its backward does not exist on CPUs, and every new pattern of documents needs a
-block mask. The operators need no compiler. Which of the two is faster on a GPU has not been measured.
+Why torch's operators and not FlexAttention, which returns the log-sum-exp too: outside `torch.compile` FlexAttention
+materialises all scores, it has no backward on CPUs, and every new pattern of documents needs a block mask. The
+operators need no compiler. Which of the two is faster on a GPU has not been measured.
 """
 
 import importlib.util
@@ -11,14 +11,14 @@ from collections.abc import Callable
 from litgpt_moe_ext.attention.kernels.kernel import DTYPES, EVERY_ABILITY, AttentionKernel, HeadSizes, Workload
 
 EAGER = "eager"
-"""The softmax written out, the last resort: it computes everything, on every device."""
+"""The written-out softmax, the last resort: it computes everything, on every device."""
 
 
 def _lacks_module(module: str, remedy: str) -> Callable[[], str | None]:
     def missing() -> str | None:
         try:
             found = importlib.util.find_spec(module) is not None
-        except ImportError:  # of a package on the way to it
+        except ImportError:  # of a parent package
             found = False
         return None if found else remedy
 
@@ -36,7 +36,7 @@ def _lacks_aotriton() -> str | None:
     import torch
     from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
-    # Only torch knows for which chips its kernels were made.
+    # Only torch knows for which chips its kernels were built.
     q_BHTd = torch.empty(1, 1, 8, 64, dtype=torch.float16, device="cuda")
     if can_use_flash_attention(SDPAParams(q_BHTd, q_BHTd, q_BHTd, None, 0.0, True, False)):
         return None
@@ -51,7 +51,7 @@ def _lacks_cudnn() -> str | None:
 
     if not torch.backends.cudnn.is_available():
         return "this PyTorch was built without cuDNN"
-    # A rule of torch's own choice, which a direct call of the operator goes around.
+    # A rule of torch's own choice of kernels, which a direct call of the operator bypasses.
     version = torch.backends.cudnn.version() or 0
     if version <= _CUDNN_9_15_0:
         return (
@@ -62,8 +62,8 @@ def _lacks_cudnn() -> str | None:
 
 
 def _refuses_wide_heads(workload: Workload) -> str | None:
-    # The rule of torch's own choice (sdp_utils.cpp), which a direct call of the operator goes around: these cards have
-    # too little shared memory for the backward.
+    # A rule of torch's own choice of kernels (sdp_utils.cpp), which a direct call of the operator bypasses: these cards
+    # have too little shared memory for the backward.
     capability, d = workload.capability, workload.head_size
     small = (8, 6) <= capability <= (8, 9) or (12, 0) <= capability <= (12, 1)
     if small and "gradient" in workload.needs and (192 < d <= 224 or (d > 224 and "dropout" in workload.needs)):
@@ -107,7 +107,7 @@ OWN_KERNELS = (
         missing=_lacks_flash,
         refuses=_refuses_wide_heads,
     ),
-    # Its window is not read by every version, and its log-sum-exp of packed documents is laid out in other ways.
+    # Not every version reads the window, and the layout of its log-sum-exp of packed documents differs.
     AttentionKernel(
         name="flash_hip",
         summary="PyTorch's flash attention for AMD GPUs, AOTriton; not tried on one",

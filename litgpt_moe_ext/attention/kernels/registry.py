@@ -1,8 +1,8 @@
 """The kernels that can compute attention, by name.
 
-`register_kernel` adds one from outside of this package; `examples/add_an_attention_kernel.py` does it. The choice
-between kernels, the setting `attention_backend`, the announcement before training, `litgpt-moe doctor` and the FLOP
-counter read this table. Nothing here imports torch, so that reading a configuration stays cheap.
+`register_kernel` adds one from outside this package, as in `examples/add_an_attention_kernel.py`. The choice between
+kernels, the setting `attention_backend`, the announcement before training, `litgpt-moe doctor` and the FLOP counter
+read this table. Nothing here imports torch, so that reading a configuration stays cheap.
 """
 
 import importlib
@@ -16,22 +16,22 @@ from litgpt_moe_ext.entries import require
 # By name, in the order of preference.
 KERNELS: dict[str, AttentionKernel] = {kernel.name: kernel for kernel in OWN_KERNELS}
 OWN = frozenset(KERNELS)
-"""The names of this package's; what others return is checked."""
+"""Names of this package's kernels; the results of others are checked."""
 _loaded: dict[str, Any] = {}
 
 
 def register_kernel(kernel: AttentionKernel, before: str = EAGER) -> None:
     """Add an attention kernel, which `attention_backend` can then name and which is chosen where it works.
 
-    Call it before a model is made; `litgpt_moe_ext.extend` says how an installed package does so in every command. A
-    kernel that is chosen by default must be right for everything that its data allow.
+    Call it before creating a model; `litgpt_moe_ext.extend` says how an installed package does so in every command. A
+    kernel that is chosen by default must give correct results for everything that its fields allow.
 
     Args:
         kernel: What it can do, and its functions.
-        before: The kernel that it takes precedence over: `flash_cpu`, the first, for one that is better than all.
+        before: The kernel over which it takes precedence: `flash_cpu`, the first, to precede all.
 
     Raises:
-        ValueError: If there is another kernel of this name, none to precede, or what is given is no kernel.
+        ValueError: If the name is taken, `before` is unknown, or `kernel` is malformed.
     """
     require(kernel.name if isinstance(kernel, AttentionKernel) else "kernel", kernel, AttentionKernel)
     if KERNELS.get(kernel.name) == kernel:
@@ -50,7 +50,7 @@ def register_kernel(kernel: AttentionKernel, before: str = EAGER) -> None:
 
 
 def _refuse_unusable(kernel: AttentionKernel) -> None:
-    # What is misspelt would be a kernel that is never chosen.
+    # A kernel with a misspelt ability would never be chosen.
     if not isinstance(kernel.dtypes, Mapping) or not isinstance(kernel.abilities, frozenset):
         raise ValueError(f"{kernel.name!r}: dtypes must be a mapping to the lowest capability, abilities a frozenset")
     known = {"dtypes": DTYPES, "abilities": EVERY_ABILITY}
@@ -74,7 +74,7 @@ def functions_of(name: str) -> KernelFunctions:
 
 
 def load_functions() -> None:
-    """Import the modules of all kernels, because a compiler that traces attention cannot do so."""
+    """Import the modules of all kernels, which a compiler that traces attention could not do."""
     for name, kernel in KERNELS.items():
         if kernel.functions is not None:
             functions_of(name)

@@ -1,11 +1,11 @@
 """The rotary embedding of queries and keys in Triton, in one launch each way.
 
 Torch's operators take six launches for the queries and six for the keys, and write float32 copies of both. Here each
-element is read once and rounded once: arithmetic is float32. The backward pass may write into the gradient of the
-projection that queries and keys are views of, and copy that of the values to its place, which is a launch less again.
+element is read once and rounded once; arithmetic is float32. The backward pass can write straight into the gradient of
+the projection of which queries and keys are views, and copy the gradient of the values there, which saves a launch.
 
-Programs that follow each other rotate different heads of the same tokens, which stand side by side in the projection,
-and read the same rows of the tables.
+Consecutive programs rotate different heads of the same tokens, which are adjacent in the projection, and read the same
+rows of the tables.
 
 Shape legend: B batch, H heads, T tokens, d head size, N rotated elements of a head, R rows (tokens times heads) of a
 block, P pairs of rotated elements, C elements that are copied.
@@ -28,7 +28,7 @@ else:
 
 
 class _Heads(NamedTuple):
-    # What is read, where to write, and how many heads there are.
+    # The source, the target, and the number of heads.
     data: Any
     stride_b: Any
     stride_h: Any
@@ -49,7 +49,7 @@ class _Tables(NamedTuple):
 
 
 class _Form(NamedTuple):
-    # Sizes of a head and of a block; how pairs stand; whether to turn back; whether values are copied.
+    # Sizes of a head and of a block; whether pairs are interleaved; whether to rotate back; whether to copy values.
     head_size: int
     rotated: int
     tokens: int
@@ -70,12 +70,12 @@ def rotate(
     """Rotate queries and keys, and copy values.
 
     Args:
-        sources: Queries, (B, H, T, d), keys, (B, G, T, d), and values, if these are to be copied, of one dtype.
-        targets: Where to write, same shapes and dtype, the elements of a head contiguous.
+        sources: Queries, (B, H, T, d), keys, (B, G, T, d), and, to copy them, values, of one dtype.
+        targets: Where to write, same shapes and dtype; the elements of a head are contiguous.
         tables: Cosines and sines, (1 or B, T, N), N even and at most d, of the same strides.
-        interleave: Whether the pairs that rotate stand next to each other in queries and keys; the results have their
-            first elements in the first half and the second ones in the other.
-        backward: Whether `sources` are gradients of the results, to write those of queries and keys.
+        interleave: Whether the elements of a pair are adjacent in queries and keys; in the results the first elements
+            of all pairs come before the second ones.
+        backward: Whether `sources` are gradients of the results, and the gradients of queries and keys are written.
     """
     cos, sin = tables
     B, _, T, d = sources[0].shape
@@ -97,7 +97,7 @@ def _heads(x: Tensor, out: Tensor) -> _Heads:
 @functools.cache
 def _form(head_size: int, rotated: int, interleave: bool, backward: bool, with_values: bool) -> _Form:
     pairs = power_of_two(rotated // 2)
-    # Sixteen elements for each thread, eight of each half, which are 16 bytes in 16 bits.
+    # Sixteen elements per thread, eight of each half: 16 bytes in 16-bit types.
     rows = max(2048 // power_of_two(head_size), 4)
     return _Form(head_size, rotated, rows // 4, 4, pairs, interleave, backward, with_values)
 
@@ -149,7 +149,8 @@ def _rotate_block(x, tables, tokens, block, FORM: constexpr):
 
 @triton.jit
 def _rows(x, tokens, block, FORM: constexpr):
-    # Where the rows of a block are read and written, and which of them exist. Past 2^31 elements too.
+    # Addresses (past 2^31 elements too) from which a block's rows are read and to which they are written, and which of
+    # the rows exist.
     batch, first, T = tokens
     row_R = tl.arange(0, FORM.tokens * FORM.heads)
     token_R, head_R = first + row_R // FORM.heads, block * FORM.heads + row_R % FORM.heads

@@ -1,6 +1,6 @@
-"""What sinks change in the result of a flash kernel, in Triton: one launch each way, and a sum over blocks backward.
+"""Adds sinks to the result of a flash kernel in Triton: one launch each way, and a sum over blocks backward.
 
-Torch's operators take several launches forward and more backward, some of them over tensors as large as the output. All
+Torch's operators take several launches forward and more backward, some over tensors as large as the output. All
 arithmetic is float32; blocks are added in a fixed order, so two runs give the same bits.
 
 Shape legend: B batch, H heads, T queries, d head size, N a block of the head size, P blocks of a head.
@@ -36,7 +36,7 @@ class _Form(NamedTuple):
 
 
 def add_sinks(out_BHTd: Tensor, lse_BHT: Tensor, sinks_H: Tensor) -> None:
-    """Change the result of attention without sinks to the result with them, in place.
+    """Change the result of attention without sinks into the result with sinks, in place.
 
     Args:
         out_BHTd: The output, the elements of a head contiguous; multiplied by `sigmoid(lse - sink)`.
@@ -80,8 +80,8 @@ def _form(head_size: int) -> _Form:
 
 @triton.jit
 def _block(H, T, FORM: constexpr):
-    # The head and the number of the program's block among the blocks of its head, its batch entry and its queries.
-    # Programs that follow each other have the same queries of different heads: kernels write these side by side.
+    # The head of the program's block, its index among the blocks of the head, its batch entry and its queries.
+    # Consecutive programs have the same queries of different heads, which kernels write side by side.
     head, number = tl.program_id(0) % H, tl.program_id(0) // H
     n_tile = tl.cdiv(T, FORM.rows)
     row_T = number % n_tile * FORM.rows + tl.arange(0, FORM.rows)
@@ -97,7 +97,7 @@ def _rows_of(x, batch, head, row_T):
 
 @triton.jit
 def _columns(live_T, FORM: constexpr):
-    # The elements of a head, and which of the block's exist.
+    # The elements of a head, and which elements of the block exist.
     n_N = tl.arange(0, FORM.block)
     if FORM.head_size == FORM.block:
         return n_N, live_T[:, None]
@@ -115,9 +115,9 @@ def _add_sinks(out, lse, sinks, H, T, FORM: constexpr):
     before_T = tl.load(lse_T, mask=live_T, other=0.0)
     sink = tl.load(sinks + head).to(tl.float32)
     tl.store(out_TN, (x_TN * tl.sigmoid(before_T - sink)[:, None]).to(out.data.dtype.element_ty), mask=inside_TN)
-    # Several warps read the same of these few numbers, and one of them writes: not before all have read.
+    # Several warps read these few numbers and one writes them, which must wait until all have read.
     tl.debug_barrier()
-    # Of two infinities that are equal, the difference is not a number.
+    # The difference of equal infinities would be NaN.
     apart_T = tl.where(before_T == sink, 0.0, tl.abs(before_T - sink))
     tl.store(lse_T, tl.maximum(before_T, sink) + tl.log(1.0 + tl.exp(-apart_T)), mask=live_T)
 
