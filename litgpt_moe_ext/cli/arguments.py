@@ -1,9 +1,9 @@
-"""From a command line to the dataclass that describes a command's arguments.
+"""Parses a command line into the dataclass that describes a command's arguments.
 
-A field without a default is positional, and so is one made by `positional`; every other field is an option of its name,
-which must be given where it is made by `required_option`.
-The type of a field says what it takes: the ranges of `field_types` (`PositiveInt`), `Literal`, `Path`, a list
-of any of these for several values, `| None` where `null` may be given. Its line in the docstring is its help.
+Fields without a default, and those made by `positional`, are positional. Every other field is an option of its name;
+those made by `required_option` must be given.
+The type of a field defines its values: the ranges of `field_types` (`PositiveInt`), `Literal`, `Path`, a list of any of
+these for several values, `| None` if `null` is allowed. Its line in the docstring is its help.
 """
 
 import argparse
@@ -21,12 +21,12 @@ Arguments = TypeVar("Arguments")
 
 
 def positional(default: Any) -> Any:
-    """Return a dataclass field that is given by its place and may be left out."""
+    """Return a dataclass field for an optional positional argument."""
     return dataclasses.field(default=default, metadata={"positional": True})
 
 
 def required_option() -> Any:
-    """Return a dataclass field without a default that is given by its name."""
+    """Return a dataclass field for a required option."""
     return dataclasses.field(metadata={"positional": False})
 
 
@@ -35,13 +35,13 @@ def read_arguments(command: type[Arguments], program: str, given: Sequence[str])
 
     Args:
         command: A dataclass.
-        program: Name of the program and its command, for its help.
-        given: The command line after these.
+        program: Name of the program and its command, for the help.
+        given: The rest of the command line.
 
     Raises:
-        SettingsError: If an argument is missing, unknown, or not of the type of its field, or if a path cannot be read
-            or written to.
-        SystemExit: After printing the help that `--help` asks for.
+        SettingsError: If an argument is missing, unknown, or not of its field's type, or if a path cannot be read or
+            written to.
+        SystemExit: After printing the help for `--help`.
     """
     parser = build_parser(command, program)
     arguments = [_with_underscores(argument) for argument in given]
@@ -58,7 +58,7 @@ def read_arguments(command: type[Arguments], program: str, given: Sequence[str])
 
 
 def build_parser(command: type, program: str) -> argparse.ArgumentParser:
-    """Return the parser that splits a command line; all values it gives are text."""
+    """Return the parser that splits a command line; all its values are strings."""
     from docstring_parser import DocstringStyle, parse
 
     description = parse(command.__doc__ or "", DocstringStyle.GOOGLE)
@@ -81,7 +81,7 @@ def build_parser(command: type, program: str) -> argparse.ArgumentParser:
         if _is_list(hints[field.name]):
             options["nargs"] = "+"
             if not is_positional:
-                options["action"] = "extend"  # given twice, it has the values of both
+                options["action"] = "extend"  # if given twice, it has the values of both
         elif is_positional and not _is_required(field):
             options["nargs"] = "?"
         elif hints[field.name] is bool:
@@ -103,7 +103,7 @@ def _with_underscores(argument: str) -> str:
 
 def _describe_unknown(argument: str, arguments: list[str], command: type) -> str:
     if not argument.startswith("--"):
-        # As when the shell makes several values of an asterisk.
+        # For example, the shell expanded an asterisk to several values.
         *_, option, value = ["", "", *arguments[: arguments.index(argument)]]
         if option in [f"--{field.name}" for field in dataclasses.fields(command)]:
             return f"{option} takes one value: {value!r} or {argument!r}"

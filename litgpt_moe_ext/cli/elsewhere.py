@@ -1,6 +1,6 @@
-"""What other trainers and libraries call settings of these."""
+"""Names of our settings in other trainers and libraries."""
 
-# What other trainers call what is meant, by any section.
+# Other trainers' names, in any section.
 _ELSEWHERE = {
     **dict.fromkeys(("lr", "learning_rate"), "optimizer.lr"),
     "weight_decay": "optimizer.weight_decay",
@@ -32,7 +32,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("tokenizer", "tokenizer_name"), "tokenizer_dir"),
     "ema_decay": "ema.decay",
 }
-# What a model's configuration is called in Hugging Face's and others.
+# Names of model configuration fields in Hugging Face's and other libraries.
 _MODELS_ELSEWHERE = {
     **dict.fromkeys(("hidden_size", "d_model", "dim"), "n_embd"),
     "num_hidden_layers": "n_layer",
@@ -56,11 +56,11 @@ _MODELS_ELSEWHERE = {
 
 
 def meant_by(prefix: str, name: str) -> str | None:
-    """Return the setting that a name from elsewhere means, or None if it is none.
+    """Return the setting that another library's name refers to, or None if unknown.
 
     Args:
         prefix: The section in which it was given, with its dot.
-        name: What was given there.
+        name: The given name.
     """
     if name == "tie_word_embeddings":
         return "train.tie_embeddings"

@@ -1,7 +1,7 @@
-"""What the user has given: recipes and flags, merged into one tree of plain data, and where each value stands.
+"""The user's recipes and flags, merged into one tree of plain data, and where each value was given.
 
-Flags beat recipes, a later recipe beats an earlier one, and both beat the defaults, in whatever order they stand on the
-command line. A name such as `data.vocab_size` reaches into a class's `init_args`, which may also be written out.
+Flags override recipes and later recipes override earlier ones, regardless of the order of flags and recipes on the
+command line. A name such as `data.vocab_size` refers to a class's `init_args`, which may also be written out.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ class Given:
     """Settings as plain data.
 
     Attributes:
-        tree: By key, nested.
+        tree: Nested values by key.
     """
 
     def __init__(self, defaults: Mapping[str, Any] | None = None) -> None:
@@ -33,23 +33,23 @@ class Given:
 
         Args:
             file: The recipe.
-            setting: What the user has named it by, for the error.
+            setting: The setting that named it, for errors.
 
         Raises:
             SettingsError: If it is not a recipe.
         """
         settings, lines = read_recipe(file, setting)
         self.tree = _merged(self.tree, settings)
-        # A class stands where its name does, not its arguments.
+        # The place of a class is that of its name, not of its arguments.
         named = {_short(name): line for name, line in lines.items() if not name.endswith(".init_args")}
         self._places |= {name: f"{file}:{line}" for name, line in named.items()}
 
     def add_flag(self, name: str, value: Any) -> None:
-        """Set one value, over everything given before; of a section only what the value names, as LitGPT does.
+        """Set one value, overriding everything given before; a section is merged, as in LitGPT.
 
         Args:
-            name: With dots, and `+` at its end to append to a list.
-            value: As plain data.
+            name: Dotted name, with `+` at its end to append to a list.
+            value: The value as plain data.
         """
         *parents, last = name.removesuffix("+").split(".")
         node = self.tree
@@ -65,14 +65,14 @@ class Given:
         self._flags.append(_short(name.removesuffix("+")))
 
     def add_text(self, name: str, text: str, annotations: Mapping[str, Any]) -> None:
-        """Set one value as `add_flag` does, from what stands on the command line.
+        """Set one value as `add_flag` does, from the command line.
 
-        What may be text is read as nothing else, except for null: a run may be called 123.
+        If the setting may be a string, the text is one (except null), so that a run may be called 123.
 
         Args:
             name: As in `add_flag`.
-            text: Its text; YAML where the type of the setting asks for it.
-            annotations: The types of the settings of the first level.
+            text: The text; YAML if the setting's type is not a string.
+            annotations: The types of the top-level settings.
         """
         from litgpt_moe_ext.cli.mistakes import annotation_at
 
@@ -82,7 +82,7 @@ class Given:
 
     @contextmanager
     def naming_places(self) -> Iterator[None]:
-        """Give settings their whole names in the errors of the scope, and say in which line of a file they stand."""
+        """Within the scope, have errors give settings their full names, and the file and line where they were set."""
         try:
             yield
         except SettingsError as error:
@@ -91,10 +91,10 @@ class Given:
             raise SettingsError(f"{name}{str(error)[len(error.setting) :]}{place and f' ({place})'}") from error
 
     def whole_name(self, setting: str) -> str:
-        """Return the name by which the user has given a setting of the data, which names its own in errors.
+        """Return the user's full name of a data setting, as data modules' errors name only their own settings.
 
         Args:
-            setting: Its name, or the end of it; of a corpus in a mixture also as if it were all of the data.
+            setting: Its name, or the end of it; for a mixture's corpus also the name it would have alone.
         """
         given, end = list(_names(self.tree)), setting.removeprefix("data.")
         of_data = [name for name in given if name.startswith("data.") and name.endswith(f".{end}")]
@@ -103,7 +103,7 @@ class Given:
         return of_data[0] if of_data else f"data.{setting}" if setting in self._arguments_of_data() else setting
 
     def _arguments_of_data(self) -> Collection[str]:
-        # Also those that are not given, except names that are settings of the run too.
+        # Including settings that are not given, unless the run has a setting of the same name.
         from litgpt_moe_ext.cli.mistakes import arguments_of
         from litgpt_moe_ext.training.settings import Settings
 
@@ -114,7 +114,7 @@ class Given:
         return set(arguments_of(path)) - set(Settings.__dataclass_fields__)
 
     def place_of(self, setting: str) -> str:
-        """Return where a setting, or what it is part of, stands as `FILE:LINE`; empty if no file says so.
+        """Return where a setting, or a section around it, was given, as `FILE:LINE`; empty if in no file.
 
         Args:
             setting: Its name, or the end of it, as classes name their own arguments in errors.
@@ -134,7 +134,7 @@ def read_flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield name and text of every `--NAME VALUE` or `--NAME=VALUE`.
 
     Raises:
-        SettingsError: If something else stands there, or a value is missing, or Python could not decode it.
+        SettingsError: If an argument is no flag, a value is missing, or Python could not decode it.
     """
     waiting = list(arguments)
     while waiting:
@@ -157,7 +157,7 @@ def _is_section(value: Any) -> bool:
 
 
 def _merged(old: Any, new: Any) -> Any:
-    # A class other than before has other arguments.
+    # Another class has other arguments.
     if not isinstance(old, Mapping) or not isinstance(new, Mapping):
         return new
     if "class_path" in new and new["class_path"] != old.get("class_path"):

@@ -1,4 +1,4 @@
-"""The entry point of `litgpt-moe`: a table of commands, each of which is imported only when it is called."""
+"""The entry point of `litgpt-moe`: a table of commands, each imported only when called."""
 
 import importlib
 import os
@@ -20,7 +20,7 @@ class Command(NamedTuple):
         name: What the user types.
         place: Module and class of its arguments, whose method `run` does the work.
         summary: What it does, in one line.
-        describes: Whether it only describes what it is given: it neither trains nor loads a model.
+        describes: Whether it only describes its input, without training or loading a model.
     """
 
     name: str
@@ -62,7 +62,7 @@ COMMANDS = (
 )
 
 _PROGRAM = "litgpt-moe"
-# Has a parser of its own, because its settings are those of a recipe.
+# It has its own parser, because its settings are those of a recipe.
 _TRAIN = ("train", "Train a recipe: `train --config FILE`, with the settings of recipes as flags.")
 
 
@@ -110,7 +110,7 @@ def _run(given: Sequence[str], own_process: bool) -> int | None:
 
     command = _find(given[0])
     if command.describes and own_process:
-        # A caller from Python goes on with torch after the command, and may need all of it.
+        # A caller from Python may use torch after the command, and need all of it.
         registrations.postpone()
         data_modules.postpone()
         end_with_the_reader()

@@ -1,7 +1,7 @@
-"""What is wrong with settings that a parser has refused, in one line: name, value, what would be right.
+"""Explains in one line why a parser refused settings: name, value, and what would be right.
 
-jsonargparse says no to a whole tree. Here each value is held against the type of its own setting, the way a reader
-would look for the mistake; nothing reads the text of jsonargparse's errors.
+jsonargparse refuses a whole tree at once. Here each value is compared with the type of its own setting; the text of
+jsonargparse's errors is not used.
 """
 
 import contextlib
@@ -21,26 +21,26 @@ from litgpt_moe_ext.errors import PERHAPS_OF_AN_EXTENSION, did_you_mean, nearest
 from litgpt_moe_ext.field_types import NUMBERS, describe, members, refusal
 
 _FEW = 20
-# What is given as a flag alone.
+# Options that exist only as flags.
 _ONLY_FLAGS = ("config", "dense_twin", "print_config")
 
 
 def mistakes(tree: Mapping[str, Any], annotations: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with settings that a parser has refused; nothing if every value is right by itself.
+    """Yield what is wrong with settings that a parser refused; nothing if every value is valid by itself.
 
     Args:
-        tree: All settings that are given, as plain data.
-        annotations: The types of the settings of the first level.
+        tree: All given settings, as plain data.
+        annotations: The types of the top-level settings.
     """
     return _Search(_accepts).keys("", tree, annotations)
 
 
 def wrong_nulls(tree: Mapping[str, Any], annotations: Mapping[str, Any]) -> Iterator[str]:
-    """Yield settings that are null but may not be, and sections that are not mappings; a parser lets both pass.
+    """Yield settings that must not be null but are, and sections that are not mappings; the parser accepts both.
 
     Args:
-        tree: All settings that are given, as plain data.
-        annotations: The types of the settings of the first level.
+        tree: All given settings, as plain data.
+        annotations: The types of the top-level settings.
     """
     return _Search(_is_something).keys("", tree, annotations)
 
@@ -49,9 +49,9 @@ def annotation_at(name: str, tree: Mapping[str, Any], annotations: Mapping[str, 
     """Return the type of a setting; None if it is unknown or free, as inside a dictionary.
 
     Args:
-        name: With dots.
-        tree: The settings as plain data, for the classes that are named there.
-        annotations: The types of the settings of the first level.
+        name: Dotted name.
+        tree: The settings as plain data, for the classes that they name.
+        annotations: The types of the top-level settings.
     """
     known, node = annotations, tree
     *parents, last = name.removesuffix("+").split(".")
@@ -65,7 +65,7 @@ def annotation_at(name: str, tree: Mapping[str, Any], annotations: Mapping[str, 
 
 
 def arguments_of(path: str) -> Mapping[str, Any]:
-    """Return the types of the arguments of the class at an import path; nothing where there is no class."""
+    """Return the types of the arguments of the class at an import path; empty if there is no such class."""
     with contextlib.suppress(ImportError, TypeError, ValueError):
         return _arguments(path)
     return {}
@@ -84,7 +84,7 @@ class _Search:
     """Looks for mistakes in a tree of settings, and yields a message for each.
 
     Attributes:
-        accepts: Whether a single value may stand for a type.
+        accepts: Returns whether a type accepts a value.
     """
 
     accepts: Callable[[Any, Any], bool]

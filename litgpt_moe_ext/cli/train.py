@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def print_help() -> None:
-    """Print the help of `run_train.py`; torch or LitGPT are loaded by installed extensions at most."""
+    """Print the help of `run_train.py`, without loading torch or LitGPT unless an installed extension does."""
     from litgpt_moe_ext.cli.settings import build_parser
     from litgpt_moe_ext.config.fields import FIELDS
     from litgpt_moe_ext.extend import load_extensions
@@ -52,9 +52,9 @@ def main(arguments: Sequence[str] | None = None, default_config: Path | None = N
         default_config: Recipe to use if none is named; None takes the packaged quickstart.
 
     Returns:
-        The exit status: 0 after training, 1 if it cannot go on, 2 for a wrong setting, 128 plus the number of the
-        signal that ended the run: 130 SIGINT, 143 SIGTERM, 138 SIGUSR1 (Linux). Anything else that goes wrong is a
-        bug, of this package or of code that a recipe names, and keeps its traceback.
+        The exit status: 0 after training, 1 if it cannot continue, 2 for a wrong setting, 128 plus the number of the
+        signal that ended the run: 130 SIGINT, 143 SIGTERM, 138 SIGUSR1 (Linux). Any other failure is a bug in this
+        package or in code that a recipe names, and keeps its traceback.
     """
     own_process = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -116,9 +116,9 @@ def _help_of_class(parser: Any, arguments: list[str]) -> None:
 def _prepare_environment() -> None:
     # litdata, which LitGPT imports, otherwise asks the package index for its newest version and waits if it is offline.
     os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
-    # OpenMP's threads wait for each other by spinning, for milliseconds. As soon as another program wants one of the
-    # cores, the spinning keeps the thread that is waited for from running: training on a CPU becomes ten times slower
-    # where twice would be fair (benchmarks/openmp_spin.py). A short spin costs a few percent on an idle machine.
+    # OpenMP's threads wait for each other by spinning for milliseconds. Once another program uses one of the cores, the
+    # spinning starves the thread being waited for: CPU training becomes ten times slower instead of two
+    # (benchmarks/openmp_spin.py). A short spin costs a few percent on an idle machine.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
@@ -143,8 +143,8 @@ def _train(settings: "Settings") -> int:
 def _stopped(message: str, status: int) -> int:
     from litgpt_moe_ext.training.parallel.processes import started_by_fabric
 
-    # All processes stop for the same reason. The first one reports it, and is to end by itself: Fabric kills it as soon
-    # as one that it started ends with an error.
+    # All processes stop for the same reason, which the first reports. The others must exit with 0, or Fabric would kill
+    # the first before it has ended by itself.
     if started_by_fabric():
         return 0
     print(message, file=sys.stderr)

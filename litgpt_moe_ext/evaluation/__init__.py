@@ -1,4 +1,4 @@
-"""Evaluation of LitGPT checkpoints, also with EleutherAI's LM Evaluation Harness (lm-eval), without converting them.
+"""Evaluation of LitGPT checkpoints without conversion, also with EleutherAI's LM Evaluation Harness (lm-eval).
 
 | file                    | what it holds                                                                   |
 | ----------------------- | ------------------------------------------------------------------------------- |

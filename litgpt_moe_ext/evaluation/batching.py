@@ -12,9 +12,9 @@ from litgpt_moe_ext.errors import SettingsError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Where the search for the largest batch that fits begins; lm-eval's default as well.
+# Where the search for the largest fitting batch begins, as in lm-eval.
 LARGEST_AUTOMATIC = 64
-# Running out of memory on a CPU ends the process or the machine's responsiveness, so nothing is tried out there.
+# On a CPU nothing is tried out: running out of memory would kill the process or freeze the machine.
 AUTOMATIC_ON_CPU = 8
 
 
@@ -24,8 +24,8 @@ class BatchSize:
 
     Attributes:
         size: Number of requests per batch, or the first one to try.
-        searches: How often the largest size that fits is searched, at equal distances along the requests; 0 for a fixed
-            size. Requests get shorter along the way, so that later searches may find a larger one.
+        searches: How many times to search for the largest fitting size, at equal distances along the requests; 0 for a
+            fixed size. Requests get shorter along the way, so later searches may find a larger size.
     """
 
     size: int
@@ -52,18 +52,18 @@ class BatchSize:
         return cls(int(batch_size))
 
     def run(self, items: Sequence[Item], function: Callable[[Sequence[Item]], Result]) -> Iterator[Result]:
-        """Apply `function` to one batch of `items` after the other.
+        """Apply `function` to `items` in batches.
 
         Args:
-            items: What to process, most expensive first, so that running out of memory comes early.
-            function: Called with consecutive slices. It is called again with a smaller one if it runs out of memory and
-                the size is automatic.
+            items: Items to process, the most expensive first, so that running out of memory happens early.
+            function: Called with consecutive slices; called again with a smaller slice if it runs out of memory and the
+                size is automatic.
 
         Yields:
             What `function` returns, in order.
 
         Raises:
-            RuntimeError: What the backend raises when memory runs out, with a note that names the setting.
+            RuntimeError: The backend's error when memory runs out, with a note that names the setting.
         """
         start, size = 0, self.size
         # Integer arithmetic puts the first search at item 0 and never two at the same item.
@@ -91,13 +91,13 @@ class BatchSize:
                 yield result
                 start += len(batch)
                 continue
-            # Outside the `except` block, where the error no longer keeps the tensors of the failed call alive.
+            # Outside the `except` block, so the error no longer keeps the tensors of the failed call alive.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    # Only CUDA has an exception class for it.
+    # Only CUDA has an exception class for this.
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
@@ -109,7 +109,7 @@ def pad_right(sequences: Sequence[Sequence[int]], device: torch.device) -> Tenso
         device: Where to put the result.
 
     Returns:
-        (B, length of the longest), int64, filled up with token 0 on the right.
+        (B, length of the longest), int64, padded with token 0 on the right.
     """
     longest = max(len(sequence) for sequence in sequences)
     rows = [[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences]

@@ -17,17 +17,17 @@ from litgpt_moe_ext.evaluation.batching import pad_right
 from litgpt_moe_ext.evaluation.sampling import GREEDY, Sampling
 from litgpt_moe_ext.field_types import PositiveInt, checked
 
-# Settings of Hugging Face's `generate` that some tasks spell out, with the values that change nothing.
+# Settings of Hugging Face's `generate` that some tasks give, with the values that have no effect.
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "use_cache": True, "min_p": 0.0}
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """What a task's `generation_kwargs` say.
+    """A task's `generation_kwargs`.
 
     Attributes:
-        until: Strings that end the text; they are not part of it.
-        max_gen_toks: Largest number of tokens to generate.
+        until: Strings that end the text, without being part of it.
+        max_gen_toks: Maximum number of tokens to generate.
         sampling: How tokens are chosen. (Hugging Face's default of `top_k` is 50; here there is none.)
     """
 
@@ -53,7 +53,7 @@ class GenerationSettings:
         top_k, top_p = settings.pop("top_k", None), settings.pop("top_p", None)
         sampling = GREEDY
         if samples:
-            # Elsewhere nothing reads them, and tasks have values there that would be out of range.
+            # Without `do_sample` these are unused, and some tasks give values that are out of range.
             sampling = Sampling(
                 _checked("temperature", temperature or 0.0, float),
                 _checked("top_k", top_k or None, int | None),
@@ -94,7 +94,7 @@ def generate(
         is_finished: Called with the tokens generated so far for one prompt; true ends that prompt's continuation.
 
     Returns:
-        The generated tokens of each prompt, including those for which `is_finished` said yes.
+        The generated tokens of each prompt, including those that made `is_finished` return true.
     """
     forward = _CachedForward if supports_padded_cache(model) else _PlainForward
     generated: list[list[int]] = [[] for _ in prompts]
@@ -119,8 +119,8 @@ def generate(
 def supports_padded_cache(model: GPT) -> bool:
     """Return whether the model's cache holds every position.
 
-    LitGPT's own attention keeps a ring buffer for a sliding window, where padding would displace tokens and a prompt
-    longer than the window is refused. A streaming cache drops tokens and counts positions for the whole batch.
+    For a sliding window, LitGPT's own attention keeps a ring buffer, where padding would displace tokens, and refuses
+    prompts longer than the window. A streaming cache drops tokens and counts positions for the whole batch.
     """
     layers = [module for module in model.modules() if isinstance(module, CausalSelfAttention)]
     streams = getattr(model.config, "streaming_cache_window", None) is not None
@@ -164,7 +164,7 @@ class _CachedForward:
 
 
 class _PlainForward:
-    """The same by running the whole text through the model for each token: the reference, and for ring buffers."""
+    """The same, by running the whole text through the model for each token: a reference, and used for ring buffers."""
 
     def __init__(self, model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         self.model = model

@@ -1,10 +1,10 @@
-"""HellaSwag (arXiv:1905.07830) from a local `hellaswag_val.jsonl`, by either of the two rules that circulate.
+"""HellaSwag (arXiv:1905.07830) from a local `hellaswag_val.jsonl`, by either of its two common rules.
 
 A model chooses the ending of a text that it finds likeliest. `acc` compares sums of log-probabilities, `acc_norm`
-means. The published figures of the two rules differ by points, so the rule belongs to the number:
+means. Results by the two rules differ by several points, so name the rule with every number:
 
-- `build-nanogpt`: the text `ctx` as it is, then a space and the ending; context and ending are encoded apart; acc_norm
-  is the mean per token.
+- `build-nanogpt`: the text `ctx` as it is, then a space and the ending; context and ending are encoded separately;
+  acc_norm is the mean per token.
 - `lm-eval`: the label of the activity, a colon, and `ctx_a` with the capitalised `ctx_b`, all cleaned of the marks of
   WikiHow; context and ending are encoded together; acc_norm is the mean per character of the ending.
 """
@@ -31,7 +31,7 @@ class Item(NamedTuple):
     """One question.
 
     Attributes:
-        fields: What the file says.
+        fields: The question's fields in the file.
         label: Number of the right ending.
         where: File and line, for errors.
     """
@@ -42,7 +42,7 @@ class Item(NamedTuple):
 
 
 class Question(NamedTuple):
-    """A question as a rule reads it: what to score for each ending, and the ending's length as the rule measures it."""
+    """A question by one of the rules: what to score for each ending, and the ending's length as the rule defines it."""
 
     item: Item
     requests: list[Continuation]
@@ -57,7 +57,7 @@ class Answer:
         ind: Number of the question in the file.
         label: Number of the right ending.
         sums: Log-probability of each ending in nats.
-        means: The same over the rule's length of each ending.
+        means: The same, divided by the rule's length of each ending.
     """
 
     ind: int
@@ -72,7 +72,7 @@ class Answer:
 
     @property
     def acc_norm(self) -> bool:
-        """Whether the ending that is likeliest for its length is right."""
+        """Whether the ending with the highest mean is right."""
         return _first_best(self.means) == self.label
 
 
@@ -81,7 +81,7 @@ def load_items(path: Path, limit: int | None = None) -> list[Item]:
 
     Args:
         path: A file with one JSON object per line: ind, activity_label, ctx_a, ctx_b, ctx, endings, label.
-        limit: Read at most so many.
+        limit: Maximum number of questions, or None.
 
     Raises:
         SettingsError: If there is no such file, or a line of it does not hold a question; the message names it.
@@ -101,11 +101,11 @@ def load_items(path: Path, limit: int | None = None) -> list[Item]:
 
 
 def as_question(item: Item, rule: Rule, encode: Callable[[str], list[int]]) -> Question:
-    """Read a question by a rule.
+    """Prepare a question by a rule.
 
     Args:
         item: The question.
-        rule: How to read it.
+        rule: The rule.
         encode: Turns text into token ids, without special tokens.
 
     Raises:
@@ -140,7 +140,7 @@ def evaluate(
     answers = []
     for i, (item, _, lengths) in enumerate(questions):
         sums = tuple(scores[_N_ENDING * i : _N_ENDING * (i + 1)])
-        # Cleaning can leave nothing of an ending; it then loses, as in lm-eval.
+        # An ending may be empty after cleaning; it then loses, as in lm-eval.
         means = tuple(s / n if n else -math.inf for s, n in zip(sums, lengths, strict=True))
         answers.append(Answer(item.fields["ind"], item.label, sums, means))
     return answers
@@ -177,7 +177,7 @@ def _check_tokens(item: Item, requests: Sequence[Continuation], context: str) ->
 
 
 def _cleaned(text: str) -> str:
-    # As lm-eval cleans it: WikiHow's titles become sentences, other marks in brackets vanish.
+    # As in lm-eval: WikiHow's titles become sentences, other marks in brackets are removed.
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 

@@ -1,7 +1,7 @@
 """`litgpt evaluate` for checkpoints and tasks that LitGPT's own command cannot handle.
 
-LitGPT converts a checkpoint to Hugging Face's format first, which has no name for the plugin's layers, and it takes no
-task that lm-eval does not ship. Here the LitGPT model itself answers lm-eval's requests.
+LitGPT first converts a checkpoint to Hugging Face's format, which lacks the plugin's layers, and accepts only tasks
+that lm-eval ships. Here the LitGPT model itself answers lm-eval's requests.
 """
 
 import inspect
@@ -38,13 +38,13 @@ class EvaluateSettings:
             names are printed.
         out_dir: Directory of `results.json`, by default `checkpoint_dir`/evaluate.
         force_conversion: Has no effect, since nothing is converted.
-        num_fewshot: Number of examples in the context; by default what the task says.
+        num_fewshot: Number of examples in the context; by default the task's own.
         batch_size: Requests per batch, "auto" for as many as fit, or "auto:N" to determine that N times.
         device: Where to run, by default "cuda" if available, else "cpu".
         dtype: Floating point type of the weights, by default the checkpoint's.
         limit: Number of documents per task, or their fraction if below 1.
         seed: Seed of Python's, NumPy's and torch's random numbers.
-        save_filepath: File of the results in place of `out_dir`/results.json.
+        save_filepath: File of the results, instead of `out_dir`/results.json.
         access_token: Has no effect, since nothing is downloaded from a model hub.
     """
 
@@ -63,7 +63,7 @@ class EvaluateSettings:
 
 
 def evaluate_checkpoint(settings: EvaluateSettings) -> None:
-    """Evaluate a LitGPT checkpoint as it is. Prints lm-eval's table and saves all results as JSON.
+    """Evaluate a LitGPT checkpoint without conversion; print lm-eval's table and save all results as JSON.
 
     Args:
         settings: What to evaluate, and how.
@@ -77,7 +77,7 @@ def evaluate_checkpoint(settings: EvaluateSettings) -> None:
         return
     if settings.force_conversion:
         print("force_conversion: has no effect, the checkpoint is evaluated without converting it.")
-    # Both before lm-eval is imported: it takes long, and the tokenizers' threads must not be started first.
+    # Before importing lm-eval, which takes long: check the directory, and keep the tokenizers' threads from starting.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     checkpoint_dir = _resolve_checkpoint_dir(settings.checkpoint_dir)
 
@@ -105,7 +105,7 @@ def evaluate_checkpoint(settings: EvaluateSettings) -> None:
         f"{info['model_dtype']}, {model.device}."
     )
     results = _evaluate(model, loaded_tasks, task_manager, settings)
-    # lm-eval adds these by itself for Hugging Face models only.
+    # lm-eval adds these only for Hugging Face models.
     results["config"].update(model=str(checkpoint_dir), **info)
     results.update(eot_token_id=model.eot_token_id, max_length=model.max_length)
     _report(results, save_filepath)
@@ -150,8 +150,8 @@ def _print_task_names() -> None:
 def _report(results: dict[str, Any], save_filepath: Path) -> None:
     from litgpt.eval.evaluate import prepare_results
 
-    # LitGPT's own function prints and writes, so that the content is the same. It leaves its file open, whose end a
-    # full disk would take without a word.
+    # LitGPT's own function formats the results, so that the content is the same. Given a real file, it would leave it
+    # open, and a full disk could cut off its end silently.
     text = io.StringIO()
     prepare_results(results, cast(Any, SimpleNamespace(open=lambda *_, **__: text)))
     write_text(save_filepath, text.getvalue())
@@ -160,7 +160,7 @@ def _report(results: dict[str, Any], save_filepath: Path) -> None:
 
 
 def wrap_convert_and_evaluate(original: Callable[..., None]) -> Callable[..., None]:
-    """Give LitGPT's `convert_and_evaluate` the plugin's checkpoints and local task files.
+    """Extend LitGPT's `convert_and_evaluate` to the plugin's checkpoints and local task files.
 
     Args:
         original: LitGPT's function.

@@ -2,8 +2,8 @@
 
 Truncation, prefix token, windows of rolling likelihoods and stop strings follow the conventions of lm-eval 0.4.9's
 `HFLM`, so that a checkpoint and its conversion to Hugging Face's format score the same. Two things are more exact here:
-log-probabilities are computed in float32 whatever the type of the weights, and a text that ended with a stop string is
-cut there even if the rest of its batch went on.
+log-probabilities are computed in float32 for any dtype of the weights, and a text is cut at its stop string even if the
+rest of its batch went on.
 """
 
 import sys
@@ -33,7 +33,7 @@ from litgpt_moe_ext.evaluation.loading import (
 from litgpt_moe_ext.evaluation.scoring import score_batch
 from litgpt_moe_ext.evaluation.tokenization import check_ids, decode, encoder
 
-# A request for a likelihood as lm-eval hands it over: (context and continuation as text, or None), and their tokens.
+# lm-eval's request for a likelihood: (context and continuation as text, or None), and their tokens.
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 Answer = tuple[float, bool]
 
@@ -59,22 +59,22 @@ class GPTModel(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Largest number of tokens the model reads at once: its block size."""
+        """Maximum number of tokens that the model reads at once: its block size."""
         return self.model.max_seq_length
 
     @property
     def max_gen_toks(self) -> int:
-        """Tokens to generate where a task does not say: lm-eval's 256, or half the block size of too small a model."""
+        """Tokens to generate by default: lm-eval's 256, or half the block size if that is less."""
         return DEFAULT_MAX_GEN_TOKS if self.max_length > DEFAULT_MAX_GEN_TOKS else self.max_length // 2
 
     @property
     def eot_token_id(self) -> int | None:  # pyrefly: ignore[bad-override]  (lm-eval copes with None)
-        """Number of the end-of-text token, None if the tokenizer names none."""
+        """Id of the end-of-text token, None if the tokenizer has none."""
         return self._tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:  # pyrefly: ignore[bad-override]
-        """Number of the token that stands in for an empty context: beginning of sequence, else end of text."""
+        """Id of the token that replaces an empty context: beginning of sequence, else end of text."""
         bos_id = self._tokenizer.bos_id
         prefix = self.eot_token_id if bos_id is None else bos_id
         if prefix is None:
@@ -86,7 +86,7 @@ class GPTModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells cached requests of different tokenizers apart."""
+        """Key that separates cached requests of different tokenizers."""
         return str(self._tokenizer_dir)
 
     def get_model_info(self) -> dict[str, Any]:
@@ -114,8 +114,8 @@ class GPTModel(TemplateLM):
         """Score continuations.
 
         Args:
-            requests: Contexts and continuations. An empty context becomes the prefix token; one too long loses tokens
-                on the left.
+            requests: Contexts and continuations. An empty context becomes the prefix token; a context that is too long
+                loses tokens on the left.
             disable_tqdm: Whether to hide the progress bar.
             kwargs: Ignored.
 
@@ -130,7 +130,7 @@ class GPTModel(TemplateLM):
         requests_of: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             requests_of[self._model_input(request)].append(index)
-        # Longest first: running out of memory comes early, and the progress bar errs on the safe side.
+        # Longest first: running out of memory happens early, and the progress bar errs on the safe side.
         inputs = sorted(requests_of, key=lambda tokens: (-len(tokens), tokens))
 
         def score(batch: Sequence[tuple[int, ...]]) -> dict[int, Answer]:
@@ -229,7 +229,7 @@ class GPTModel(TemplateLM):
     def _generate(
         self, numbered_prompts: Sequence[tuple[int, list[int]]], settings: GenerationSettings
     ) -> list[tuple[int, str]]:
-        # A stop string may come in other tokens than its own encoding, hence the two more, as in lm-eval.
+        # A stop string may be generated as other tokens than its own encoding, hence two more, as in lm-eval.
         stops = [(stop, len(self.tok_encode(stop)) + 2) for stop in settings.until if stop]
 
         def is_finished(tokens: list[int]) -> bool:
@@ -265,8 +265,8 @@ class LitGPTModel(GPTModel):
             search for it N times.
 
     Raises:
-        SettingsError: If files are missing or damaged, a setting is malformed, or weights and configuration do not
-            belong together.
+        SettingsError: If files are missing or damaged, a setting is malformed, or the weights do not fit the
+            configuration.
     """
 
     def __init__(

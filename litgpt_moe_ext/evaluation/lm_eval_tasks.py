@@ -1,4 +1,4 @@
-"""What `--tasks` names: tasks that lm-eval ships, and files that define further ones."""
+"""The tasks named by `--tasks`: those that lm-eval ships, and task files."""
 
 import difflib
 import glob
@@ -12,7 +12,7 @@ from lm_eval.utils import load_yaml_config
 
 from litgpt_moe_ext.errors import SettingsError
 
-# The loaders of `datasets` for plain files. Any other `dataset_path` names a data set that brings its files along.
+# The loaders of `datasets` for plain files. Any other `dataset_path` names a dataset with files of its own.
 FILE_LOADERS = ("arrow", "csv", "json", "pandas", "parquet", "text")
 
 
@@ -40,7 +40,7 @@ def load_tasks(tasks: str) -> tuple[list[str | ConfigurableTask], TaskManager]:
         tasks: Comma separated names of tasks, groups or tags that lm-eval ships, and paths of task files.
 
     Returns:
-        What `lm_eval.simple_evaluate` takes as `tasks` and as `task_manager`. lm-eval's own tasks are only indexed if
+        The arguments `tasks` and `task_manager` of `lm_eval.simple_evaluate`. lm-eval's own tasks are indexed only if
         one of them is named.
 
     Raises:
@@ -69,8 +69,7 @@ def load_tasks(tasks: str) -> tuple[list[str | ConfigurableTask], TaskManager]:
 def load_task_file(path: Path) -> ConfigurableTask:
     """Build the task that a YAML file in lm-eval's format defines.
 
-    Relative `data_files` lie beside the file; lm-eval by itself would look in the working directory, which is the
-    second place searched here.
+    Relative `data_files` are looked up beside the file, then in the working directory, where lm-eval looks.
 
     Args:
         path: The file.

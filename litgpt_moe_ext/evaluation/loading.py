@@ -1,6 +1,6 @@
-"""Open a LitGPT checkpoint directory: the one place of this package that reads a `lit_model.pth` for inference.
+"""Opening LitGPT checkpoint directories; the only module that reads a `lit_model.pth` for inference.
 
-A checkpoint is data from elsewhere: reading one never runs code that is in it.
+Checkpoints are not trusted: reading one never runs code that is in it.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ def check_checkpoint_dir(checkpoint_dir: Path, setting: str = "checkpoint_dir") 
 
     Args:
         checkpoint_dir: The directory.
-        setting: Which setting named it, for errors.
+        setting: Name of its setting, for errors.
 
     Raises:
         SettingsError: If the directory or one of its files is missing; the message names them and a remedy.
@@ -56,7 +56,7 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
         The type, or None for the checkpoint's.
 
     Raises:
-        SettingsError: If it is not a floating point type that models compute in.
+        SettingsError: If it is not a floating point type that models can compute in.
     """
     if dtype is None or dtype == "auto":
         return None
@@ -72,13 +72,13 @@ def read_checkpoint(path: Path, setting: str = "checkpoint_dir") -> dict[str, An
 
     Args:
         path: The file.
-        setting: Which setting named it, for errors.
+        setting: Name of its setting, for errors.
 
     Returns:
         The content, with tensors on the CPU that stay on disk until they are used.
 
     Raises:
-        SettingsError: If the file or a weight in it is damaged, or it holds other Python objects than tensors and
+        SettingsError: If the file or a weight in it is damaged, or it holds Python objects other than tensors and
             plain data.
     """
     content = open_archive(path, setting)
@@ -94,18 +94,18 @@ def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype | 
         checkpoint_dir: A directory that `check_checkpoint_dir` accepts.
         device: Where the model goes.
         dtype: Floating point type of its weights, by default the checkpoint's. Rotary tables stay float32, as in
-            Hugging Face's models, and so does whatever the plugin's layers keep in float32.
+            Hugging Face's models, and so do the values that the plugin's layers keep in float32.
 
     Returns:
         The model, in evaluation mode and without gradients.
 
     Raises:
-        SettingsError: If the weights cannot be read, do not belong to the configuration, or are not finite.
+        SettingsError: If the weights cannot be read, do not fit the configuration, or are not finite.
     """
     config = read_config(checkpoint_dir)
     weights_path = checkpoint_dir / WEIGHTS_FILE
     checkpoint = read_checkpoint(weights_path)
-    # Not on the meta device: what routers keep besides parameters and buffers could not leave it.
+    # Not on the meta device, which routers' state besides parameters and buffers could not leave.
     with Fabric(accelerator="cpu", devices=1).init_module(empty_init=True):
         model = GPT(config)
     try:
@@ -119,7 +119,7 @@ def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype | 
     model.to(device=device, dtype=dtype or model.lm_head.weight.dtype)
     model.cos, model.sin = rotary_tables
     for name, weight in model.state_dict().items():
-        if not weight.isfinite().all():  # of which every answer would be chance
+        if not weight.isfinite().all():  # every answer would be random
             raise SettingsError(
                 f"checkpoint_dir: {weights_path} has weights that are not finite in {weight.dtype} ({name}); name an "
                 "earlier checkpoint, or a dtype of a larger range"
@@ -128,10 +128,10 @@ def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype | 
 
 
 def choose_device(name: str | torch.device | None) -> torch.device:
-    """Return the device of a name; without one a GPU if there is one, otherwise the CPU.
+    """Return the named device; by default a GPU if there is one, otherwise the CPU.
 
     Raises:
-        SettingsError: If torch knows no such device, or it is not there.
+        SettingsError: If torch does not know the device, or it is not available.
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -142,8 +142,8 @@ def choose_device(name: str | torch.device | None) -> torch.device:
             f"device: '{device}' does not exist: torch sees {counted(torch.cuda.device_count(), 'GPU')}; leave it "
             "out, or give cpu"
         )
-    # torch raises RuntimeError on meta, which keeps no numbers, and on a device that is full or lacks its driver;
-    # AssertionError or ImportError where it is built without a kind of device, or misses its package.
+    # torch raises RuntimeError for meta, which holds no values, and for a device that is full or lacks its driver;
+    # AssertionError or ImportError if it was built without the device type, or lacks its package.
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
@@ -161,7 +161,7 @@ def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
     """
     from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt
 
-    if remedy := undecoded(str(checkpoint_dir)):  # the tokenizers library opens no such path
+    if remedy := undecoded(str(checkpoint_dir)):  # the tokenizers library cannot open such a path
         raise SettingsError(f"checkpoint_dir: {str(checkpoint_dir)!r} cannot be opened: {remedy}")
     try:
         return open_as_litgpt(checkpoint_dir)
@@ -172,7 +172,7 @@ def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
 
 
 def _bytes_of_weights(state: Any) -> dict[str, memoryview]:
-    # Of each storage once, under the name of a weight in it.
+    # Each storage once, under the name of a weight in it.
     found: dict[int, tuple[str, memoryview]] = {}
     for name, tensor in state.items() if isinstance(state, dict) else ():
         if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":

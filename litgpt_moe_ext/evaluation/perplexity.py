@@ -23,10 +23,10 @@ class Perplexity:
 
     Attributes:
         tokens: Predicted tokens.
-        bytes: Bytes of UTF-8 that they stand for. End-of-text tokens are predicted but stand for none.
+        bytes: Bytes of UTF-8 that they encode. End-of-text tokens are predicted but encode none.
         loss: Mean loss per token in nats.
-        by_position: For ranges of the number of tokens before the predicted one: first and last number, mean loss,
-            tokens.
+        by_position: By ranges of context length, the number of tokens before the predicted one: first and last length,
+            mean loss, tokens.
     """
 
     tokens: int
@@ -41,12 +41,12 @@ class Perplexity:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits that the model needs for a byte of text."""
+        """Bits that the model needs per byte of text."""
         return self.loss * self.tokens / math.log(2) / self.bytes
 
 
 def exp(loss: float) -> float:
-    """Return the perplexity of a loss in nats; infinite where no float is as large."""
+    """Return the perplexity of a loss in nats; infinite if it exceeds any float."""
     return math.exp(loss) if loss < math.log(sys.float_info.max) else loss * math.inf
 
 
@@ -54,9 +54,9 @@ def summarize(losses_N: Tensor, contexts_N: Tensor, n_byte: int) -> Perplexity:
     """Summarise the losses of tokens.
 
     Args:
-        losses_N: In nats.
-        contexts_N: How many tokens each was predicted from, from 1.
-        n_byte: Bytes they stand for.
+        losses_N: Losses in nats.
+        contexts_N: Number of tokens that each was predicted from, at least 1.
+        n_byte: Number of bytes that the tokens encode.
 
     Raises:
         SettingsError: If there is nothing to summarise.
@@ -77,13 +77,13 @@ def summarize(losses_N: Tensor, contexts_N: Tensor, n_byte: int) -> Perplexity:
 
 
 def bytes_of(ids: list[int], tokenizer: Tokenizer) -> int:
-    """Return how many bytes of UTF-8 tokens stand for; special ones, and what begins and ends documents, for none.
+    """Return how many bytes of UTF-8 tokens encode; special tokens, and document borders, encode none.
 
     Args:
         ids: Token ids.
         tokenizer: The tokenizer that made them.
     """
-    borders = (tokenizer.eos_id, tokenizer.bos_id)  # which not every tokenizer marks as special
+    borders = (tokenizer.eos_id, tokenizer.bos_id)  # not every tokenizer marks these as special
     return len(decode(tokenizer, [token for token in ids if token not in borders]).encode("utf-8"))
 
 

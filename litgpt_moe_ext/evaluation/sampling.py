@@ -14,11 +14,11 @@ from litgpt_moe_ext.errors import SettingsError
 
 @dataclass(frozen=True)
 class Sampling:
-    """A rule by which tokens are drawn.
+    """A rule for choosing tokens.
 
     Attributes:
         temperature: Divides the logits; 0 takes the likeliest token.
-        top_k: Choose among this many likeliest tokens only, or None.
+        top_k: Choose only among this many likeliest tokens, or None.
         top_p: Choose among the likeliest tokens that together have this probability.
     """
 
@@ -43,4 +43,4 @@ class Sampling:
 
 
 GREEDY = Sampling(temperature=0.0, top_k=None)
-"""The likeliest token each time."""
+"""Always the likeliest token."""

@@ -18,7 +18,7 @@ from litgpt_moe_ext.evaluation.tokenization import check_ids
 
 
 class Continuation(NamedTuple):
-    """What to score: the tokens of `continuation`, which follow at least one token of `context`."""
+    """Tokens to score: `continuation`, which follows at least one token of `context`."""
 
     context: Sequence[int]
     continuation: Sequence[int]
@@ -28,15 +28,15 @@ class Continuation(NamedTuple):
 def score_batch(
     model: GPT, inputs: Sequence[Sequence[int]], targets: Sequence[Sequence[Sequence[int]]]
 ) -> list[list[tuple[float, bool]]]:
-    """Score continuations in one forward pass, in float32 whatever the type of the weights.
+    """Score continuations in one forward pass, in float32 for any dtype of the weights.
 
-    Padding on the right needs no mask: attention is causal, so that no token sees what follows it. An MoE layer routes
-    each token by itself, without a capacity that padding could use up. Padding is then a matter of speed.
+    Padding on the right needs no mask, as causal attention hides it, and MoE layers route each token by itself, without
+    a capacity that padding could use up. So padding only costs time.
 
     Args:
         model: A `litgpt.GPT` in evaluation mode.
         inputs: Contexts with their continuations, each without the last token, which is only predicted.
-        targets: For each input the continuations that end one token after it.
+        targets: For each input, the continuations that end one token after it.
 
     Returns:
         For each input and continuation the sum of its log-probabilities in nats, and whether greedy decoding gives it.
@@ -70,8 +70,8 @@ def score_continuations(
         advance: Called with the number of requests done after each forward pass.
 
     Raises:
-        SettingsError: If a continuation is empty or longer than the model's block size, or has a token that the model
-            does not know.
+        SettingsError: If a continuation is empty or longer than the model's block size, or has a token unknown to the
+            model.
     """
     size = model.max_seq_length
     check_ids(model, chain.from_iterable(chain.from_iterable(requests)))
@@ -95,7 +95,7 @@ def score_continuations(
 
 @torch.inference_mode()
 def token_losses(model: GPT, ids_N: Tensor, batch_size: int, advance: Callable[[int], None]) -> tuple[Tensor, Tensor]:
-    """Return the loss of every token but the first, each predicted once, and how many tokens it was predicted from.
+    """Return the loss of every token but the first, each predicted once, and the length of its context.
 
     The text is read in windows of the model's block size that share one token, as in validation during training.
 

@@ -17,19 +17,19 @@ from litgpt_moe_ext.evaluation.tokenization import check_ids
 def stream(model: GPT, prompt: list[int], max_new_tokens: int, sampling: Sampling) -> Generator[int]:
     """Continue a prompt, token by token.
 
-    It ends after `max_new_tokens`, or at the end of the model's context unless the model has a streaming cache.
+    The text ends after `max_new_tokens`, or at the end of the model's context unless it has a streaming cache.
 
     Args:
         model: The model, in evaluation mode.
         prompt: Token ids, at least one and, without a streaming cache, fewer than the model's block size.
-        max_new_tokens: Most tokens to write.
+        max_new_tokens: Maximum number of tokens to write.
         sampling: How to choose them.
 
     Yields:
-        Token ids. One forward pass lies between two of them.
+        Token ids, with one forward pass between two of them.
 
     Raises:
-        SettingsError: If the prompt is empty, leaves no room, or has a token that the model does not know.
+        SettingsError: If the prompt is empty, leaves no room, or has a token unknown to the model.
     """
     device, total = model.lm_head.weight.device, len(prompt) + max_new_tokens
     if not prompt:

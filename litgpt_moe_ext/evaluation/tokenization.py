@@ -13,7 +13,7 @@ from litgpt_moe_ext.errors import SettingsError, undecoded
 
 
 def encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
-    """Return what turns text into token ids; it raises SettingsError at bytes that are no characters."""
+    """Return a function from text to token ids; it raises SettingsError for undecodable bytes."""
     # Hugging Face's or SentencePiece's.
     processor: Any = tokenizer.processor
 
@@ -22,7 +22,7 @@ def encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
             if tokenizer.backend == "huggingface":
                 return processor.encode(text, add_special_tokens=False).ids
             return processor.encode(text)
-        except (TypeError, UnicodeEncodeError) as error:  # as of a command line, or of half a surrogate pair in JSON
+        except (TypeError, UnicodeEncodeError) as error:  # from a command line, or half a surrogate pair in JSON
             remedy = undecoded(text) or "write it in UTF-8"
             raise SettingsError(f"text: {text[:40]!r} is not Unicode ({error}): {remedy}") from error
 
@@ -35,7 +35,7 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int], skip_special_tokens: bool =
     Args:
         tokenizer: The tokenizer.
         ids: Token ids.
-        skip_special_tokens: Whether special tokens stand for nothing; SentencePiece always does so.
+        skip_special_tokens: Whether to leave out special tokens; SentencePiece always does.
     """
     processor: Any = tokenizer.processor
     if tokenizer.backend == "huggingface":
@@ -49,7 +49,7 @@ def check_ids(model: GPT, ids: Iterable[int], data: Path | None = None) -> None:
     Args:
         model: The model.
         ids: Token ids.
-        data: Where they are from; None for a text that the tokenizer of the checkpoint has encoded.
+        data: Where the ids come from; None for a text encoded with the checkpoint's tokenizer.
     """
     size, highest = model.config.padded_vocab_size or 0, max(ids, default=-1)
     if highest < size:

@@ -1,11 +1,11 @@
-"""Benchmarks of a model that is being trained, shared among its processes.
+"""Benchmarks of a model in training, divided among its processes.
 
-A benchmark has `scores(model)`, which every process calls and which returns the scores by name, on rank 0 at least; and
-`rehearse(model)`, which does a little of the same with the largest batch, so that what fails does so before training
-begins. The model is whole on every process and in evaluation mode.
+A benchmark has `scores(model)`, which every process calls and which returns the scores by name, at least on rank 0; and
+`rehearse(model)`, which tries the largest batch, so that failures show before training begins. The model is whole on
+every process and in evaluation mode.
 
-When the run has been told to stop, a benchmark asks nothing more, but meets the other processes as if it had: then its
-scores mean nothing, or there are none.
+Once the run has been told to stop, a benchmark evaluates nothing more, but still takes part in all communication. Its
+scores are then meaningless or missing.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def _go_on(fabric: "TrainingFabric") -> None:
 
 @dataclass(frozen=True)
 class _Interruptible(BatchSize):
-    """A batch size after each of whose batches `go_on` may end the work."""
+    """A batch size whose work `go_on` may end after each batch."""
 
     go_on: Callable[[], None] = lambda: None
 
@@ -87,7 +87,7 @@ class HellaSwag:
         self._rule, self._batch_size, self._fabric = rule, batch_size, fabric
         encode = encoder(tokenizer)
         questions = [as_question(item, rule, encode) for item in items]
-        # Only the ending has to fit: a context that is too long loses tokens on the left.
+        # Only the ending must fit: a context that is too long loses tokens on the left.
         longest = max(len(request.continuation) for question in questions for request in question.requests)
         if longest > block_size:
             raise SettingsError(
@@ -97,7 +97,7 @@ class HellaSwag:
         self._questions = questions[fabric.global_rank :: fabric.world_size]
 
     def rehearse(self, model: GPT) -> None:
-        """Answer the questions with the longest texts, as many as go through the model at once."""
+        """Answer one batch of the questions with the longest texts."""
         lengths = [max(len(r.context) + len(r.continuation) for r in question.requests) for question in self._questions]
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         questions = [self._questions[i] for i in order[: -(-self._batch_size // 4)]]
@@ -122,12 +122,12 @@ class TaskFile:
         file: The task, with data beside it.
         tokenizer: The model's tokenizer.
         tokenizer_dir: The folder it was read from.
-        limit: Ask about this many documents only, or None.
+        limit: Evaluate only this many documents, or None.
         batch_size: Requests per forward pass.
         fabric: The running Fabric.
 
     Raises:
-        SettingsError: If the file or its data is missing, or it does not define a task, or one with fewer documents
+        SettingsError: If the file or its data is missing, it does not define a task, or the task has fewer documents
             than there are processes.
     """
 
@@ -150,7 +150,7 @@ class TaskFile:
             )
 
     def rehearse(self, model: GPT) -> None:
-        """Ask about one document per process."""
+        """Evaluate one document per process."""
         self._evaluate(model, self._fabric.world_size)
 
     def scores(self, model: GPT) -> dict[str, float]:
@@ -174,7 +174,7 @@ class TaskFile:
         self._task.set_fewshot_seed(seed=_FEWSHOT_SEED)
         shared = _SharedModel(model, self._tokenizer, self._tokenizer_dir, self._batch_size, self._fabric)
         tasks = {self._task.config.task: self._task}
-        # lm-eval draws a bar while it builds the requests, on every process and whether there is a terminal or not.
+        # lm-eval draws a bar while it builds the requests, on every process and even without a terminal.
         with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(_ToldToStop):
             return evaluate(lm=shared, task_dict=tasks, limit=limit, log_samples=False, bootstrap_iters=0)
 
@@ -182,8 +182,8 @@ class TaskFile:
 class _SharedModel(GPTModel):
     """A model with a copy on every rank.
 
-    lm-eval divides the documents among the ranks, and gathers through `accelerator`. Told to stop, all leave it at the
-    same place, before a metric judges answers that were not given.
+    lm-eval divides the documents among the ranks and gathers results through `accelerator`. When told to stop, all
+    ranks leave lm-eval at the same point, before a metric is computed from missing answers.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class _SharedModel(GPTModel):
 
     @property
     def accelerator(self) -> "_SharedModel":
-        """What lm-eval gathers and waits through."""
+        """The object through which lm-eval gathers and waits."""
         return self
 
     def gather(self, number: Tensor) -> Tensor:
@@ -222,6 +222,6 @@ class _SharedModel(GPTModel):
         return cast(Tensor, self._fabric.all_gather(number)).view(-1)
 
     def wait_for_everyone(self) -> None:
-        """Return when every process has called, with the answers to its requests, unless one is told to stop."""
+        """Wait until every process has answered its requests; leave lm-eval if one was told to stop."""
         if self._fabric.agree_on_interruption():
             raise _ToldToStop

@@ -16,14 +16,14 @@ _LONGEST_CAUSE = 400
 
 
 def open_archive(path: Path, setting: str) -> dict[str, Any]:
-    """Return what a `lit_model.pth` holds, with tensors on the CPU that stay on the disk until they are used.
+    """Return the content of a `lit_model.pth`, with tensors on the CPU that stay on disk until they are used.
 
     Args:
         path: The file.
-        setting: Which setting named it, for errors.
+        setting: Name of its setting, for errors.
 
     Raises:
-        SettingsError: If the file is damaged, but for the numbers in its tensors, or it holds other Python objects than
+        SettingsError: If the file is damaged (tensor values are not checked), or holds Python objects other than
             tensors and plain data.
     """
     try:
@@ -33,7 +33,7 @@ def open_archive(path: Path, setting: str) -> dict[str, Any]:
         raise SettingsError(f"{setting}: {path} cannot be read ({error.strerror}); {COPY_AGAIN}") from error
     if not is_whole:
         raise SettingsError(f"{setting}: {path} is damaged or cut off; {COPY_AGAIN}")
-    if damage := problem_with_names(path):  # before they are believed
+    if damage := problem_with_names(path):  # before trusting names and shapes
         raise SettingsError(f"{setting}: in {str(path.parent)!r} {damage}; {COPY_AGAIN}")
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -73,7 +73,7 @@ def foreign_object(value: Any) -> object | None:
 
 
 def shortened(error: Exception) -> str:
-    """Return the message of an error in one line of bearable length."""
+    """Return the message of an error in one line of limited length."""
     text = one_line(error)
     return text if len(text) <= _LONGEST_CAUSE else text[:_LONGEST_CAUSE] + " ..."
 
@@ -82,4 +82,4 @@ def _foreign_objects(path: Path) -> list[str]:
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (EOFError, RuntimeError, ValueError, pickle.UnpicklingError):
-        return []  # what cannot be read at all names nothing
+        return []  # unreadable

@@ -12,17 +12,17 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 FILE_NAME = "SHA256SUMS"
-_STORAGES = "data"  # the folder of the archive in which storages are
-# A backslash before the line marks a name with escapes, an asterisk what was read as binary.
+_STORAGES = "data"  # folder of storages in the archive
+# A backslash before the line marks a name with escapes, an asterisk binary mode.
 _LINE = re.compile(r"(\\?)([0-9a-f]{64}) [ *](.+)")
 _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
 _ESCAPED = {escape: character for character, escape in _ESCAPES.items()}
-# Of an archive that is cut off or cannot be read, and one whose damaged header names an unknown compression.
+# Errors for an archive that is cut off or unreadable, or whose damaged header names an unknown compression.
 _UNREADABLE = (zipfile.BadZipFile, EOFError, OSError, NotImplementedError)
 
 
 def write(directory: Path, leave_out: Collection[str] = ()) -> None:
-    """Write the checksums of all files in `directory`, at any depth, but for those with one of some names."""
+    """Write the checksums of all files in `directory`, at any depth, except those with a name in `leave_out`."""
     lines = [_line(sha256_of(directory / name), name) for name in _names(directory, leave_out)]
     (directory / FILE_NAME).write_text("".join(lines), encoding="utf-8")
 
@@ -33,7 +33,7 @@ def _line(digest: str, name: str) -> str:
 
 
 def read(directory: Path) -> dict[str, str]:
-    """Return the checksums in `directory` by the names of files.
+    """Return the checksums in `directory` by file name.
 
     Raises:
         ValueError: If they cannot be read; the message says why.
@@ -43,7 +43,7 @@ def read(directory: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{FILE_NAME} cannot be read ({error})") from error
     listed = {}
-    # Names of files may have what else Python takes for the end of a line.
+    # Not `splitlines`, because file names may contain other line separators.
     for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), start=1):
         if (match := _LINE.fullmatch(line)) is None:
             raise ValueError(f"{FILE_NAME} is damaged in line {number}")
@@ -57,14 +57,14 @@ def read(directory: Path) -> dict[str, str]:
 def problem_with(
     directory: Path, required: tuple[str, ...] = (), only: str | None = None, archive: str | None = None
 ) -> str | None:
-    """Return which file is missing or differs from its checksum, or None if all are as they were written.
+    """Return which file is missing or differs from its checksum, or None if all are unchanged.
 
     Args:
         directory: A directory with checksums.
-        required: Files that must have one.
-        only: The one file to look at; by default all of them.
-        archive: Name, in any folder, of archives of `torch.save` too large to be read: `problem_with_names` looks at
-            them instead.
+        required: Files that must have a checksum.
+        only: The only file to check; by default all.
+        archive: Name, in any folder, of `torch.save` archives too large to read; `problem_with_names` checks them
+            instead.
     """
     try:
         listed = read(directory)
@@ -87,7 +87,7 @@ def problem_with(
 
 
 def problem_inside(file: Path) -> str | None:
-    """Return which record of an archive of `torch.save` is not what its CRC says, or None if all are."""
+    """Return which record of a `torch.save` archive does not match its CRC, or None if all do."""
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
@@ -97,9 +97,9 @@ def problem_inside(file: Path) -> str | None:
 
 
 def problem_with_names(file: Path) -> str | None:
-    """Return why the names and shapes in an archive of `torch.save` are not what their CRCs say, or None if they are.
+    """Return why the names and shapes in a `torch.save` archive do not match their CRCs, or None if they do.
 
-    Storages stay on the disk: an optimizer may be among them that nobody asked for.
+    Storages are not read, as they may include an optimizer that is not needed.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -112,11 +112,11 @@ def problem_with_names(file: Path) -> str | None:
 
 
 def problem_with_storages(file: Path, content: Mapping[str, memoryview]) -> str | None:
-    """Return which storage of an archive of `torch.save` is not what its CRC says, or None if all that were read are.
+    """Return which of the given storages of a `torch.save` archive does not match its CRC, or None if all do.
 
     Args:
         file: The archive.
-        content: Bytes of whole storages, as they were read, by the names to give them in an answer.
+        content: Bytes of whole storages, as read, by the names to report.
     """
     with zipfile.ZipFile(file) as archive:
         records = {(record.file_size, record.CRC) for record in archive.infolist()}

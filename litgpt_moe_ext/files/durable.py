@@ -1,4 +1,4 @@
-"""Making sure that what was written is on the disk before it gets its final name."""
+"""Making sure that data is on disk before it gets its final name."""
 
 import errno
 import os
@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 WRITE_TEST = ".write-test-"
-"""How the names of files begin that only try whether a directory can be written to."""
+"""Prefix of the names of files that test whether a directory is writable."""
 
 
 def refusal(folder: Path) -> str | None:
-    """Return why no folder can be made in a folder, or None: leaves nothing behind."""
-    # Asks for no permission, which whoever may do everything has where file systems such as /proc refuse all the same.
+    """Return why no folder can be created in a folder, or None; leaves nothing behind."""
+    # Tries instead of checking permissions: root has them even on file systems such as /proc that refuse.
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=WRITE_TEST, ignore_cleanup_errors=True):
             return None
@@ -24,12 +24,12 @@ def refusal(folder: Path) -> str | None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give the name of a new file that takes the place of another one when the scope ends, or is gone if it fails.
+    """Yield the name of a new file that replaces `path` at the end of the scope, or is deleted on failure.
 
-    A process that is killed in the scope may leave it behind, as `.NAME.*.partial`.
+    A process killed within the scope may leave it behind, as `.NAME.*.partial`.
 
     Args:
-        path: The other one, which is whole at any time; it need not be there.
+        path: The file to replace, which is whole at any time; it need not exist.
     """
     # In the same folder, because only a rename within one file system is atomic.
     partial = path.with_name(f".{path.name.lstrip('.')}.{uuid.uuid4().hex[:8]}.partial")
@@ -42,7 +42,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def cut_off(error: Exception) -> bool:
-    """Return whether torch could not write all of a file: a RuntimeError that names this part of it, and no cause."""
+    """Return whether an error is torch's RuntimeError for an incompletely written file, which names no cause."""
     return isinstance(error, RuntimeError) and "inline_container" in str(error)
 
 
@@ -52,7 +52,7 @@ def is_stream(path: Path) -> bool:
 
 
 def _is_open_file(path: Path) -> bool:
-    # Links that an open file is named by end in its file as well; not so in what lies in /dev/shm.
+    # Links that name open files also resolve to ordinary files, so look at the link's own path; /dev/shm is ordinary.
     path = path.parent.resolve() / path.name
     if path.parts[1] == "proc" or path.parts[1:3] == ("dev", "fd"):
         return True
@@ -60,7 +60,7 @@ def _is_open_file(path: Path) -> bool:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, is on the disk."""
+    """Wait until a file, or a folder's list of names, is on disk."""
     if path.is_dir() and os.name != "posix":
         return  # only POSIX can open a folder
     # Windows flushes only handles that may write.
@@ -68,7 +68,7 @@ def flush(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # How file systems that flush no folders (some of FUSE, some servers) say so.
+        # Some file systems (some of FUSE, some servers) cannot flush folders.
         if not (path.is_dir() and error.errno in (errno.EINVAL, errno.EBADF, errno.ENOTSUP)):
             raise
     finally:
@@ -78,6 +78,6 @@ def flush(path: Path) -> None:
 def flush_tree(directory: Path) -> None:
     """Flush all files and folders in a folder, and the folder."""
     for path in sorted(directory.rglob("*")):
-        if path.is_file() or path.is_dir():  # to open a pipe waits for the other end
+        if path.is_file() or path.is_dir():  # opening a pipe would wait for its other end
             flush(path)
     flush(directory)

@@ -1,4 +1,4 @@
-"""One process per place: two that write the same files would destroy each other's."""
+"""A lock on a directory, as two processes that write the same files would destroy each other's."""
 
 import contextlib
 import os
@@ -9,10 +9,10 @@ from filelock import FileLock, Timeout
 
 
 class ProcessLock:
-    """A lock of the operating system, which ends with its process however that ends.
+    """A lock of the operating system, released however its process ends.
 
     Args:
-        file: The lock, in an existing folder; there is another file beside it while it is taken.
+        file: The lock file, in an existing folder; another file lies beside it while the lock is held.
     """
 
     def __init__(self, file: Path) -> None:
@@ -20,7 +20,7 @@ class ProcessLock:
         self._lock = FileLock(file)
 
     def take(self) -> str | None:
-        """Take the lock; return None, or who has it."""
+        """Take the lock and return None, or return who holds it."""
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -33,11 +33,11 @@ class ProcessLock:
         return None
 
     def release(self) -> None:
-        """Give the lock back, if it was taken."""
+        """Release the lock if it was taken."""
         if self._lock.is_locked:
-            # While it is still held: a name that is deleted after the release may be the next owner's already. Whoever
-            # has opened the deleted file meanwhile is told so by filelock, and opens anew.
+            # Delete the files while the lock is held: afterwards they may already belong to the next owner. filelock
+            # notices if another process has opened the deleted file, and opens it anew.
             for file in (self._owner_file, Path(self._lock.lock_file)):
-                with contextlib.suppress(OSError):  # Windows deletes no open file
+                with contextlib.suppress(OSError):  # Windows cannot delete open files
                     file.unlink(missing_ok=True)
             self._lock.release()

@@ -1,4 +1,4 @@
-"""What every picture of the project has in common, and the one picture that training draws itself.
+"""The common style of all pictures, and the picture of the experts' load.
 
-A neutral room: `training` logs it while a run goes on, `inspect` draws it from logs afterwards.
+`training` logs that picture during a run, and `inspect` draws it from logs afterwards.
 """

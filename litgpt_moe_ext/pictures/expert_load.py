@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _METRIC = re.compile(r"moe_load_(\d+)/expert_(\d+)")
-# More columns than a panel has pixels would leave to chance which of them are seen.
+# With more columns than pixels, it would be arbitrary which of them are visible.
 _MOST_COLUMNS = 400
 _NAME = 60  # characters in the title
 
@@ -31,10 +31,10 @@ def load_over_steps_figure(name: str, steps: Sequence[float], layers: Mapping[in
 
     Args:
         name: Name of the run, for the title.
-        steps: Optimizer steps of the columns, in rising order.
-        layers: Load over an even share by number of the layer, (experts, columns).
+        steps: Optimizer steps of the columns, ascending.
+        layers: Load relative to an even share, by layer number, (experts, columns).
     """
-    # Here, because training imports this module and draws in few runs.
+    # Imported here, because training imports this module but draws in few runs.
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -66,12 +66,12 @@ def load_over_steps_figure(name: str, steps: Sequence[float], layers: Mapping[in
 
 
 def spread(steps: Sequence[float], values: np.ndarray, margin: float) -> np.ndarray:
-    """Return columns at even distances: as they are, or the nearest ones where they are uneven.
+    """Return columns at even distances: unchanged, or the nearest columns if they are uneven.
 
-    They are uneven where a run was resumed with another `train.log_interval`.
+    They are uneven if a run was resumed with another `train.log_interval`.
 
     Args:
-        steps: Of the columns, in rising order.
+        steps: Optimizer steps of the columns, ascending.
         values: Numbers, (rows, columns).
         margin: Steps before the first and after the last.
     """
@@ -84,7 +84,7 @@ def spread(steps: Sequence[float], values: np.ndarray, margin: float) -> np.ndar
 
 
 def thinned(values: np.ndarray, most: int) -> np.ndarray:
-    """Return the means of neighbouring columns, so that at most `most` columns are left.
+    """Merge neighbouring columns into their means, so that at most `most` columns remain.
 
     Args:
         values: Numbers, (rows, columns).

@@ -1,4 +1,4 @@
-"""How pictures look: sizes for a paper, and one scale of colours for ratios around 1."""
+"""The style of pictures: sizes for a paper, and one colour scale for ratios around 1."""
 
 import io
 import textwrap
@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 FONT_SIZE = 8
-# Fonts of Linux, Windows and macOS with Chinese, Japanese or Korean characters, of which matplotlib's own has none.
+# Fonts of Linux, Windows and macOS with Chinese, Japanese or Korean characters, which matplotlib's own font lacks.
 _CJK_FONTS = (
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "Source Han Sans CN", "WenQuanYi Micro Hei"),
     *("WenQuanYi Zen Hei", "Droid Sans Fallback", "IPAexGothic", "IPAGothic", "NanumGothic", "Unifont"),
@@ -26,7 +26,7 @@ _CJK_FONTS = (
 
 
 def font_families() -> list[str]:
-    """Return matplotlib's families, and for characters that they lack the fonts of this machine that may have them."""
+    """Return matplotlib's font families, followed by this machine's fonts for characters that they lack."""
     installed = set(fontManager.get_font_names())
     return [*matplotlib.rcParams["font.family"], *(name for name in _CJK_FONTS if name in installed)]
 
@@ -40,13 +40,13 @@ STYLE = {
     "legend.frameon": False,
     "figure.dpi": 150,
     "savefig.dpi": 200,
-    "text.parse_math": False,  # names of runs and arms may have dollar signs
+    "text.parse_math": False,  # names of runs and arms may contain dollar signs
 }
-# The colours reach from a quarter to four times an even share.
+# The colours range from a quarter of to four times an even share.
 LARGEST_LOG2 = 2.0
 # In inches.
 _BAR_THICKNESS, _LONGEST_BAR = 0.13, 4.0
-# Characters of the text in an inch, and those that the line of a legend's entry is as long as.
+# Characters of text per inch, and the length of a legend entry's line in characters.
 _IN_AN_INCH, _LINE = 11, 6
 
 
@@ -67,7 +67,7 @@ def ratio_image(axes: Axes, values: np.ndarray, **options: Any) -> AxesImage:
 
 
 def clipped_log2(values: np.ndarray) -> np.ndarray:
-    """Return the logarithms of ratios to the base 2, clipped to the range of the colours."""
+    """Return the base-2 logarithms of ratios, clipped to the range of the colours."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.clip(np.log2(values), -LARGEST_LOG2, LARGEST_LOG2)
 
@@ -79,12 +79,12 @@ def ratio_bar(figure: Figure, image: AxesImage, label: str = "ratio") -> None:
 
 
 def color_bar(figure: Figure, image: AxesImage, axes: Sequence[Axes], label: str, **options: Any) -> Colorbar:
-    """Add a colour bar that is as thick as the text beside it, however tall the figure is.
+    """Add a colour bar as thick as the text beside it, for any height of the figure.
 
     Args:
         figure: The figure.
-        image: What the bar explains.
-        axes: Axes that give room for it.
+        image: The image that the bar explains.
+        axes: Axes that make room for it.
         label: Its title.
         **options: Further arguments of `Figure.colorbar`.
     """
@@ -95,11 +95,11 @@ def color_bar(figure: Figure, image: AxesImage, axes: Sequence[Axes], label: str
 
 
 def legend_below(figure: Figure, colors: Sequence[tuple[str, str]]) -> None:
-    """Add a legend below a figure, of lines, in as many columns as there is room for.
+    """Add a legend of lines below a figure, in as many columns as fit.
 
     Args:
         figure: The figure.
-        colors: Name and colour of each line; a name that there is no room for is cut off at its beginning.
+        colors: Name and colour of each line; the beginning of a name that is too long is cut off.
     """
     room = int(_IN_AN_INCH * figure.get_figwidth())
     handles = [Line2D([], [], color=color, label=shortened(name, room - _LINE)) for name, color in colors]
@@ -108,18 +108,18 @@ def legend_below(figure: Figure, colors: Sequence[tuple[str, str]]) -> None:
 
 
 def title_above(figure: Figure, title: str) -> None:
-    """Add a title above a figure, in as many lines as it takes."""
+    """Add a title above a figure, in as many lines as it needs."""
     figure.suptitle(textwrap.fill(title, int(_IN_AN_INCH * figure.get_figwidth())), fontsize=FONT_SIZE + 1)
 
 
 def shortened(name: str, length: int) -> str:
-    """Return a name as it can be drawn: no bytes that are not text, and only its end, with a mark, if it is long."""
+    """Return a drawable name: without undecodable bytes, and if it is long, only its end, with a mark."""
     name = name.encode("utf-8", "replace").decode("utf-8")
     return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
 def whole_numbers(axes: Axes) -> None:
-    """Let the ticks of the x axis be whole numbers."""
+    """Restrict the ticks of the x axis to whole numbers."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
