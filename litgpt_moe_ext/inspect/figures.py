@@ -1,7 +1,7 @@
 """Pictures of experts and of runs, sized and labelled for a paper.
 
-Each function returns a matplotlib figure; nothing here opens a window. Colours: what can be above or below an even
-share is on a diverging scale around it, in ratios on a logarithm to the base 2.
+Each function returns a matplotlib figure; nothing here opens a window. Values above or below an even share have a
+diverging colour scale around it, in base-2 logarithms of ratios.
 """
 
 import math
@@ -25,7 +25,7 @@ from litgpt_moe_ext.pictures.style import (
     whole_numbers,
 )
 
-# Panels of this many columns, and at most so many cells for numbers to be legible in them.
+# Columns of panels, and the largest number of cells in which numbers are legible.
 _COLUMNS = 4
 _WRITABLE = 16
 # Characters of a checkpoint's name beside an axis.
@@ -60,7 +60,7 @@ def balance_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
         "MaxVio\n0 is even": [layer["max_vio"] for layer in layers],
         "Entropy of the load\n1 is even": [layer["load_entropy"] for layer in layers],
         "Router entropy / ln E\n0 is certain": [
-            # One expert has no entropy to be a part of.
+            # A single expert has no entropy to compare with.
             layer["router_entropy"] / layer["router_entropy_of_even"]
             if layer["router_entropy"] is not None and layer["n_expert"] > 1
             else math.nan
@@ -82,7 +82,7 @@ def balance_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def class_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw heat maps of token class by expert: how much likelier an expert is for tokens of a class."""
+    """Draw heat maps of token class by expert: how much more likely tokens of a class choose an expert."""
     names = list(layers[0]["class_lift"])
     n_expert = layers[0]["n_expert"]
     with matplotlib.rc_context(STYLE):
@@ -116,7 +116,7 @@ def coactivation_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def agreement_figure(comparison: Sequence[Mapping[str, Any]], names: tuple[str, str]) -> Figure:
-    """Draw the agreement of two checkpoints by layer, and which of their experts go together."""
+    """Draw the agreement of two checkpoints by layer, and which of their experts correspond."""
     layers = [entry["layer"] for entry in comparison]
     n_expert = len(comparison[0]["matching"])
     shares = []

@@ -1,4 +1,4 @@
-"""How fast models read a prompt and write tokens: models take turns in one process, medians over rounds.
+"""Measures how fast models read a prompt and write tokens: models take turns in one process, medians over rounds.
 
 Shape legend: B sequences, T tokens of the prompt, V vocabulary.
 """
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Workload:
-    """What every contender does in a round.
+    """The work of every contender in a round.
 
     Attributes:
-        batch_sizes: Sequences generated at once, one measurement for each.
+        batch_sizes: Numbers of sequences generated at once, one measurement for each.
         prompt_length: Tokens of the prompt.
         new_tokens: Tokens to write.
-        rounds: Measured rounds; one more before them is not counted.
+        rounds: Measured rounds, after one warm-up round.
     """
 
     batch_sizes: tuple[int, ...]
@@ -62,7 +62,7 @@ class Timing:
 
 
 def contenders(model: GPT) -> tuple[dict[str, GPT], list[str]]:
-    """Return models to compare, and why one of them is missing.
+    """Return models to compare, and the reasons for a missing one.
 
     Args:
         model: A `litgpt.GPT`, in evaluation mode, with its weights.
@@ -85,7 +85,7 @@ def contenders(model: GPT) -> tuple[dict[str, GPT], list[str]]:
 
 
 def dense_twin(config: "Config") -> "Config":
-    """Return the configuration of a dense model whose feed-forward layers are as wide as a token's experts together."""
+    """Return the configuration of a dense model with feed-forward layers as wide as a token's experts together."""
     width = config.moe_intermediate_size or config.intermediate_size or 0
     shared = config.shared_expert_intermediate_size or width * (config.n_shared_expert or 0)
     kept = {name: value for name, value in asdict(config).items() if name not in expert_fields()}
@@ -94,7 +94,7 @@ def dense_twin(config: "Config") -> "Config":
 
 
 def initialized(config: "Config") -> GPT:
-    """Return a `litgpt.GPT` on the CPU with weights as `litgpt pretrain` starts with."""
+    """Return a `litgpt.GPT` on the CPU with the initial weights of `litgpt pretrain`."""
     from lightning import Fabric
     from litgpt.pretrain import initialize_weights
 
@@ -111,8 +111,8 @@ def benchmark(models: Mapping[str, GPT], workload: Workload, advance: Callable[[
 
     Args:
         models: `litgpt.GPT` models by name.
-        workload: What to do.
-        advance: Called with 1 after each generation; there are models x batch sizes x (rounds + 1) of them.
+        workload: The work of a round.
+        advance: Called with 1 after each of the models x batch sizes x (rounds + 1) generations.
     """
     timings = []
     for batch_size in workload.batch_sizes:
@@ -141,7 +141,7 @@ def benchmark(models: Mapping[str, GPT], workload: Workload, advance: Callable[[
 
 
 def _generate(model: GPT, batch_size: int, workload: Workload) -> tuple[tuple[float, float], int]:
-    """Return seconds to the first token and for the others, and the bytes of the cache."""
+    """Return the seconds to the first token and for the others, and the bytes of the cache."""
     weight, length = model.lm_head.weight, workload.prompt_length
     prompt_BT = torch.randint(0, model.config.vocab_size, (batch_size, length), device=weight.device)
     total = length + workload.new_tokens

@@ -1,4 +1,4 @@
-"""Reports as one HTML page that needs nothing else."""
+"""Reports as self-contained HTML pages."""
 
 import base64
 import html
@@ -19,11 +19,11 @@ _BREAKS = re.compile(r"\S*[/-]\S*")
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """Return a page of a heading and parts in HTML, without external resources.
+    """Return an HTML page of a heading and parts, without external resources.
 
     Args:
         title: Plain text.
-        parts: As those of `picture` and `table`.
+        parts: Results of `picture` and `table`.
     """
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
@@ -33,7 +33,7 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 
 def words(plain: str) -> str:
-    """Return plain text in HTML that is broken between words only: not within a path, a command or a name."""
+    """Return plain text as HTML that breaks lines only between words, not within a path, a command or a name."""
     return _BREAKS.sub(r'<span class="whole">\g<0></span>', html.escape(plain))
 
 
@@ -47,7 +47,7 @@ def picture(heading: str, caption: str, image: bytes) -> str:
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a table of plain texts that scrolls where it is too wide."""
+    """Return a table of plain texts that scrolls if it is too wide."""
     head = "".join(f"<th>{words(column)}</th>" for column in columns)
     body = "".join("<tr>" + "".join(f"<td>{words(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'

@@ -1,4 +1,4 @@
-"""A recipe or a checkpoint directory as the settings that can be judged before anything runs."""
+"""The settings of a recipe or a checkpoint directory, for judging them before anything runs."""
 
 import dataclasses
 import inspect
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from litgpt_moe_ext.inspect.cost.memory import Step
 
 
-# What is read here and by the doctor, in sections whole. LitGPT's other commands have more precisions.
+# Settings and whole sections that this module and the doctor read. LitGPT's other commands allow more precisions.
 _READ = (
     *("train", "eval", "ema", "distributed", "optimizer", "strategy", "devices", "num_nodes", "precision", "compile"),
     *("cuda_graphs", "activation_checkpointing", "fused_cross_entropy", "tokenizer_dir", "out_dir"),
@@ -42,9 +42,9 @@ class Recipe:
     """What is known about a model and its training before anything runs.
 
     Attributes:
-        config: The model.
+        config: The model's configuration.
         settings: The other settings of the recipe as plain data; empty for a checkpoint without hyperparameters.
-        checkpoint: The checkpoint directory that they are of, whose classes are not imported; None for a recipe.
+        checkpoint: The checkpoint directory of these settings, whose classes are not imported; None for a recipe.
     """
 
     config: "Config"
@@ -73,12 +73,12 @@ class Recipe:
 
     @property
     def tie_embeddings(self) -> bool:
-        """Whether token embedding and output head are one table."""
+        """Whether token embedding and output head share one table."""
         return bool(self.train.get("tie_embeddings"))
 
     @property
     def averages(self) -> bool:
-        """Whether there is a moving average of the weights."""
+        """Whether the run keeps a moving average of the weights."""
         return (self.settings.get("ema") or {}).get("decay") is not None
 
     @property
@@ -174,13 +174,13 @@ def _of_file(path: Path) -> Recipe:
             return Recipe(cast("Config", LitGPTConfig(**model)), settings)
         if settings.get("model_name"):
             return Recipe(cast("Config", LitGPTConfig.from_name(settings["model_name"])), settings)
-    except (TypeError, ValueError, AssertionError) as error:  # how LitGPT and this plugin refuse fields of a Config
+    except (TypeError, ValueError, AssertionError) as error:  # raised by LitGPT and this plugin for wrong fields
         raise SettingsError(f"recipe: {str(path)!r} must have a valid model_config: {one_line(error)}") from error
     raise SettingsError(f"recipe: {str(path)!r} must have model_config or model_name, like those in configs/")
 
 
 def _check_types(settings: dict[str, Any], section: Any) -> None:
-    # What is null, or no setting of a run of this package, is passed over: another program may have written it.
+    # Nulls and unknown settings are skipped, as another program may have written them.
     for setting in dataclasses.fields(section):
         value, kind, name = settings.get(setting.name), setting.type, section.name_of(setting.name)
         if value is None:

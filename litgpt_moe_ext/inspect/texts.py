@@ -1,4 +1,4 @@
-"""Text to look at a model with: files, or what a prepared data set holds, as tokens with their places in the text."""
+"""Texts for inspecting a model, from files or a prepared dataset, as tokens with their positions in the text."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,8 +33,8 @@ class EncodedDocument(NamedTuple):
         name: Where it comes from.
         text: The text.
         ids: Its tokens.
-        spans: First character of each token and the one after its last; a part of a character has the span of all of
-            it.
+        spans: First character of each token and the one after its last; a token of part of a character has the span of
+            the whole character.
     """
 
     name: str
@@ -69,13 +69,14 @@ def open_tokens(data: Path, tokenizer: "Tokenizer") -> np.ndarray:
 
     Args:
         data: A shard file, or a folder with `val*.bin`.
-        tokenizer: That of the model, in which a prepared corpus must be; other shards do not say in which they are.
+        tokenizer: The model's tokenizer, which a prepared corpus must use; other shards do not record theirs.
 
     Returns:
         (N,) token ids, memory-mapped where they are in one file.
 
     Raises:
-        SettingsError: If there is no such file, none in the folder, it is not a shard, or has other tokens.
+        SettingsError: If there is no such file, the folder has none, it is not a shard, or its tokens are another
+            tokenizer's.
     """
     paths = sorted(data.glob(VALIDATION_SHARDS)) if data.is_dir() else [data]
     if not (paths and paths[0].is_file()):
@@ -103,7 +104,7 @@ def processor_of(tokenizer: "Tokenizer") -> "HuggingFaceTokenizer":
     """Return the tokenizer of Hugging Face's library inside LitGPT's.
 
     Raises:
-        SettingsError: If there is another, whose tokens have no places in the text.
+        SettingsError: If it is of another library, which gives no positions of tokens in the text.
     """
     from tokenizers import Tokenizer as HuggingFaceTokenizer
 
@@ -119,7 +120,7 @@ def shard_documents(tokens: Iterable[int], tokenizer: "Tokenizer", name: str) ->
 
     Args:
         tokens: Token ids, in which the end-of-text token separates documents.
-        tokenizer: The tokenizer they were made with.
+        tokenizer: The tokenizer that encoded them.
         name: Name of the shard.
     """
     documents = itertools.groupby((int(token) for token in tokens), key=lambda token: token == tokenizer.eos_id)
@@ -132,7 +133,7 @@ def encode(documents: Iterable[Document], tokenizer: "Tokenizer", max_tokens: in
     """Tokenize until there are `max_tokens` tokens; the last document is cut there.
 
     Raises:
-        SettingsError: If the tokenizer does not say where tokens lie in the text, or there is no text.
+        SettingsError: If the tokenizer gives no positions of tokens in the text, or there is no text.
     """
     processor, encoded, total = processor_of(tokenizer), [], 0
     for document in documents:

@@ -1,1 +1,1 @@
-"""Does it pay? Twins of equal cost, grids of runs over seeds, and what their results mean."""
+"""Studies of whether something pays off: twins of equal cost, grids of runs over seeds, and analysis of the results."""

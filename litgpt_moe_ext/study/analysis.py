@@ -1,4 +1,4 @@
-"""What the numbers of several runs say: intervals over seeds, the compute multiplier, break-even times."""
+"""Statistics over several runs: intervals over seeds, the compute multiplier, break-even times."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ _RESAMPLES = 1000
 
 
 class Interval(NamedTuple):
-    """An estimate with its confidence interval; nan where there are too few values for one."""
+    """An estimate with its confidence interval; nan if there are too few values."""
 
     value: float
     low: float
@@ -17,7 +17,7 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Return the mean of independent runs and its 95 % interval by Student's t distribution, if all are finite."""
+    """Return the mean of independent runs and, if all are finite, its 95 % interval by Student's t distribution."""
     from scipy.stats import t
 
     mean = float(np.mean(values))
@@ -30,17 +30,17 @@ def mean_interval(values: Sequence[float]) -> Interval:
 def differences(arms: Mapping[str, Mapping[Hashable, float]], control: str, level: float = 0.95) -> dict[str, Interval]:
     """Return how much higher each arm is than the control in the same blocks, by least squares.
 
-    A value is its arm's level, plus its block's, plus noise that has one size in all arms; so the interval of a
-    difference learns the noise from every arm. With two arms this is the paired t test. An arm's own two or three
-    differences would tell little: by chance they are often alike, which makes an interval too short to believe.
+    The model is a level per arm, plus a level per block, plus noise of equal size in all arms, so every arm contributes
+    to the noise estimate of each interval. With two arms this is the paired t test. An arm's own two or three
+    differences would not suffice: by chance they are often alike, which makes the interval far too short.
 
     Args:
-        arms: Values by arm and block, such as a seed; blocks may lack in some arms.
+        arms: Values by arm and block, such as a seed; arms may lack some blocks.
         control: The arm that the others are compared with.
         level: Confidence of each interval.
 
     Returns:
-        An interval for every arm but the control that has a block in common with it.
+        An interval for every other arm that has a block in common with the control.
     """
     from scipy.stats import t
 
@@ -54,7 +54,7 @@ def differences(arms: Mapping[str, Mapping[Hashable, float]], control: str, leve
     values = np.array([value for values in compared for value in values.values()], dtype=float)
     design = np.zeros((len(rows), len(compared) + len(column_of)))
     for row, (arm, block) in enumerate(rows):
-        # Levels count from the control's, whose own column stays 0.
+        # Levels are relative to the control's, whose own column stays 0.
         design[row, arm], design[row, len(compared) + block] = float(arm > 0), 1.0
     inverse = np.linalg.pinv(design.T @ design)
     fitted = inverse @ design.T @ values
@@ -68,17 +68,17 @@ def differences(arms: Mapping[str, Mapping[Hashable, float]], control: str, leve
 
 
 def compute_multiplier(dense: Sequence[tuple[float, float]], moe: Sequence[tuple[float, float]]) -> Interval:
-    """Return how many times the FLOPs of the MoE runs the dense family needs for the same loss.
+    """Return how many times the MoE runs' FLOPs the dense models need for the same loss.
 
-    A power law, `loss = a FLOPs^-b`, is fitted to the dense runs; the multiplier is the geometric mean over the MoE
-    runs, the interval the middle 95 % of the bootstrap over runs.
+    A power law, `loss = a FLOPs^-b`, is fitted to the dense runs. The multiplier is the geometric mean over the MoE
+    runs, the interval the middle 95 % of a bootstrap over runs.
 
     Args:
         dense: FLOPs and loss of each dense run, at two budgets or more.
         moe: FLOPs and loss of each MoE run.
 
     Raises:
-        ValueError: If the dense runs have one budget only, or do not get better with compute.
+        ValueError: If the dense runs have only one budget, or do not improve with compute.
     """
     generator = np.random.default_rng(0)
     dense_log, moe_log = np.log(np.array(dense, dtype=float)), np.log(np.array(moe, dtype=float))
@@ -103,14 +103,14 @@ def _multiplier(dense_log: np.ndarray, moe_log: np.ndarray) -> float:
 
 
 def break_even(dense: tuple[np.ndarray, np.ndarray], moe: tuple[np.ndarray, np.ndarray]) -> float | None:
-    """Return the time from which on the MoE has no higher loss than the dense model at equal time.
+    """Return the time from which on the MoE's loss is no higher than the dense model's at equal time.
 
     Args:
-        dense: Seconds, ascending, and losses.
-        moe: The same of the MoE model.
+        dense: Seconds, ascending, and losses of the dense model.
+        moe: Seconds, ascending, and losses of the MoE model.
 
     Returns:
-        Seconds; None if it is never so, within the time that both have.
+        Seconds; None if that never happens within the time that both have.
     """
     end = min(dense[0][-1], moe[0][-1])
     begin = max(dense[0][0], moe[0][0])

@@ -1,4 +1,4 @@
-"""Which arms of a study differ from its control."""
+"""Comparison of a study's arms with its control."""
 
 import math
 from collections.abc import Hashable, Sequence
@@ -15,9 +15,9 @@ class Difference(NamedTuple):
     """An arm's validation loss minus that of the control at the same place in the grid.
 
     Attributes:
-        alone: With an interval that holds for this arm.
-        together: With one so wide that all of the study's hold at once.
-        pairs: Of each seed that both have.
+        alone: The difference, with an interval that holds for this arm by itself.
+        together: The difference, with a wider interval such that all intervals of the study hold at once.
+        pairs: The difference at each seed that both have.
     """
 
     alone: Interval
@@ -26,7 +26,7 @@ class Difference(NamedTuple):
 
 
 def grouped(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Return the results by arm and place in the grid: those that differ by seed only."""
+    """Return the results grouped by arm and place in the grid, so that a group's runs differ only by seed."""
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(result.run.label, []).append(result)
@@ -34,17 +34,17 @@ def grouped(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def compared(study: Study, groups: dict[str, list[Result]]) -> dict[str, Difference]:
-    """Return the difference of each group but the control's, where seeds allow one."""
+    """Return the difference of each group except the control's, if they share seeds."""
     arms: dict[str, dict[Hashable, float]] = {}
     for label, group in groups.items():
-        # A block is a seed at a place of the grid, so the control of all places is one arm.
+        # A block is a seed at a place in the grid, so the control is one arm over all places.
         name = _CONTROL if group[0].run.arm == study.control else label
         losses: dict[Hashable, float] = {
             (*map(str, result.run.point.values()), result.run.seed): result.val_loss for result in group
         }
         arms.setdefault(name, {}).update({block: loss for block, loss in losses.items() if math.isfinite(loss)})
     alone = differences(arms, _CONTROL, _LEVEL)
-    # Bonferroni: the chances that an interval misses add up to at most 5 %.
+    # Bonferroni: the intervals' error probabilities add up to at most 5 %.
     together = differences(arms, _CONTROL, 1 - (1 - _LEVEL) / max(1, len(alone)))
     control = arms.get(_CONTROL, {})
     pairs = {
@@ -54,7 +54,7 @@ def compared(study: Study, groups: dict[str, list[Result]]) -> dict[str, Differe
 
 
 def comparison(study: Study, groups: dict[str, list[Result]]) -> list[str]:
-    """Return in words which groups differ from the control."""
+    """Return lines that say which groups differ from the control."""
     found = compared(study, groups)
     if not any(math.isfinite(difference.alone.low) for difference in found.values()):
         return []
@@ -72,7 +72,7 @@ def comparison(study: Study, groups: dict[str, list[Result]]) -> list[str]:
 
 
 def signed_interval(interval: Interval, digits: int) -> str:
-    """Return a difference with its interval, as far as there is one."""
+    """Return a difference as text, with its interval if there is one."""
     value, low, high = (f"{number:+.{digits}f}" for number in interval)
     return value if math.isnan(interval.low) else f"{value} ({low} to {high})"
 

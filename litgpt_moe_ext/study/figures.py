@@ -1,4 +1,4 @@
-"""The pictures of a study: loss, balance, and how far each arm is from the control."""
+"""The pictures of a study: loss, balance, and each arm's difference from the control."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,12 +13,12 @@ from litgpt_moe_ext.study.compare import Difference
 from litgpt_moe_ext.study.results import EVEN, MAX_VIO, Curve, Result
 from litgpt_moe_ext.study.search import by_place, mean_val_loss
 
-# Of the newest value in a smoothed curve.
+# Weight of the newest value in a smoothed curve.
 _NEW_WEIGHT = 0.2
 
 
 def difference_figure(found: dict[str, Difference]) -> Figure:
-    """Draw every group's difference to the control: its interval alone, that of all together, and each seed's."""
+    """Draw every group's difference from the control: its own interval, the joint one, and each seed's value."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 0.6 + 0.26 * len(found)), layout="constrained")
         axes = figure.subplots()
@@ -37,7 +37,7 @@ def difference_figure(found: dict[str, Difference]) -> Figure:
 
 
 def loss_figure(groups: dict[str, list[Result]]) -> Figure:
-    """Draw the loss of each group over tokens, FLOPs and, where runs had their device for themselves, seconds."""
+    """Draw the loss of each group over tokens, FLOPs and, for runs that did not share their device, seconds."""
     axes_of: list[tuple[str, Callable[[Result, Curve], np.ndarray]]] = [
         ("tokens", lambda _result, curve: curve.tokens),
         ("training FLOPs", lambda result, curve: curve.tokens * result.flops_per_token),
@@ -58,7 +58,7 @@ def loss_figure(groups: dict[str, list[Result]]) -> Figure:
             axes.set_xlabel(name)
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.grid(alpha=0.25, linewidth=0.5)
-        # All arms fall alike at first; that would leave no room for where they part.
+        # Leave out the steep start, where all arms are alike: it would squeeze the part where they differ.
         drawn = [np.asarray(line.get_ydata()) for line in figure.axes[0].lines]
         drawn = [loss[np.isfinite(loss)] for loss in drawn]
         figure.axes[0].set_ylim(
@@ -70,7 +70,7 @@ def loss_figure(groups: dict[str, list[Result]]) -> Figure:
 
 
 def search_figure(searched: Sequence[str], groups: dict[str, list[Result]]) -> Figure:
-    """Draw the validation loss of every point over each setting that was searched."""
+    """Draw the validation loss of every point over each searched setting."""
     places = by_place(searched, groups)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(max(5.0, min(10.0, 3.4 * len(searched))), 3.2), layout="constrained")
@@ -126,17 +126,17 @@ def _legend(figure: Figure, groups: Mapping[str, Any], shown: Sequence[str] | No
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Return the exponential average of a curve, of what there is at its start."""
+    """Return the exponential moving average of a curve, without bias at its start."""
     averages, average = np.empty(len(values)), 0.0
     for i, value in enumerate(values):
         weight = max(_NEW_WEIGHT, 1 / (i + 1))
-        average = (1 - weight) * average + weight * value  # so that it stays infinite where it was
+        average = (1 - weight) * average + weight * value  # stays infinite once it is
         averages[i] = average
     return averages
 
 
 def mean(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean of curves over their places, as far as the shortest one goes; nothing where there is none."""
+    """Return the mean of curves, up to the end of the shortest; empty if there are none."""
     if not curves:
         return np.empty(0), np.empty(0)
     length = min(len(values) for _, values in curves)

@@ -16,7 +16,7 @@ from litgpt_moe_ext.study.search import searched_points
 
 _KEYS = ("question", "recipe", "seeds", "settings", "arms", "grid", "search", "compare", "control")
 _SCALE_KEYS = ("settings", "grid")
-# What a study gives each of its runs.
+# Settings that a study itself sets for its runs.
 _OF_THE_STUDY = {
     "seed": "seeds has those of all runs",
     "out_dir": "each run has a folder of its own in that of the study",
@@ -29,11 +29,11 @@ def load_study(path: Path, scale: Path | None = None) -> Study:
 
     Args:
         path: The study.
-        scale: A YAML file with `settings`, which are added to the study's, and `grid`, whose values take the place of
-            those of the study's grid; the arms stay as they are.
+        scale: A YAML file with `settings`, which are added to the study's, and `grid`, whose values replace those in
+            the study's grid; the arms stay the same.
 
     Raises:
-        SettingsError: If one of them is not such a file.
+        SettingsError: If a file is not what it should be.
     """
     content, name = _scaled(path, scale)
     arms, seeds = _arms(content), _seeds(content)
@@ -59,7 +59,7 @@ def load_study(path: Path, scale: Path | None = None) -> Study:
 
 
 def _scaled(path: Path, scale: Path | None) -> tuple[dict[str, Any], str]:
-    # What a study file says at a scale, and what the study is called there.
+    # The content of a study file at a scale, and the study's name there.
     content = _content(path, "study", _KEYS)
     if scale is None:
         return content, path.stem
@@ -108,7 +108,7 @@ def _refuse_those_of_the_study(groups: Iterable[Group]) -> None:
 
 def _refuse_repeated(runs: list[Run]) -> None:
     times = Counter(run.title for run in runs)
-    if repeated := [title for title in times if times[title] > 1]:  # which would pass for two runs that agree
+    if repeated := [title for title in times if times[title] > 1]:  # would look like two runs that agree
         raise SettingsError(f"seeds, grid: {repeated[0]!r} occurs twice; remove one of them")
     trained: dict[str, Run] = {}
     for run in runs:
@@ -128,7 +128,7 @@ def _content(path: Path, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _choices(name: str, values: Any) -> list[tuple[Any, dict[str, Any]]]:
-    # What the grid calls each of the values, and the settings that it stands for.
+    # Each value's name in the grid, and the settings that it stands for.
     if isinstance(values, list) and values:
         return [(value, {name: value}) for value in values]
     if isinstance(values, dict) and values and all(isinstance(value, dict) for value in values.values()):

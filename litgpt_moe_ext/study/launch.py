@@ -1,7 +1,7 @@
-"""The runs of a study as processes: a few at a time, each once, whatever happens in between.
+"""The runs of a study as processes: a few at a time, each finished exactly once, even across interruptions.
 
-A run lives in a folder named by the hash of its settings. It is continued there by `--resume auto`, and marked as
-finished by a file that is written last, so a study that was killed goes on where it was.
+A run has a folder named by the hash of its settings. It is continued there by `--resume auto`, and a file written last
+marks it as finished, so a killed study continues where it was.
 """
 
 import contextlib
@@ -34,17 +34,17 @@ if TYPE_CHECKING:
 FINISHED = "finished.json"
 _LOCK = ".study.lock"  # the run itself has another
 _LOOK_EVERY = 0.5  # seconds
-_LAST_BYTES = 4000  # of a run's output, in which its last line is
+_LAST_BYTES = 4000  # bytes at the end of a run's output that contain its last line
 _TRAIN = "import sys; from litgpt_moe_ext.cli.main import main; sys.exit(main(['train', *sys.argv[1:]]))"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a study may take.
+    """The limits of a study.
 
     Attributes:
         places: Where runs are trained, and how many at a time.
-        seconds: Time after which runs are stopped; the next call continues them. None for no end.
+        seconds: Time after which runs are stopped; the next call continues them. None for no limit.
     """
 
     places: Places = Places()
@@ -59,14 +59,14 @@ def is_finished(runs_dir: Path, run: Run) -> bool:
 def check(runs: Iterable[Run]) -> None:
     """Raise SettingsError, with the run's name, if the settings of an arm or of a place in the grid are wrong.
 
-    They are also wrong if the run would leave nothing that can be compared: no line in its log, or no validation loss.
+    They are also wrong if the run would leave nothing to compare: no line in its log, or no validation loss.
     """
     from litgpt_moe_ext.cli.settings import settings_of
     from litgpt_moe_ext.training.plan import check_plan
 
     seen: set[str] = set()
     for run in runs:
-        # Not every combination: that of some hundred points would take minutes.
+        # Not every combination: with hundreds of points that would take minutes.
         new = {run.arm, str(run.point)} - seen
         if new:
             try:
@@ -80,7 +80,7 @@ def check(runs: Iterable[Run]) -> None:
 def _nothing_to_compare(plan: "Plan") -> Iterator[str]:
     train, judge = plan.settings.train, plan.settings.eval
     if train.epochs is not None:
-        return  # only the data says how many steps that is
+        return  # the number of steps depends on the data
     if plan.total_steps < train.log_interval:
         yield (
             f"train.log_interval: {train.log_interval} must be at most the {counted(plan.total_steps, 'step')} of the "
@@ -109,13 +109,13 @@ class Outcome(NamedTuple):
 def train(runs: Iterable[Run], runs_dir: Path, limits: Limits, say: Callable[[str], None] = print) -> Outcome:
     """Train the runs that are not finished.
 
-    After SIGINT, SIGTERM or SIGUSR1 no run begins any more, and those that train save and end.
+    After SIGINT, SIGTERM or SIGUSR1 no further run begins, and running ones save and end.
 
     Args:
         runs: The runs.
-        runs_dir: Where each has its folder.
-        limits: What they may take.
-        say: Takes a line whenever a run ends.
+        runs_dir: Folder of the runs' folders.
+        limits: Their limits.
+        say: Called with a line whenever a run ends.
     """
     waiting = [run for run in runs if not is_finished(runs_dir, run)]
     end = None if limits.seconds is None else time.monotonic() + limits.seconds
@@ -142,10 +142,10 @@ class _Trainer:
     """Trains runs, as many at a time as there are places.
 
     Args:
-        runs_dir: Where each has its folder.
+        runs_dir: Folder of the runs' folders.
         places: Where they are trained.
-        stopped: Returns why no run begins any more, and those that train are to end; empty while they go on.
-        say: Takes a line whenever a run is finished.
+        stopped: Returns why runs must end and none may begin; empty to continue.
+        say: Called with a line whenever a run is finished.
     """
 
     def __init__(self, runs_dir: Path, places: Places, stopped: Callable[[], str], say: Callable[[str], None]) -> None:
@@ -155,7 +155,7 @@ class _Trainer:
             self._free.put(place)
 
     def train(self, run: Run) -> str | None:
-        """Train a run, and return what went wrong, or nothing; None if it was not begun."""
+        """Train a run and return what went wrong, empty if nothing; None if it was not begun."""
         if self._stopped():
             return None
         out_dir = self._runs_dir / run.key
@@ -175,7 +175,7 @@ class _Trainer:
     def _train_in(self, place: int, run: Run, out_dir: Path) -> str:
         output = out_dir / "output.txt"
         earlier = output.stat().st_size if output.exists() else 0
-        trained_on = TrainedOn.here(self._places, place)  # not afterwards: by then the code may be another
+        trained_on = TrainedOn.here(self._places, place)  # now, as the code may change during the run
         command = [sys.executable, "-c", _TRAIN, *run.flags(out_dir)]
         status = _process(command, output, self._places.environment(place), self._stopped)
         if status == 0:
@@ -207,8 +207,8 @@ def _process(command: Sequence[str], log: Path, environment: dict[str, str], sto
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            # A study that is killed must not leave runs behind that the next one would meet in their folders. The
-            # pool's threads, which start the runs, outlive them.
+            # A killed study must not leave runs behind that the next study would find in their folders. The signal
+            # comes when the starting thread ends, but the pool's threads outlive their runs.
             preexec_fn=partial(die_with_parent, os.getpid()) if sys.platform == "linux" else None,
         )
         while not stopped():
@@ -228,5 +228,5 @@ def slurm_script(command: str, runs: int, gpus: int) -> str:
     """
     lines = ["#!/bin/bash", f"#SBATCH --array=0-{runs - 1}", "#SBATCH --output=slurm-%A-%a.out"]
     lines += [f"#SBATCH --gres=gpu:{gpus}"] if gpus else []
-    # The signal reaches what srun starts, not what runs beside it.
+    # The signal reaches only processes that srun starts.
     return "\n".join((*lines, "#SBATCH --signal=SIGUSR1@300", f'srun {command} --only "$SLURM_ARRAY_TASK_ID"', ""))

@@ -1,4 +1,4 @@
-"""The settings of a study file by the names of flags, which say what each run is."""
+"""The settings of a study file by the names of flags, which identify each run."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -9,9 +9,9 @@ Group = tuple[str, dict[str, Any]]  # where settings stand in the file, and thei
 
 
 def by_name(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings by flag, where sections are nested as in a recipe: what they do not name stays the recipe's.
+    """Return settings by flag, from sections nested as in a recipe; settings not named keep the recipe's values.
 
-    A class, and what is given under a name with dots, is one value.
+    A class, and anything under a dotted name, is one value.
     """
     return dict(_flat(settings))
 
@@ -25,11 +25,11 @@ def _flat(settings: dict[str, Any], parents: str = "") -> Iterator[tuple[str, An
 
 
 def refuse_two_values(grid: Iterable[Group], arms: Iterable[Group]) -> None:
-    """Raise SettingsError if a place in the grid is not the only one to set what it sets, and by which runs are called.
+    """Raise SettingsError if a setting of the grid, by which runs are named, is set a second time.
 
     Args:
-        grid: What each of its values sets, and what the search does.
-        arms: What each arm sets.
+        grid: The settings of each of the grid's values and of the search.
+        arms: The settings of each arm.
     """
     varied: dict[str, str] = {}
     for where, settings in grid:
@@ -42,7 +42,7 @@ def refuse_two_values(grid: Iterable[Group], arms: Iterable[Group]) -> None:
 
 
 def _refuse_second(where: str, name: str, value: Any, varied: dict[str, str]) -> None:
-    # A class, or another value of several settings, also takes the place of what was given for one of them before.
+    # A class, or any value of several settings, also replaces earlier values of those settings.
     names = set(_all_names(name, value))
     for other, first in varied.items():
         if first != where and (other in names or other.startswith(f"{_short(name)}.")):

@@ -1,4 +1,4 @@
-"""A study as one page: what was asked, what the arms reached over seeds, curves, balance, and the raw numbers."""
+"""A study as one page: its question, the arms' results over seeds, curves, balance, and the raw numbers."""
 
 import base64
 import csv
@@ -49,8 +49,8 @@ def study_page(study: Study, results: Sequence[Result], missing: int, command: s
     Args:
         study: The study.
         results: Its finished runs.
-        missing: How many others are not finished.
-        command: What repeats it.
+        missing: Number of unfinished runs.
+        command: The command that repeats the study.
     """
     notes = [study.question, f"Repeat it: {command}"]
     if missing:
@@ -80,7 +80,7 @@ def study_page(study: Study, results: Sequence[Result], missing: int, command: s
 
 
 def trained_on(results: Sequence[Result]) -> list[str]:
-    """Return a line for each kind of place where runs were trained, and one if their seconds say nothing."""
+    """Return a line for each kind of place where runs were trained, and one if their times are meaningless."""
     kinds = Counter(str(result.trained_on) for result in results if result.trained_on is not None)
     lines = []
     for kind, number in kinds.items():
@@ -113,13 +113,13 @@ def rows(study: Study, groups: dict[str, list[Result]]) -> list[tuple[str, ...]]
 
 
 def verdicts(study: Study, results: Sequence[Result]) -> list[str]:
-    """Return what the study says: which arms differ from the control, compute multiplier and break-even time."""
+    """Return the study's conclusions: arms that differ from the control, compute multiplier, break-even time."""
     groups = grouped(results)
     lines = comparison(study, groups) + (best_in_words(study.searched, groups) if study.searched else [])
     if not study.compare:
         return lines
     moe, dense = ([result for result in results if result.run.arm == study.compare[side]] for side in ("moe", "dense"))
-    # A run that came to nothing has no loss.
+    # A diverged run has no finite loss.
     costs, reached = ([(r.flops, r.val_loss) for r in side if math.isfinite(r.val_loss)] for side in (dense, moe))
     if len({result.run.point.get(BUDGET) for result in dense}) >= 2 and costs and reached:
         try:
@@ -142,7 +142,7 @@ def verdicts(study: Study, results: Sequence[Result]) -> list[str]:
 
 
 def _shown(cells: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    # Columns that say something, and numbers that are not broken between lines.
+    # Only columns with values, and numbers that do not break over lines.
     said = [i for i in range(len(COLUMNS)) if any(row[i] != "-" for row in cells)]
     return [COLUMNS[i] for i in said], [
         [row[0], *(row[i].replace(" ", "\N{NO-BREAK SPACE}") for i in said[1:])] for row in cells
@@ -157,7 +157,7 @@ def _row(label: str, group: Sequence[Result], difference: str) -> tuple[str, ...
         label,
         str(len(group)),
         f"{interval.value:.3f}",
-        f"{np.min(losses):.3f} to {np.max(losses):.3f}",  # nan if one is, wherever it stands
+        f"{np.min(losses):.3f} to {np.max(losses):.3f}",  # nan if any loss is
         "-" if math.isnan(interval.low) else f"{interval.low:.3f} to {interval.high:.3f}",
         difference,
         _number(float(np.mean([result.train_loss for result in group])), ".3f"),

@@ -1,4 +1,4 @@
-"""Where the runs of a study are trained: on which device each is, what it shares with others, and by which code."""
+"""Where the runs of a study are trained: on which device, shared with how many others, and with which code."""
 
 import os
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from litgpt_moe_ext.software import software
 
 @dataclass(frozen=True)
 class Places:
-    """Room for several runs at a time.
+    """Places for several runs at a time.
 
     Attributes:
         jobs: Runs at a time.
-        gpus: GPUs among which they are shared out; 0 trains on the CPU.
+        gpus: GPUs to distribute them over; 0 trains on the CPU.
     """
 
     jobs: int = 1
@@ -23,11 +23,11 @@ class Places:
 
     @property
     def together(self) -> int:
-        """How many runs at most use a GPU, or a core, at a time."""
+        """Maximum number of runs that use a GPU, or a core, at a time."""
         return -(-self.jobs // (self.gpus or count_cores()))
 
     def environment(self, place: int) -> dict[str, str]:
-        """Return the environment of the run in a place, a number from 0: that of this process, with its share."""
+        """Return the environment of the run in a place (from 0): this process's, with its share of cores and GPUs."""
         # Several processes with one thread each are faster than one process with several.
         environment = {"OMP_NUM_THREADS": str(max(1, count_cores() // self.jobs)), **os.environ}
         if self.gpus:
@@ -39,13 +39,13 @@ class Places:
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """What a finished run was trained on.
+    """Where and with what a finished run was trained.
 
     Attributes:
         device: Name of the GPU, or CPU.
-        precision: Of the calculation, as Fabric calls it, where the run's settings name none.
+        precision: Precision by Fabric's name, if the run's settings name none.
         together: How many runs used the device, or a core of it, at a time.
-        software: This package, by version or commit, and torch; empty where that is not known.
+        software: Version or commit of this package, and version of torch; empty if unknown.
     """
 
     device: str
@@ -55,7 +55,7 @@ class TrainedOn:
 
     @classmethod
     def here(cls, places: Places, place: int) -> "TrainedOn":
-        """Return what describes the run in a place on this machine."""
+        """Return the description for a run in a place on this machine."""
         import torch
 
         from litgpt_moe_ext.training.parallel.accelerator import accelerator_here, default_precision
@@ -65,11 +65,11 @@ class TrainedOn:
 
     @classmethod
     def read(cls, content: Mapping[str, Any], precision: str | None) -> "TrainedOn | None":
-        """Return what a finished run's file says, None where it says nothing.
+        """Return the description in a finished run's file, or None if it has none.
 
         Args:
-            content: The file's.
-            precision: Of the run's settings.
+            content: Content of the file.
+            precision: Precision in the run's settings.
         """
         found = content.get("trained_on")
         return None if found is None else cls(**(found | ({"precision": precision} if precision else {})))

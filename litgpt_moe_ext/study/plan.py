@@ -1,4 +1,4 @@
-"""The runs of a study: what is compared, at which place of the grid, with which seed."""
+"""The runs of a study: their arms, places in the grid, and seeds."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ class Run:
     """One training.
 
     Attributes:
-        arm: What is compared.
+        arm: Name of the arm, the variant that is compared.
         point: Its place in the grid, by setting.
         seed: Its seed.
         recipe: The recipe.
@@ -29,7 +29,7 @@ class Run:
 
     @property
     def key(self) -> str:
-        """What makes the run another one: a hash of the recipe's content, the settings and the seed."""
+        """Identifies the run: a hash of the recipe's content, the settings and the seed."""
         content = [self.recipe.read_text(encoding="utf-8"), self.settings, self.seed]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -52,13 +52,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """What a study file says.
+    """The content of a study file.
 
     Attributes:
         name: Name of the file.
-        question: What the study is to answer.
+        question: The question that the study answers.
         runs: Every run, all seeds of the smallest budget first.
-        compare: The arms `moe` and `dense` whose compute multiplier is wanted; empty for none.
+        compare: The arms `moe` and `dense` to compute the compute multiplier of; empty for none.
         control: The arm that the others are compared with.
         searched: Settings that are searched; empty for none.
     """

@@ -1,4 +1,4 @@
-"""Recipes as they are written for people: another model in the same text, with the comments that still apply."""
+"""Recipes as text for people: another model in the same text, keeping the comments that still apply."""
 
 import copy
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from litgpt_moe_ext.study.twin import Equality, Experts, dense_twin, moe_twin
 
 
 def twin_settings(settings: dict[str, Any], by: Equality, experts: Experts | None = None) -> dict[str, Any]:
-    """Return the settings of a recipe with its model's twin in the model's place.
+    """Return the settings of a recipe with its model replaced by the twin.
 
-    The model's name and `out_dir` end in `-dense` or `-moe`, so that twins do not share checkpoints.
+    The twin's name and `out_dir` end in `-dense` or `-moe`, so that twins do not share checkpoints.
 
     Args:
         settings: A recipe with `model_config`, as plain data; not changed.
-        by: What is equal.
-        experts: Those of the MoE model to make; None makes the dense model.
+        by: The cost that must be equal.
+        experts: Experts of the MoE twin; None makes a dense twin.
 
     Raises:
         SettingsError: If there is no such twin.
@@ -47,14 +47,14 @@ def twin_settings(settings: dict[str, Any], by: Equality, experts: Experts | Non
 def twin_text(recipe: Path, by: Equality, experts: Experts | None, header: Sequence[str]) -> str:
     """Return the text of a recipe's twin.
 
-    The comments of the recipe stay, but for its header, which describes the other model, and those above settings that
-    the twin does not have.
+    The recipe's comments stay, except its header, which describes the other model, and those above settings that the
+    twin lacks.
 
     Args:
         recipe: The recipe.
-        by: What is equal.
+        by: The cost that must be equal.
         experts: As in `twin_settings`.
-        header: Lines of the comment that the text begins with.
+        header: Lines of the comment at the top of the text.
 
     Raises:
         SettingsError: If the file is not a recipe or has no such twin.
@@ -70,14 +70,14 @@ def twin_text(recipe: Path, by: Equality, experts: Experts | None, header: Seque
         elif key.value == "out_dir":
             edited.replace(key, value, f"out_dir: {_plain(after['out_dir'])}")
     body = edited.text()
-    if load_value(body) != after:  # flow style, anchors: written anew, without comments
+    if load_value(body) != after:  # flow style or anchors: write it anew, without comments
         body = yaml.safe_dump(after, sort_keys=False)
     comment = [f"# {line}".rstrip() for text in header for line in text.splitlines()]  # a file's name may have several
     return "\n".join((*comment, "", body.lstrip("\n")))
 
 
 class _Lines:
-    # Lines of a YAML text, of which some are taken out and some put in.
+    # Lines of a YAML text, some of which are removed and some inserted.
 
     def __init__(self, lines: Sequence[str]) -> None:
         self._lines: list[str | None] = list(lines)
@@ -88,7 +88,7 @@ class _Lines:
         self._own = list(self._lines)
 
     def change(self, pairs: Sequence[tuple[yaml.Node, yaml.Node]], old: dict[str, Any], new: dict[str, Any]) -> None:
-        """Make a mapping of values what another one holds; what is added stands where `mlp_class_name` does."""
+        """Change a mapping to the values of another one; new keys are placed at `mlp_class_name`."""
         indent = pairs[0][0].start_mark.column
         added = [f"{' ' * indent}{name}: {_plain(new[name])}" for name in new if name not in old]
         for key, value in pairs:

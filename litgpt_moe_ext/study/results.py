@@ -1,4 +1,4 @@
-"""What the finished runs of a study reached, as rows and curves."""
+"""The results of a study's finished runs, as rows and curves."""
 
 import csv
 import io
@@ -23,12 +23,12 @@ from litgpt_moe_ext.study.text_bytes import bytes_per_token, validated_on
 from litgpt_moe_ext.study.twin import count
 
 MAX_VIO = "moe/max_vio"
-# The balance that a router is to reach, and the share of a run at its end over which balance and loss are averaged.
+# The balance that a router should reach, and the final fraction of a run over which balance and loss are averaged.
 EVEN, _LATE = 0.1, 0.2
 
 
 class Curve(NamedTuple):
-    """Values over what they cost."""
+    """Values over their cost."""
 
     tokens: np.ndarray
     seconds: np.ndarray
@@ -43,9 +43,9 @@ class Result:
         run: The run.
         log: Its log.
         parameters: Active parameters.
-        flops_per_token: FLOPs of training on a token.
-        bytes_per_token: Of the text it was validated on; nan if that is not known.
-        trained_on: Where it was trained; None if that is not known.
+        flops_per_token: Training FLOPs per token.
+        bytes_per_token: Bytes per token of the validation text; nan if unknown.
+        trained_on: Where it was trained; None if unknown.
     """
 
     run: Run
@@ -68,7 +68,7 @@ class Result:
 
     @property
     def bits_per_byte(self) -> float:
-        """The last validation loss in bits for each byte of the text."""
+        """The last validation loss in bits per byte of the text."""
         return self.val_loss / math.log(2) / self.bytes_per_token
 
     @property
@@ -83,15 +83,15 @@ class Result:
 
     @property
     def seconds(self) -> float:
-        """Seconds of the whole run; validations included, but for those after the last line of training.
+        """Seconds of the whole run, including validations except those after the last training line.
 
-        nan where no speed was logged.
+        nan if no speed was logged.
         """
         return float(self._seconds_after(np.array([self.tokens]))[0])
 
     @property
     def timed(self) -> bool:
-        """Whether its seconds say something: it had a GPU, or a core, for itself."""
+        """Whether its time is meaningful: it did not share its GPU, or cores."""
         return self.trained_on is None or self.trained_on.together == 1
 
     @property
@@ -103,8 +103,8 @@ class Result:
     def late_load_vio(self) -> float:
         """MaxVio of the mean load in the last fifth of the run, worst layer; nan without experts.
 
-        The tokens of one step fall unevenly by chance alone: with 16 experts that would get 512 each, the fullest of
-        four layers has 9 % more. Over many steps chance averages out, and what is left is the router's doing.
+        Within one step, tokens are uneven by chance alone: with 16 experts of 512 tokens each on average, the fullest
+        expert of four layers has 9 % more. Over many steps chance averages out, which leaves the router's imbalance.
         """
         _, loads = self.log.expert_load()
         means = [_late(load_EN).mean(axis=1) for load_EN in loads.values()]
@@ -112,13 +112,13 @@ class Result:
 
     @property
     def even_after(self) -> float:
-        """Tokens after which MaxVio stays at most 0.1; nan if it does not."""
+        """Tokens after which MaxVio stays at or below 0.1; nan if it never does."""
         tokens, values = self.log.series(MAX_VIO)
         index = first_below(values, EVEN)
         return float("nan") if index is None else float(tokens[index])
 
     def curve(self, metric: str) -> Curve:
-        """Return a metric over tokens and seconds; the time of a stop between two parts of a run does not count."""
+        """Return a metric over tokens and seconds, without the time between two parts of a run."""
         tokens, values = self.log.series(metric)
         return Curve(tokens, self._seconds_after(tokens), values)
 
@@ -126,7 +126,7 @@ class Result:
         at, speed = self.log.tokens_per_second()
         if not len(at):
             return np.full(len(tokens), np.nan)
-        # The first lines have no speed yet, and the last steps no line of training: the nearest measurement stands in.
+        # The first lines have no speed yet, and the last steps no training line: use the nearest measurement.
         at, speed = np.append(at, self.tokens), np.append(speed, speed[-1])
         seconds = np.cumsum(np.diff(at, prepend=0) / speed)
         return np.interp(tokens, np.append(0, at), np.append(0, seconds))
@@ -145,11 +145,11 @@ def read_results(runs: Sequence[Run], runs_dir: Path) -> list[Result]:
     """Return the finished runs.
 
     Args:
-        runs: Finished ones.
-        runs_dir: Where each has its folder.
+        runs: Finished runs.
+        runs_dir: Folder of the runs' folders.
 
     Raises:
-        SettingsError: If the log or the checkpoint of one was removed or damaged.
+        SettingsError: If a run's log or checkpoint was removed or damaged.
     """
     costs: dict[tuple[str, int], tuple[int, float]] = {}
     lengths: dict[tuple, float] = {}
@@ -160,7 +160,7 @@ def read_results(runs: Sequence[Run], runs_dir: Path) -> list[Result]:
         if not final.is_dir():
             raise SettingsError(f"study: {final} must exist for a finished run; remove {folder} to train it again")
         recipe = load_recipe(final)
-        # Attention costs the more, the longer the sequences are.
+        # The cost of attention depends on the sequence length.
         model = (final / CONFIG_FILE).read_text(encoding="utf-8"), recipe.sequence_length
         text = validated_on(recipe)
         if model not in costs:

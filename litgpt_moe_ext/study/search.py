@@ -1,7 +1,7 @@
-"""A search: settings tried at points that are spread evenly over their ranges, instead of in every combination.
+"""Searches: settings tried at points spread evenly over their ranges, instead of in every combination.
 
-The points follow from the study file alone, so they are runs like all others: several at a time, killed and continued,
-as a SLURM array. More points later train only those that are new.
+The points depend only on the study file, so they are runs like all others: several at a time, killed and continued, as
+a SLURM array. If more points are asked for later, only the new ones are trained.
 """
 
 import math
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from litgpt_moe_ext.study.results import Result
 
 _POINTS = "points"
-# Beyond so many settings the first points of Halton's sequence are no longer spread evenly.
+# With more settings, the first points of Halton's sequence are not spread evenly.
 _MOST = 6
 _MOST_POINTS = 10_000
 _LARGEST = 2**63 - 1
@@ -26,11 +26,11 @@ def searched_points(search: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the values of the searched settings at each point, each point once.
 
     Args:
-        search: What a study file says: `points`, how many, and by setting `{low: 1, high: 9}`, with `log: true` for a
-            range of magnitudes, or a list of values. Ends that are integers give integers.
+        search: The study file's section: `points`, their number, and for each setting `{low: 1, high: 9}`, with `log:
+            true` for a logarithmic range, or a list of values. Integer ends give integers.
 
     Raises:
-        SettingsError: If it says something else.
+        SettingsError: If it is anything else.
     """
     if not search:
         return [{}]
@@ -69,7 +69,7 @@ def _check(name: str, values: Any) -> None:
 
 
 def _value(values: Any, place: float) -> Any:
-    # The value at a place from 0 to 1 of its range.
+    # The value at a fraction, from 0 to 1, of its range.
     if isinstance(values, list):
         return values[int(place * len(values))]
     low, high = values["low"], values["high"]
@@ -81,7 +81,7 @@ def _value(values: Any, place: float) -> Any:
 
 
 def by_place(searched: Sequence[str], groups: Mapping[str, list["Result"]]) -> dict[str, dict[str, list["Result"]]]:
-    """Return the groups of a study by what was not searched, in words: arm and place in the grid."""
+    """Return a study's groups by the label of what was not searched: arm and place in the grid."""
     places: dict[str, dict[str, list[Result]]] = {}
     for label, group in groups.items():
         run = group[0].run
@@ -95,7 +95,7 @@ def best_points(searched: Sequence[str], groups: Mapping[str, list["Result"]]) -
     best = {}
     for points in by_place(searched, groups).values():
         losses = {label: mean_val_loss(group) for label, group in points.items()}
-        # A run that came to nothing has no number.
+        # A diverged run has no finite loss.
         label = min(losses, key=lambda label: (math.isnan(losses[label]), losses[label]))
         best[label] = points[label]
     return best

@@ -1,4 +1,4 @@
-"""Bytes per token of what a run was validated on, by which losses of different tokenizers compare."""
+"""Bytes per token of a run's validation text, which make losses of different tokenizers comparable."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from litgpt_moe_ext.inspect.recipes import Recipe
 
 
 def validated_on(recipe: Recipe) -> tuple[Any, ...]:
-    """Return what decides the text of a validation, as plain data that can be compared."""
+    """Return what determines the text of a validation, as comparable plain data."""
     batches = (recipe.settings.get("eval") or {}).get("max_iters", 100)
     text = tuple(str(recipe.settings.get(name)) for name in ("data", "tokenizer_dir"))
     return *text, recipe.sequence_length, recipe.micro_batch_size, batches
@@ -27,7 +27,7 @@ def bytes_per_token(recipe: Recipe, tokenizer_dir: Path) -> float:
         tokenizer_dir: The checkpoint.
 
     Returns:
-        Bytes of UTF-8; nan if the checkpoint has no tokenizer, or the corpus or its sources are not what they were.
+        Bytes of UTF-8; nan if the checkpoint has no tokenizer, or the corpus or its sources have changed.
     """
     from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt
     from litgpt_moe_ext.evaluation.perplexity import bytes_of
@@ -35,13 +35,13 @@ def bytes_per_token(recipe: Recipe, tokenizer_dir: Path) -> float:
     if not any(tokenizer_dir.glob("tokenizer.*")):
         return float("nan")
     tokenizer = open_as_litgpt(tokenizer_dir)
-    # All at once: where one row ends and the next begins, a character may be cut.
+    # All rows together, as a row border may split a character.
     targets = [token for row in _validation(recipe, tokenizer) for token in row[row >= 0].tolist()]
     return bytes_of(targets, tokenizer) / len(targets) if targets else float("nan")
 
 
 def _validation(recipe: Recipe, tokenizer: Any) -> list[torch.Tensor]:
-    """The targets of each row of a validation, as LitGPT's loop sees them; none if the text is not where it was."""
+    """Return the targets of each validation row, as LitGPT's loop sees them; empty if the text is no longer there."""
     from jsonargparse import ArgumentParser
     from litgpt.data import DataModule
 
@@ -56,11 +56,11 @@ def _validation(recipe: Recipe, tokenizer: Any) -> list[torch.Tensor]:
         return []
     data.connect(tokenizer=tokenizer, batch_size=recipe.micro_batch_size, max_seq_length=length)
     try:
-        # To prepare a corpus for this page alone would be a surprise.
+        # Do not prepare a corpus just for this page.
         with contextlib.redirect_stdout(io.StringIO()), only_finished():
             data.prepare_data()
             data.setup()
-    except (OSError, SettingsError):  # as where what it was made of is gone; a page of finished runs is worth more
+    except (OSError, SettingsError):  # such as missing sources, which should not prevent the page of finished runs
         return []
     count = validated_on(recipe)[-1]
     rows: list[torch.Tensor] = []

@@ -1,7 +1,7 @@
-"""Twins: the dense model that costs what an MoE model costs per token, and the MoE model of a dense one.
+"""Twins: the dense model with the cost per token of an MoE model, and vice versa.
 
-Cost is counted, by torch on tensors without memory: router, shared experts, attention and output head included. It is a
-straight line over the hidden width of the feed-forward layers, so two models give the width of the twin.
+The cost is counted by torch on tensors without memory, including router, shared experts, attention and output head. It
+is linear in the hidden width of the feed-forward layers, so two models determine the width of the twin.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 Equality = Literal["flops", "parameters"]
 
-# How far the cost of a twin may be from that of its sibling.
+# Largest relative difference between the costs of twins.
 TOLERANCE = 0.005
-# Widths that hardware likes, the best first.
+# Multiples for widths that suit the hardware, the best first.
 _MULTIPLES = (64, 32, 16, 8, 4, 2, 1)
 # LitGPT has an MoE class of its own, always with this activation.
 _LITGPT_MOE = "LLaMAMoE"
@@ -33,8 +33,8 @@ class Experts:
 
     Attributes:
         n_expert: Routed experts.
-        granularity: Experts that work on a token, shared ones included: each is about one in this many parts of the
-            dense layer.
+        granularity: Active experts per token, shared ones included; each is about this fraction (1 / granularity) of
+            the dense layer.
         n_shared_expert: How many of these are shared by all tokens.
     """
 
@@ -49,14 +49,14 @@ class Experts:
 
 
 def dense_twin(model: dict[str, Any], length: int, by: Equality = "flops") -> dict[str, Any]:
-    """Return the `model_config` of the dense model that costs as much per token, everything else alike.
+    """Return the `model_config` of the dense model of the same cost per token, everything else equal.
 
-    All layers have the same width, also where some of the MoE model's are dense.
+    All layers have the same width, even if some of the MoE model's are dense.
 
     Args:
         model: `model_config` of a recipe with MoE layers.
         length: Tokens of a training sequence, which attention depends on.
-        by: What is equal: the FLOPs of a training step, or the parameters that work on a token.
+        by: The cost that must be equal: the FLOPs of a training step, or the active parameters per token.
 
     Raises:
         SettingsError: If the model has no MoE layers, or no dense model comes within 0.5 % of its cost.
@@ -66,7 +66,7 @@ def dense_twin(model: dict[str, Any], length: int, by: Equality = "flops") -> di
             f"model_config.mlp_class_name: {model.get('mlp_class_name')} must be one of {', '.join(MOE_CLASS_NAMES)} "
             "to have a dense twin; `litgpt-moe twin RECIPE --n_expert N` makes an MoE model of a dense one"
         )
-    check_names(model)  # which knows the fields of extensions from then on
+    check_names(model)  # also makes the fields of extensions known
     twin = {name: value for name, value in model.items() if name not in expert_fields()}
     if model["mlp_class_name"] == _LITGPT_MOE:
         twin["mlp_class_name"] = "LLaMAMLP"
@@ -76,15 +76,15 @@ def dense_twin(model: dict[str, Any], length: int, by: Equality = "flops") -> di
 
 
 def moe_twin(model: dict[str, Any], length: int, experts: Experts, by: Equality = "flops") -> dict[str, Any]:
-    """Return the `model_config` of an MoE model that costs as much per token as a dense one, everything else alike.
+    """Return the `model_config` of an MoE model with the cost per token of a dense one, everything else equal.
 
-    Its router is the package's usual one: sigmoid scores whose chosen ones sum to 1, balanced by a bias.
+    Its router is the package's usual one: sigmoid scores, normalised over the chosen experts, balanced by a bias.
 
     Args:
         model: `model_config` of a recipe with dense layers.
         length: Tokens of a training sequence.
-        experts: Which experts.
-        by: What is equal, as in `dense_twin`.
+        experts: The experts of the twin.
+        by: The cost that must be equal, as in `dense_twin`.
 
     Raises:
         SettingsError: If the model has MoE layers already, its layer has no counterpart here, the numbers of experts
@@ -117,7 +117,7 @@ def moe_twin(model: dict[str, Any], length: int, experts: Experts, by: Equality 
 
 
 def cost(model: dict[str, Any], length: int, by: Equality) -> int:
-    """Return what a model costs: FLOPs of a training step on one sequence, or active parameters.
+    """Return the cost of a model: FLOPs of a training step on one sequence, or active parameters.
 
     Raises:
         SettingsError: If LitGPT or this package refuses the configuration.
@@ -127,13 +127,13 @@ def cost(model: dict[str, Any], length: int, by: Equality) -> int:
     check_ranges(model, "model_config.")
     try:
         config = LitGPTConfig(**model)
-    except (TypeError, ValueError, AssertionError) as error:  # how LitGPT and this package refuse fields of a Config
+    except (TypeError, ValueError, AssertionError) as error:  # raised by LitGPT and this package for wrong fields
         raise SettingsError(f"model_config: {model.get('name')!r} must be valid: {error}") from error
     return count(cast("Config", config), length, by)
 
 
 def count(config: "Config", length: int, by: Equality) -> int:
-    """Return the cost of a configuration, as `cost` does."""
+    """Return the cost of a configuration; see `cost`."""
     from litgpt_moe_ext.inspect.cost.layers import shorten
     from litgpt_moe_ext.model_size import count_flops, count_parameters
 

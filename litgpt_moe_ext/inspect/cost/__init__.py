@@ -1,1 +1,1 @@
-"""What a model costs before it is trained."""
+"""The cost of a model, computed before training."""

@@ -1,7 +1,7 @@
 """Routed experts on tensors without values.
 
-The experts are the one part of a model that asks for values (how many rows each has). Here they do what their backends
-do to memory for any routing.
+The experts are the only part of a model that reads values (the number of rows of each expert). Here they allocate what
+their backends allocate for any routing.
 
 Shape legend: T tokens, K chosen experts per token, R = T * K routed rows, E experts, D model width, F hidden width of
 an expert, G width of its first projection.
@@ -19,11 +19,12 @@ from litgpt_moe_ext.moe.router import Routing
 
 
 def without_values(model: nn.Module, on_gpu: bool) -> None:
-    """Replace what computes all routed experts of a model.
+    """Replace the computation of all routed experts of a model.
 
     Args:
         model: The model.
-        on_gpu: Whether inference takes what a GPU's backends take at most; otherwise what the CPU's takes, as training.
+        on_gpu: Whether inference allocates as much as a GPU's backends at most; otherwise, and in training, as much as
+            the CPU's.
     """
     from litgpt.model import LLaMAMoE
 
@@ -53,7 +54,7 @@ def _infer_on_cpu(x_TD: Tensor, n_row: int, up_EGD: Tensor, down_EDF: Tensor) ->
     n_expert, width, n_hidden = down_EDF.shape
     _rows_2R = x_TD.new_empty(2 * n_row, dtype=torch.int64)
     _y_RD = x_TD.new_empty(n_row, width)
-    # One expert at a time: its rows and its activations, and the output of its first projection between them.
+    # One expert at a time: its rows, the output of its first projection, and its activations.
     n_row_of_one = -(-n_row // n_expert)
     _scratch_NW = x_TD.new_empty(n_row_of_one, width + n_hidden)
     h_NG = x_TD.new_empty(n_row_of_one, up_EGD.size(1))
@@ -64,7 +65,7 @@ def _infer_on_cpu(x_TD: Tensor, n_row: int, up_EGD: Tensor, down_EDF: Tensor) ->
 def _infer_on_gpu(x_TD: Tensor, n_row: int, up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
     """Allocate what `litgpt_moe_ext.moe.kernels.grouped` allocates without gradients, by torch's grouped products.
 
-    Those by Triton write rows at once into the order of tokens, and need one copy of the outputs less.
+    Triton's products write rows directly in the order of tokens, and save one copy of the outputs.
     """
     width, n_hidden = down_EDF.shape[1:]
     _rows_R = x_TD.new_empty(n_row, dtype=torch.int64)
@@ -75,7 +76,7 @@ def _infer_on_gpu(x_TD: Tensor, n_row: int, up_EGD: Tensor, down_EDF: Tensor) ->
 
 
 class _StandIn(torch.autograd.Function):
-    """Keep and allocate what `litgpt_moe_ext.moe.kernels.cpu` keeps and allocates, whatever the routing."""
+    """Keep and allocate what `litgpt_moe_ext.moe.kernels.cpu` keeps and allocates, for any routing."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, dtype: torch.dtype, *weights: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ class _StandIn(torch.autograd.Function):
         x_TD, weights_TK, h_RG, _rows_2R, *weights = ctx.saved_tensors
         dweights = [torch.empty_like(weight) for weight in weights]
         _dx_RD = x_TD.new_empty(weights_TK.numel(), x_TD.size(1), dtype=ctx.x_dtype)
-        # What one expert needs at a time: rows of x and dy, dh, and two of the hidden width.
+        # The need of one expert at a time: rows of x and dy, dh, and two of the hidden width.
         down_EDF = [weight for weight in weights if weight.dim() == 3][-1]
         width = 2 * x_TD.size(1) + h_RG.size(1) + 2 * down_EDF.size(2)
         _scratch_NW = x_TD.new_empty(weights_TK.numel() // down_EDF.size(0), width)

@@ -1,4 +1,4 @@
-"""Which settings make a recipe fit into the memory of a GPU."""
+"""Finds settings that make a recipe fit into a GPU's memory."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from litgpt_moe_ext.inspect.recipes import Recipe
 
 RUNTIME = 3 * 2**28
-"""Bytes that CUDA's context and the workspaces of libraries take beside the tensors."""
+"""Bytes taken by CUDA's context and library workspaces besides the tensors."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How much of a recipe fits with some settings.
+    """How large a micro-batch of a recipe fits with given settings.
 
     Attributes:
         step: The settings, with the recipe's micro-batch.
         micro_batch_size: The largest micro-batch that fits and divides the global batch; 0 if none does.
-        bytes: What the step with this micro-batch takes, or with 1 if none fits.
+        bytes: Memory of a step with this micro-batch, or with 1 if none fits.
     """
 
     step: Step
@@ -31,7 +31,7 @@ class Fit:
     bytes: int
 
     def flags(self, recipe: "Recipe") -> str:
-        """Return what changes a recipe to these settings, as flags of `run_train.py`."""
+        """Return the flags of `run_train.py` that change a recipe to these settings."""
         own = recipe.step(self.step.precision)
         flags = [f"--precision {self.step.precision}", f"--train.micro_batch_size {self.micro_batch_size}"]
         if self.step.activation_checkpointing != own.activation_checkpointing:
@@ -42,11 +42,11 @@ class Fit:
 
 
 def find_fits(recipe: "Recipe", memory: int) -> list[Fit]:
-    """Return what fits into the memory of one GPU, for every combination of settings, the fastest first.
+    """Return what fits on one GPU for every combination of settings, the fastest first.
 
     Args:
         recipe: The recipe.
-        memory: Bytes of the GPU.
+        memory: Memory of the GPU in bytes.
     """
     room, short = memory - RUNTIME, shorten(recipe.config)
     return [_fit(recipe, short, step, room) for step in _steps(recipe)]
@@ -55,7 +55,7 @@ def find_fits(recipe: "Recipe", memory: int) -> list[Fit]:
 def best_fit(fits: list[Fit]) -> Fit | None:
     """Return the fastest settings among those that fit; None if nothing does.
 
-    Whatever computes nothing again comes first; then the largest micro-batch.
+    Settings without recomputation come first, then those with the largest micro-batch.
     """
     fitting = [fit for fit in fits if fit.micro_batch_size]
     wanted = [fit for fit in fitting if fit.micro_batch_size >= fit.step.micro_batch_size]
@@ -63,12 +63,12 @@ def best_fit(fits: list[Fit]) -> Fit | None:
 
 
 def _steps(recipe: "Recipe") -> Iterator[Step]:
-    # The recipe's may be the only one that a GPU has. Otherwise mixed precision is the fastest, and all of bfloat16
+    # A GPU may support only the recipe's precision. Of the others, mixed precision is the fastest, and pure bfloat16
     # trains less exactly.
     own = [recipe.precision] if recipe.precision in PRECISIONS else []
     precisions = dict.fromkeys((*own, "bf16-mixed", "bf16-true"))
     for precision in precisions:
-        # Linux brings Triton along; a GPU in a Windows machine without it makes copies of the logits.
+        # On Linux, torch includes Triton; on Windows without Triton, a GPU makes copies of the logits.
         step = replace(recipe.step(precision), kernel_loss=triton_installed())
         for mode in get_args(Mode):
             for fuses in fusing_choices(recipe.config):
@@ -82,7 +82,7 @@ def _fit(recipe: "Recipe", short: ShortModel, step: Step, room: int) -> Fit:
     one = memory(1)
     if one.total > room:
         return Fit(step, 0, one.total)
-    # The activations grow with every sequence, and by no less the more there are: what fits is at most this.
+    # Activations grow with every sequence, by at least as much as from 1 to 2: at most this many fit.
     most = 1 + (room - one.total) // max(memory(2).activations - one.activations, 1)
     batch = recipe.global_batch_size
     for size in (n for n in range(min(most, batch), 1, -1) if batch % n == 0):

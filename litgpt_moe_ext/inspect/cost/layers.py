@@ -1,7 +1,7 @@
-"""Models of many equal layers, measured by a short model with the same layers.
+"""Models of many equal layers, measured on a short model with the same layers.
 
-What a model costs is a straight line over the number of its periods (one layer, or a dense and an MoE layer in turns,
-or whatever repeats), from the second on. So two are built, and the others added by calculation.
+From the second on, the cost of a model grows linearly with the number of its periods: a layer, a dense and an MoE layer
+in turns, or whatever repeats. So two periods are built, and the others are extrapolated.
 """
 
 import copy
@@ -20,13 +20,13 @@ PERIODS = 2
 
 @dataclass(frozen=True)
 class ShortModel:
-    """A model with fewer layers in the place of another.
+    """A model with fewer layers that stands for another.
 
     Attributes:
         config: The short model.
         lead: Layers before the first period.
         period: Layers of a period.
-        left_out: Periods that the whole model has in addition.
+        left_out: Periods that the whole model has beyond the short one.
     """
 
     config: "Config"
@@ -52,7 +52,7 @@ class ShortModel:
         return [blocks_of(model)[self.lead + number * self.period] for number in (0, 1)]
 
     def extrapolate(self, measure: "Callable[[Config], int]") -> int:
-        """Return a measure of the whole model that grows by the same amount with every period."""
+        """Return a measure of the whole model, if the measure grows by the same amount with every period."""
         (total,) = self.extrapolate_each(lambda config: (measure(config),))
         return total
 
@@ -71,9 +71,9 @@ def blocks_of(model: "nn.Module") -> "list[nn.Module]":
 
 
 def shorten(config: "Config") -> ShortModel:
-    """Return the short model for a configuration, which is the model itself if it has few or irregular layers."""
+    """Return the short model for a configuration, or the model itself if it has few or irregular layers."""
     blocks = blocks_of(meta_model(config))
-    # Of what differs between layers, LitGPT keeps one list each (windows, rotary frequencies).
+    # LitGPT has a list for each property that differs between layers (windows, rotary frequencies).
     lists = [value for value in vars(config).values() if isinstance(value, list) and len(value) >= config.n_layer]
     kinds = [
         (tuple((name, p.shape) for name, p in block.named_parameters()), tuple(str(value[i]) for value in lists))
@@ -101,7 +101,7 @@ def _find_period(kinds: Sequence[object]) -> tuple[int, int]:
 
 
 def _with_layers(config: "Config", n_layer: int) -> "Config":
-    # Not by `replace`, which would check and derive anew.
+    # Not by `replace`, which would check and derive fields anew.
     short = copy.copy(config)
     short.n_layer = n_layer
     return short

@@ -1,8 +1,8 @@
-"""How much memory training and inference take, found out by running the model on tensors without content.
+"""The memory of training and inference, measured by running the model on tensors without content.
 
-Such tensors have shapes and dtypes, obey autograd and autocast, and allocate nothing. What would be alive while they
-pass by is added up, which gives the peak as an allocator without waste would see it. Of many equal layers only two are
-run (`litgpt_moe_ext.inspect.cost.layers`).
+Such tensors have shapes and dtypes, obey autograd and autocast, and allocate nothing. The sizes of live tensors are
+added up, which gives the peak of an allocator without waste. Of many equal layers, only two are run
+(`litgpt_moe_ext.inspect.cost.layers`).
 """
 
 import contextlib
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from litgpt_moe_ext.config.types import Config
 
-# Precision setting of training: dtype of the parameters, and dtype of autocast if there is any.
+# By precision setting of training: dtype of the parameters, and dtype of autocast, if any.
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "32-true": (torch.float32, None),
     "bf16-mixed": (torch.float32, torch.bfloat16),
@@ -46,10 +46,10 @@ class TrainingMemory(NamedTuple):
     """Bytes during a training step.
 
     Attributes:
-        weights: Parameters and buffers, and their moving average where there is one.
+        weights: Parameters and buffers, and their moving average, if any.
         gradients: Gradients of all parameters.
         optimizer: State of the optimizer.
-        activations: What a micro-batch adds to these at the worst moment of forward and backward pass.
+        activations: Additional memory of a micro-batch at the peak of its forward and backward pass.
     """
 
     weights: int
@@ -69,8 +69,8 @@ class InferenceMemory(NamedTuple):
     Attributes:
         weights: Parameters and buffers.
         kv_cache: Keys and values of a sequence of full length.
-        activations: What reading a prompt of full length adds at the worst moment: on a CPU with experts that have
-            equally many tokens, on a GPU at most; in LitGPT's own attention with a mask of as many rows as columns.
+        activations: Additional memory at the peak of reading a prompt of full length: on a CPU for evenly loaded
+            experts, on a GPU for any load; with LitGPT's own attention including a square mask.
     """
 
     weights: int
@@ -90,13 +90,13 @@ class Step:
     Attributes:
         precision: One of `PRECISIONS`.
         micro_batch_size: Sequences in one forward pass.
-        sequence_length: Tokens of each.
+        sequence_length: Tokens per sequence.
         optimizer: Name of the optimizer, or its `class_path` and `init_args`.
         activation_checkpointing: As in a recipe.
         fused_cross_entropy: As in a recipe.
         tie_embeddings: As `train.tie_embeddings`.
         averages: Whether there is a moving average of the weights (`ema.decay`).
-        kernel_loss: Whether the loss is that of GPUs with Triton, which makes no copy of the logits.
+        kernel_loss: Whether the loss is the kernel for GPUs with Triton, which makes no copy of the logits.
     """
 
     precision: str
@@ -111,22 +111,22 @@ class Step:
 
 
 def fusing_choices(config: "Config") -> tuple[bool, ...]:
-    """Return the values of `fused_cross_entropy` that go with a configuration and the installed torch."""
+    """Return the values of `fused_cross_entropy` that a configuration and the installed torch allow."""
     can_fuse = hasattr(F, "linear_cross_entropy") and config.final_logit_softcapping is None
     return (False, True) if can_fuse else (False,)
 
 
 def training_memory(short: ShortModel, step: Step) -> TrainingMemory:
-    """Return what a training step takes, without taking it.
+    """Return the memory of a training step without allocating it.
 
-    The activations are those of the CPU backend of the experts and of torch's fused attention.
+    The activations are those of the experts' CPU backend and of torch's fused attention.
 
     Args:
-        short: The model, as `shorten` returns it.
+        short: The model, from `shorten`.
         step: The training step.
 
     Raises:
-        SettingsError: If `fused_cross_entropy` needs another torch, or does not go with the configuration.
+        SettingsError: If `fused_cross_entropy` needs another torch, or does not work with the configuration.
     """
     dtype, autocast = PRECISIONS[step.precision]
     ratio = state_ratio(step.optimizer, dtype)
@@ -143,7 +143,7 @@ def training_memory(short: ShortModel, step: Step) -> TrainingMemory:
             cross_entropy = fused.wrap(cross_entropy)
         ids = torch.zeros(step.micro_batch_size, step.sequence_length + 1, dtype=torch.int64)
         for parameter in model.parameters():
-            # Gradients of earlier micro-batches are there already when accumulating.
+            # With accumulation, gradients of earlier micro-batches already exist.
             parameter.grad = torch.empty_like(parameter)
         activations = PeakOverLayers(memory, model, short)
         with contextlib.nullcontext() if autocast is None else torch.autocast("cpu", autocast):
@@ -162,11 +162,11 @@ def training_memory(short: ShortModel, step: Step) -> TrainingMemory:
 
 
 def graph_memory(short: ShortModel, memory: TrainingMemory, precision: str) -> int:
-    """Return what CUDA graphs need beside passes without them: their own activations, and the experts' weights cast.
+    """Return the additional memory of CUDA graphs: their own activations, and the casts of the experts' weights.
 
     Args:
-        short: The model, as `shorten` returns it.
-        memory: What a training step takes without them.
+        short: The model, from `shorten`.
+        memory: Memory of a training step without graphs.
         precision: One of `PRECISIONS`.
     """
     autocast = PRECISIONS[precision][1]
@@ -180,12 +180,12 @@ def _numbers_in_experts(module: nn.Module) -> int:
 
 
 def inference_memory(short: ShortModel, dtype: torch.dtype, on_gpu: bool = False) -> InferenceMemory:
-    """Return what it takes to read and continue one sequence of full length, without taking it.
+    """Return the memory of reading and continuing one sequence of full length, without allocating it.
 
     Args:
-        short: The model, as `shorten` returns it.
+        short: The model, from `shorten`.
         dtype: Type of weights and cache.
-        on_gpu: Whether a GPU computes the experts, all at once; a CPU takes one after the other, and less memory.
+        on_gpu: Whether a GPU computes all experts at once; a CPU computes them one by one, in less memory.
     """
     config = cast("Config", short.config)
     with _weightless_model(short, dtype, on_gpu) as (model, memory), torch.no_grad():
@@ -193,11 +193,11 @@ def inference_memory(short: ShortModel, dtype: torch.dtype, on_gpu: bool = False
         weights = short.total(model, module_bytes)
         activations = PeakOverLayers(memory, model, short)
         model.set_kv_cache(batch_size=1, dtype=dtype)
-        # Now, because documents are remembered in a cache as well, of the first layer only.
+        # Before the forward pass, because documents are also kept in a cache, but only of the first layer.
         cache, held = short.total(model, _cache_bytes), _cache_bytes(model)
         ids = torch.zeros(1, config.block_size, dtype=torch.int64)
         if config.attention_class_name is None and config.sliding_window_size is not None:
-            model(ids)  # the cache of LitGPT's windows asks for values
+            model(ids)  # the cache of LitGPT's windows reads values
         else:
             model(ids, torch.arange(config.block_size), input_pos_maxp1=config.block_size)
         return InferenceMemory(weights, cache, activations.peak() - held)
@@ -214,7 +214,7 @@ def module_bytes(module: nn.Module) -> int:
 
 
 def average_bytes(module: nn.Module) -> int:
-    """Return the bytes of a moving average of a module's weights, in float32 and each name by itself."""
+    """Return the bytes of a moving average of a module's weights, in float32, tied weights counted by each name."""
     return sum(4 * tensor.numel() for tensor in module.state_dict().values() if tensor.is_floating_point())
 
 
@@ -230,7 +230,7 @@ def _weightless_model(
 
     config: Any = copy.copy(short.config)
     if config.attention_backend != EAGER:
-        config.attention_backend = None  # it may work on other devices only, and keeps what torch's keep
+        config.attention_backend = None  # it may need another device, and keeps as much as torch's attention
     with weightless() as memory:
         with _default_dtype(dtype), uninitialized():
             model = GPT(config)
@@ -239,7 +239,7 @@ def _weightless_model(
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    # As LitGPT's pretraining computes it, all at once. LitGPT's own function is in a module that imports lightning.
+    # As in LitGPT's pretraining, without chunks. LitGPT's own function is in a module that imports lightning.
     return F.cross_entropy(logits.reshape(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-100)
 
 
@@ -264,7 +264,7 @@ class _KernelLoss(torch.autograd.Function):
 
 @contextlib.contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    # As Fabric makes models of low precision. Converting one afterwards cannot be done with fake tensors.
+    # As Fabric creates models in low precision. Fake tensors cannot be converted afterwards.
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, arithmetic, memory. Computed from its configuration, before anything is trained."""
+"""The cost of a model (parameters, arithmetic, memory), computed from its configuration before training."""
 
 import functools
 from collections.abc import Callable
@@ -32,45 +32,45 @@ if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
 
 INFERENCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Whether it is a GPU, which computes all experts at once.
+# Whether the device is a GPU, which computes all experts at once.
 INFERENCE_DEVICES = {"CPU": False, "GPU": True}
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What one model costs. Memory is in bytes.
+    """The cost of a model. Memory is in bytes.
 
     Attributes:
         name: Name of the model.
         parameters_total: Number of parameters.
-        parameters_active: Number of parameters that work on one token.
+        parameters_active: Number of parameters active for one token.
         parameters_embedding: Number of parameters of the token embedding.
-        tie_embeddings: Whether the token embedding is the output head as well; otherwise it is only looked up, without
+        tie_embeddings: Whether the token embedding is also the output head; otherwise it is only looked up, without
             arithmetic.
         sequence_length: Tokens of a training sequence.
         micro_batch_size: Sequences per forward pass in training.
-        block_size: Tokens of the longest sequence that the model takes.
+        block_size: Maximum tokens of a sequence.
         optimizer: Name of the optimizer.
-        activation_checkpointing: Setting that `training` and `processes` are for.
-        fused_cross_entropy: Setting that `training` and `processes` are for.
-        kernel_loss: Whether `training`, `activations` and `processes` are for the loss of GPUs with Triton, which makes
-            no copy of the logits, as LitGPT's does.
+        activation_checkpointing: Setting assumed by `training` and `processes`.
+        fused_cross_entropy: Setting assumed by `training` and `processes`.
+        kernel_loss: Whether `training`, `activations` and `processes` assume the loss kernel for GPUs with Triton,
+            which, unlike LitGPT's loss, makes no copy of the logits.
         flops_per_token_forward: Floating point operations (two per multiply-add) of a forward pass over a training
             sequence, per token; attention included.
         flops_per_token_training: Floating point operations of forward and backward pass, per token.
         training: Memory by precision setting: weights, gradients, optimizer, activations, total.
-        precision: Precision setting that `activations` and `processes` are for: the recipe's, or float32.
-        activations: Memory of the activations in training, by `activation_checkpointing`, and "+ fused" with
+        precision: Precision setting assumed by `activations` and `processes`: the recipe's, or float32.
+        activations: Memory of the activations in training by `activation_checkpointing`, with " + fused" appended for
             `fused_cross_entropy`.
         processes: Memory of one rank by strategy: weights, gradients, optimizer, communication, activations, total.
             Empty for a single process.
         devices: Processes on each node.
         num_nodes: Number of nodes.
         inference: Memory by dtype and device (`INFERENCE_DEVICES`): weights, kv_cache, activations, total.
-        kv_cache_per_token: Memory of the cache for a token, by dtype.
-        checkpoint_weights: Size of a file with the weights alone, by dtype.
-        checkpoint_training: Size of a training checkpoint, which has the optimizer's state and a moving average of the
-            weights where there is one, by precision setting.
+        kv_cache_per_token: Memory of the cache per token, by dtype.
+        checkpoint_weights: Size of a file with only the weights, by dtype.
+        checkpoint_training: Size of a training checkpoint, including the optimizer's state and a moving average of the
+            weights, if any, by precision setting.
     """
 
     name: str
@@ -115,7 +115,7 @@ def make_card(
         num_nodes: Number of nodes. Default: as in the recipe, or 1.
 
     Raises:
-        SettingsError: If settings of the recipe do not go together.
+        SettingsError: If the recipe's settings do not go together.
     """
     config, length = recipe.config, recipe.sequence_length
     devices, num_nodes = devices or recipe.devices or 1, num_nodes or recipe.num_nodes
@@ -174,7 +174,7 @@ def _parts(memory: TrainingMemory | InferenceMemory | ProcessMemory) -> dict[str
 
 
 def _training_memory(short: ShortModel) -> Callable[[Step], TrainingMemory]:
-    # Each step once. Numbers of 16 bits take the same room in both formats.
+    # Measure each step once. Both 16-bit formats take the same memory.
     known: dict[Step, TrainingMemory] = {}
 
     def memory_of(step: Step) -> TrainingMemory:
@@ -207,6 +207,6 @@ def _state_bytes(short: ShortModel, dtype: torch.dtype, tie_embeddings: bool) ->
 
     with without_compiler():
         model = meta_model(short.config).to(dtype)
-    # A table with two names is written once.
+    # A tied table is written only once.
     table = model.lm_head.weight
     return short.total(model, size) - tie_embeddings * table.numel() * table.itemsize

@@ -1,4 +1,4 @@
-"""How much an optimizer remembers."""
+"""The size of an optimizer's state."""
 
 import copy
 from typing import Any
@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from litgpt_moe_ext.errors import SettingsError, one_line
 
-# Numbers that optimizers remember for each parameter, by their name without torch's prefix. Muon remembers one for
-# those of matrices; counting two errs on the safe side.
+# Numbers that optimizers store per parameter, by name without torch's prefix. Muon stores one for matrices; counting
+# two errs on the safe side.
 _STATE = {"Adam": 2, "AdamW": 2, "litgpt_moe_ext.training.optim.muon.MuonAdamW": 2}
 
 
 def state_ratio(optimizer: str | dict[str, Any], dtype: torch.dtype) -> int:
-    """Return how many numbers an optimizer remembers for each parameter.
+    """Return how many numbers an optimizer stores per parameter.
 
-    Of the most common ones it is known; the others make a step, which loads torch's compiler.
+    It is known for the most common optimizers; others make a step, which loads torch's compiler.
 
     Args:
         optimizer: Name of the optimizer, or its `class_path` and `init_args`.
@@ -33,12 +33,12 @@ def state_ratio(optimizer: str | dict[str, Any], dtype: torch.dtype) -> int:
 
 
 def measure_state_ratio(optimizer: str | dict[str, Any], dtype: torch.dtype) -> int:
-    """Return the same for any optimizer, by letting it make one step."""
+    """Return the same for any optimizer, by making one step."""
     from litgpt.utils import instantiate_torch_optimizer
 
     from litgpt_moe_ext.training.optim.arguments import in_full, learning_rate_of
 
-    learning_rate_of(optimizer)  # refuses what is none
+    learning_rate_of(optimizer)  # refuses anything else
     parameter = nn.Parameter(torch.zeros(8, 16, dtype=dtype))
     parameter.grad = torch.ones_like(parameter)
     made = instantiate_torch_optimizer(copy.deepcopy(in_full(optimizer)), [parameter])

@@ -1,4 +1,4 @@
-"""The peak of a step of a model, from a step of a model with fewer layers."""
+"""The peak memory of a step of a model, from a step of a model with fewer layers."""
 
 from typing import TYPE_CHECKING
 
@@ -14,24 +14,24 @@ if TYPE_CHECKING:
 
 
 class PeakOverLayers:
-    """The peak of a step of a whole model, from a step of its short model.
+    """The peak memory of a step of a whole model, from a step of its short model.
 
-    The step has four parts: the forward pass until it enters the last period of layers; the rest of it; the backward
-    pass until it leaves that period; and the rest. A further period adds to the second part what its forward pass holds
-    (autocast's copies of weights as well), to the third what it keeps for its backward pass, and to the fourth what it
-    leaves behind (the tallies of its routers).
+    The step has four parts: the forward pass up to the last period of layers; the rest of it; the backward pass through
+    that period; and the rest. A further period adds to the second part what its forward pass holds (including
+    autocast's copies of weights), to the third what it keeps for its backward pass, and to the fourth what it leaves
+    behind (the tallies of its routers).
 
     Args:
-        memory: Follows the step; is reset.
+        memory: Tracks the step; it is reset.
         model: The short model.
-        short: Says where its periods begin.
+        short: Tells where its periods begin.
     """
 
     def __init__(self, memory: "WeightlessMemory", model: "nn.Module", short: "ShortModel") -> None:
         self._memory, self._model, self._short = memory, model, short
         memory.reset()
         self._before = memory.live
-        # Of the two marked blocks: bytes alive before their forward pass, and after their backward pass.
+        # Bytes alive before the forward pass of the two marked blocks, and after their backward pass.
         self._forward: list[int] = []
         self._backward: list[int] = []
         self._peaks: list[int] = []
@@ -45,7 +45,7 @@ class PeakOverLayers:
             self._next_part()
 
     def peak(self) -> int:
-        """Return the bytes that the step of the whole model adds at its worst moment; empties the tallies."""
+        """Return the bytes that the step of the whole model adds at its peak; empties the tallies."""
         peaks = [*self._peaks, self._memory.peak]
         left = self._tallied()
         growth = [0]
@@ -57,7 +57,7 @@ class PeakOverLayers:
         return max(whole) - self._before
 
     def _tallied(self) -> int:
-        # Nothing but the optimizer, which is not called, empties tallies.
+        # Only the optimizer would empty the tallies, but it is not called.
         before = self._memory.live
         for block in self._short.sample(self._model):
             for router in routers_of(block).values():

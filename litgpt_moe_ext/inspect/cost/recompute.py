@@ -1,7 +1,7 @@
 """Activation checkpointing for tensors without memory.
 
-`torch.utils.checkpoint.checkpoint` reads an option of torch's compiler, which loads it. This does for memory what that
-function does, for one backward pass, and leaves out what has no bearing on memory (random numbers, checks).
+`torch.utils.checkpoint.checkpoint` reads an option of torch's compiler, which loads the compiler. This has the same
+effect on memory, for one backward pass, without what does not affect memory (random numbers, checks).
 """
 
 import contextlib
@@ -16,11 +16,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class _Stop(Exception):  # noqa: N818 - not an error
-    """All that the backward pass asks for has been computed again."""
+    """Everything that the backward pass needs has been recomputed."""
 
 
 class _Place:
-    """What autograd keeps in the place of a tensor; dies with the operator that saved it."""
+    """A placeholder that autograd keeps instead of a tensor; it dies with the operator that saved it."""
 
 
 class _Recomputation:
@@ -58,7 +58,7 @@ class _Recomputation:
 
 
 def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a function that keeps nothing for its backward pass, which calls it once more."""
+    """Return a function that keeps nothing for its backward pass, which calls it again."""
 
     @wraps(function)
     def function_recomputed(*args: Any) -> Tensor:

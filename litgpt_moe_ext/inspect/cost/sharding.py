@@ -1,7 +1,7 @@
-"""What one of several processes takes in training, by strategy.
+"""The training memory of one of several processes, by strategy.
 
-The rules are those of torch's DDP and FSDP, and DeepSpeed's ZeRO, with the settings that
-`litgpt_moe_ext.training.parallel.strategies` gives them:
+The rules are those of torch's DDP and FSDP and of DeepSpeed's ZeRO, with the settings of
+`litgpt_moe_ext.training.parallel.strategies`:
 
 | strategy             | weights, gradients, optimizer | besides                                                      |
 | -------------------- | ----------------------------- | ------------------------------------------------------------ |
@@ -12,10 +12,10 @@ The rules are those of torch's DDP and FSDP, and DeepSpeed's ZeRO, with the sett
 | `deepspeed_stage_2`  | and gradients: a share        | the same                                                     |
 | `deepspeed_stage_3`  | a share                       | as `fsdp`                                                    |
 
-ZeRO optimizes a float32 copy of the weights, whatever their own type, with a state in float32: both count as the
-optimizer here. That the other copy is half as wide in mixed precision is left out.
+ZeRO optimizes a float32 copy of the weights, whatever their own type, with a float32 state; both count as optimizer
+here. The saving from 16-bit working weights in mixed precision is ignored.
 
-With several nodes `fsdp` shares the work within a node, each of which has all of it; the others share among all.
+With several nodes, `fsdp` shards within each node, so every node holds everything; the others shard over all nodes.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,8 +39,8 @@ class ProcessMemory(NamedTuple):
         weights: Its part of parameters and buffers.
         gradients: Its part of the gradients.
         optimizer: Its part of the optimizer's state.
-        communication: What is gathered from other processes or about to be sent to them, at the worst moment.
-        activations: As without other processes.
+        communication: Data gathered from, or about to be sent to, other processes, at the peak.
+        activations: As in a single process.
         host: What of these is in the CPU's memory, with `distributed.cpu_offload` or `offload_optimizer`, and not on
             the device.
     """
