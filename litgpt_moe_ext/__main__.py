@@ -1,4 +1,4 @@
-"""`python -m litgpt_moe_ext` is `litgpt-moe`, also where the folder of scripts is not on the path."""
+"""`python -m litgpt_moe_ext` is `litgpt-moe`, even if the folder of scripts is not on the path."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""What other packages register has a name that settings can have, and is of its kind."""
+"""Checks the names and types of entries that other packages register."""
 
 
 def require(name: object, entry: object, kind: type) -> None:
-    """Raise ValueError unless a name can be part of the names of fields and of flags, and an entry is of its kind."""
+    """Raise ValueError unless a name can be part of field and flag names, and an entry has the right type."""
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"{name!r} must be a name of letters, digits and underscores that begins with no digit")
     if not isinstance(entry, kind):

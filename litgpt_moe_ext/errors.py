@@ -1,6 +1,6 @@
-"""The error that every check raises, what its last words may be, and how a command ends with it.
+"""The error that every check raises, common endings of its message, and how a command ends with it.
 
-Imports nothing of this package but `interruption`, so that every module can import it.
+Of this package it imports only `interruption`, so that every module can import it.
 """
 
 import errno
@@ -18,13 +18,13 @@ from typing import TextIO
 from litgpt_moe_ext.interruption import Terminated, interruptible, interruption_behind
 
 CANNOT = 1
-"""Exit status: everything that was given is right, but the answer is no, or the work cannot go on."""
+"""Exit status: the input is right, but the answer is no, or the work cannot go on."""
 WRONG_SETTING = 2
 """Exit status: a setting or an input is wrong."""
 PERHAPS_OF_AN_EXTENSION = "; if an extension adds it, install the extension's package (docs/how-to/extend.md)"
-"""The last words about a field of the model, or a name in one, that nothing here has."""
+"""The end of a message about an unknown field of the model, or an unknown name in one."""
 FROM_ITS_WEIGHTS = "start a new run from its weights with initial_checkpoint_dir and another out_dir"
-"""What to do with a checkpoint that a run cannot resume from."""
+"""The remedy for a checkpoint from which a run cannot resume."""
 
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _ALLOW = "have its owner make it readable, or writable, for you, or name another path"
@@ -33,9 +33,9 @@ _ALLOW = "have its owner make it readable, or writable, for you, or name another
 class SettingsError(ValueError):
     """A setting or an input of the user is wrong.
 
-    Raised where the check is, and nowhere else: command lines print it as one line, everything else keeps its
-    traceback. The message is one line of the form ``name: value must be ...; remedy``, where the name is the setting as
-    the user writes it (``train.max_norm``, ``model_config.n_expert``).
+    Only checks of user input raise it: command lines print it as one line, while other errors keep their traceback. The
+    message is one line of the form ``name: value must be ...; remedy``, where the name is the setting as the user
+    writes it (``train.max_norm``, ``model_config.n_expert``).
     """
 
     @property
@@ -49,7 +49,7 @@ def refuse_first(messages: Iterable[str]) -> None:
     """Raise SettingsError with the first of some messages, if there is one.
 
     Args:
-        messages: What is wrong. A rule about several settings is a generator that yields it.
+        messages: What is wrong; often a generator, as of a rule about several settings.
     """
     for message in messages:
         raise SettingsError(message)
@@ -58,10 +58,9 @@ def refuse_first(messages: Iterable[str]) -> None:
 def exit_status(run: Callable[[], int | None], interrupted: str = "") -> int:
     """Run a command and return its exit status, with wrong settings as one line on standard error.
 
-    Only `SettingsError`, a full disk and a file that the user may not read or write are the user's to mend, and who
-    stops reading the output has seen enough. Every other exception is a fault of the program or of the machine, and
-    keeps its traceback; Python's exit status for it is 1. Whatever comes of Ctrl-C or SIGTERM is neither: the status is
-    130 or 143.
+    Only `SettingsError`, a full disk and a file that the user may not read or write are the user's to fix, and a closed
+    output pipe is no error. Every other exception is a fault of the program or of the machine, and keeps its traceback;
+    Python's exit status for it is 1. After Ctrl-C or SIGTERM the status is 130 or 143.
 
     Args:
         run: Returns an exit status, or None for success.
@@ -105,7 +104,7 @@ def is_full(error: OSError) -> bool:
 
 
 def _is_unread(stream: TextIO) -> bool:
-    """Return whether nobody reads an output any more; nothing is said about it then when the process ends."""
+    """Return whether nobody reads an output any more; if so, keep the process from complaining about it at its end."""
     try:
         pipe = select.poll()
         pipe.register(stream.fileno(), 0)
@@ -119,7 +118,7 @@ def _is_unread(stream: TextIO) -> bool:
 
 @contextmanager
 def _any_text() -> Iterator[None]:
-    """In the scope, show question marks for what an encoding lacks: a letter in Latin-1, a byte of a file's name."""
+    """Print question marks, in the scope, for characters that an encoding lacks, or bytes of a file's name."""
     streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper) and s.errors == "strict"]
     _set_errors(streams, "replace")
     try:
@@ -130,17 +129,17 @@ def _any_text() -> Iterator[None]:
 
 def _set_errors(streams: Iterable[io.TextIOWrapper], errors: str) -> None:
     for stream in streams:
-        with suppress(OSError, ValueError):  # it is flushed first, and may be closed or have no room
+        with suppress(OSError, ValueError):  # the stream is flushed first, and may be closed or full
             stream.reconfigure(errors=errors)
 
 
 def one_line(error: object) -> str:
-    """Return the message of an error, which may have many lines, in one."""
+    """Return the message of an error, which may have many lines, as one line."""
     return " ".join(str(error).split())
 
 
 def undecoded(text: str) -> str | None:
-    """Return what is to be done about a path or a word of a command line that Python could not decode, or None."""
+    """Return the remedy for a path or a word of a command line that Python could not decode; None if it could."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -153,13 +152,13 @@ def undecoded(text: str) -> str | None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean NAME?" with the known name that is most like another, or nothing where none is like it."""
+    """Return "; did you mean NAME?" with the known name most similar to `name`, or nothing if none is similar."""
     near = nearest(name, known)
     return "" if near is None else f"; did you mean {near}?"
 
 
 def did_you_mean_recipe(path: Path, usual: str = "configs") -> str:
-    """Return the same for a YAML file that is not there: one beside it, or in its usual folder, with a name like it."""
+    """Return the same for a missing YAML file: one with a similar name next to it, or in its usual folder."""
     by_name = {
         file.stem: str(file)
         for folder in (Path(usual), path.parent)
@@ -171,11 +170,11 @@ def did_you_mean_recipe(path: Path, usual: str = "configs") -> str:
 
 
 def which_checkpoint(folder: Path, file: str) -> str:
-    """Return what to name in place of a folder that lacks a file of LitGPT's checkpoints, or how to make one of it.
+    """Return what to name instead of a folder that lacks a file of LitGPT's checkpoints, or how to convert it.
 
     Args:
-        folder: What was named; it need not be there.
-        file: Which file.
+        folder: The folder that was named; it need not exist.
+        file: The missing file.
     """
     if found := did_you_mean_inside(folder, file):
         return found
@@ -185,10 +184,10 @@ def which_checkpoint(folder: Path, file: str) -> str:
 
 
 def did_you_mean_inside(folder: Path, pattern: str) -> str:
-    """Return the same for a folder that lacks a file which folders in it have: a run's, for a checkpoint of it.
+    """Return the same for a folder that lacks a file which its subfolders have, as a run's checkpoints do.
 
     Args:
-        folder: What was named; it need not be there.
+        folder: The folder that was named; it need not exist.
         pattern: The file, as a glob.
     """
     inside = sorted({file.parent for file in folder.glob(f"*/{pattern}") if not file.parent.name.startswith(".")})
@@ -198,7 +197,7 @@ def did_you_mean_inside(folder: Path, pattern: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that is most like another, or None where none is like it."""
+    """Return the known name most similar to `name`, or None if none is similar."""
     import difflib
 
     by_lower = {one.lower(): one for one in known}

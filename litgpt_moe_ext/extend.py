@@ -1,7 +1,7 @@
 """Adding routers, auxiliary losses, activations and kernels from another package, as in `examples/`.
 
-A script calls these functions before it starts a training. A package that is installed can do so in every command,
-plain `litgpt` ones included, by naming a function that calls them as an entry point:
+A script calls these functions before it starts a training. An installed package can do so in every command, including
+plain `litgpt` ones, by naming a function that calls them as an entry point:
 
 ```toml
 [project.entry-points."litgpt_moe_ext.extensions"]
@@ -54,7 +54,7 @@ _called: set[tuple[str, str]] = set()  # names and values of entry points
 
 
 def __getattr__(name: str) -> Any:
-    """Return what adds an expert backend, which needs torch, unlike the rest."""
+    """Return the function that adds an expert backend, which, unlike the rest, needs torch."""
     if name not in ("ExpertBackend", "Preference", "register_backend"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from litgpt_moe_ext.moe.kernels import registry
@@ -66,18 +66,18 @@ def register_router(name: str, router: RouterType, fields: Mapping[str, Field] |
     """Make `router_type: NAME` known, and the configuration fields that the router reads.
 
     Args:
-        name: What configurations call it.
-        router: The router and what it has.
+        name: Its name in configurations.
+        router: The router and its features.
         fields: Fields of `litgpt.Config` that the router adds, by name.
 
     Raises:
-        ValueError: If something else has one of the names already, or a router or field is not of its class.
+        ValueError: If one of the names is taken, or the router or a field is not of its class.
     """
     fields = fields or {}
     require(name, router, RouterType)
     for field_name, field in fields.items():
         require(field_name, field, Field)
-    if isinstance(router.router, type):  # or else the path of one, which is imported when it is used
+    if isinstance(router.router, type):  # otherwise an import path, which is imported on use
         from litgpt_moe_ext.moe.router import Router
 
         if not issubclass(router.router, Router):
@@ -94,12 +94,12 @@ def register_loss(name: str, loss: Loss) -> None:
     """Make the auxiliary loss NAME known, whose weight is the field `router_NAME_coef`.
 
     Raises:
-        ValueError: If something else has the name already, or what is given is no `Loss`.
+        ValueError: If the name is taken, or `loss` is not a `Loss`.
     """
     require(name, loss, Loss)
     if not isinstance(loss.function, str) and not callable(loss.function):
         raise ValueError(f"{name!r}: function is {loss.function!r}; it must be a function or its path")
-    if isinstance(loss.inputs, str):  # which would be letters
+    if isinstance(loss.inputs, str):  # would be taken for a sequence of letters
         raise ValueError(f"{name!r}: inputs is {loss.inputs!r}; it must be a tuple of names, ({loss.inputs!r},)")
     _add(LOSSES, name, loss)
     _add(FIELDS, loss_field(name), loss_weight(loss))
@@ -110,7 +110,7 @@ def register_activation(name: str, activation: ActivationType) -> None:
     """Make `mlp_activation: NAME` known.
 
     Raises:
-        ValueError: If something else has the name already, or what is given is no `ActivationType`.
+        ValueError: If the name is taken, or `activation` is not an `ActivationType`.
     """
     require(name, activation, ActivationType)
     for field_name in ("function", "tanh", "up"):
@@ -124,10 +124,10 @@ def register_activation(name: str, activation: ActivationType) -> None:
 
 
 def load_extensions() -> None:
-    """Call the functions that installed packages name as entry points `litgpt_moe_ext.extensions`, once in a process.
+    """Call the functions that installed packages name as entry points `litgpt_moe_ext.extensions`, once per process.
 
-    One in a module that is on its way, as a script imports it and it imports LitGPT, is left to the next call. One that
-    fails is a warning: every command of the environment calls it, most of which need nothing of it.
+    An entry point in a module that is still being imported, as when that module imports LitGPT, is left to the next
+    call. A failure is only a warning, because every command of the environment calls it and most do not need it.
     """
     for entry_point in entry_points(group="litgpt_moe_ext.extensions"):
         key = entry_point.name, entry_point.value
@@ -136,7 +136,7 @@ def load_extensions() -> None:
         _called.add(key)
         try:
             entry_point.load()()
-        except (Exception, SystemExit) as error:  # whatever somebody else's code raises, a script that ends itself too
+        except (Exception, SystemExit) as error:  # foreign code may raise anything, or exit
             reason = f"{type(error).__name__}: {one_line(error)}"
             warnings.warn(
                 f"the extension {entry_point.name} ({entry_point.value}) is skipped: {reason}",

@@ -1,10 +1,10 @@
-"""Types of settings with a range, and how an error says what a value of a type must be.
+"""Types of settings with a range, and how errors describe them.
 
-A type is what stands as the annotation of a setting. Besides Python's own there are numbers with a range
-(`PositiveInt`), integers up to another setting (`UpTo`), the names of a registry (`OneOf`), dictionaries with known
-keys (`TypedDict`), and types that say in their own words what they take (`Annotated[list[int], "a list of ..."]`).
+A type is the annotation of a setting. Besides Python's own there are numbers with a range (`PositiveInt`), integers up
+to another setting (`UpTo`), the names of a registry (`OneOf`), dictionaries with known keys (`TypedDict`), and types
+with a description of their own (`Annotated[list[int], "a list of ..."]`).
 
-Imports neither torch nor LitGPT: parsers that only print their help use it as well.
+Imports neither torch nor LitGPT, because parsers that only print their help use it too.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ _WRONG = object()
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OneOf:
-    """The type of one of some names: of a tuple, or of a registry, to which extensions may add."""
+    """The type of one of several names: of a tuple, or of a registry, to which extensions may add."""
 
     names: Collection[str]
 
@@ -37,9 +37,9 @@ class UpTo:
     """The type of an integer that another field limits.
 
     Attributes:
-        lowest: The smallest.
-        field: Name of the field that says which is the largest.
-        limit: The largest, where it is known.
+        lowest: Smallest value.
+        field: Name of the field that holds the largest value.
+        limit: Largest value, if known.
     """
 
     lowest: int
@@ -47,7 +47,7 @@ class UpTo:
     limit: int | None = None
 
     def beside(self, owner: Any) -> "UpTo":
-        """Return the same with the limit that an object with the field says."""
+        """Return the same with the limit from an object that has the field."""
         return dataclasses.replace(self, limit=getattr(owner, self.field))
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ class UpTo:
 
 
 NUMBERS: dict[type, str] = {}
-"""The types of numbers with a range, and what a value of each must be."""
+"""The types of numbers with a range, and descriptions of their values."""
 
 if TYPE_CHECKING:
     PositiveInt = NonNegativeInt = AtLeastTwo = LayerCount = ExpertCount = Seed = int
@@ -66,7 +66,7 @@ else:
     from jsonargparse.typing import restricted_number_type
 
     def _type(name, kind, words, *limits):
-        # Neither infinity nor what no tensor can count: nothing that they are given to works with them.
+        # Nothing works with infinity, or with integers beyond the sizes of tensors.
         highest = ("<=", _LARGEST) if kind is int else ("<", math.inf)
         made = restricted_number_type(name, kind, [*limits, highest])
         NUMBERS[made] = words
@@ -110,7 +110,7 @@ def members(annotation: Any) -> tuple[Any, ...]:
 
 
 def without_range(annotation: Any) -> Any:
-    """Return the type of Python's that a parser may take for a type, whose range is checked later."""
+    """Return Python's own type for a type with a range, for a parser; the range is checked later."""
     if get_origin(annotation) is Annotated:
         return get_args(annotation)[0]
     if annotation in NUMBERS:
@@ -121,7 +121,7 @@ def without_range(annotation: Any) -> Any:
 
 
 def describe(annotation: Any) -> str:
-    """Return what a value of a type must be, in words that fit after "must be"."""
+    """Return a description of a type's values, in words that fit after "must be"."""
     kinds = members(annotation)
     if len(kinds) > 1:
         words = list(dict.fromkeys(describe(kind) for kind in kinds))
@@ -151,12 +151,12 @@ def describe(annotation: Any) -> str:
 
 
 def checked(name: str, value: Any, annotation: Any) -> Any:
-    """Return a value that is of its type: a number in its range, a word among its choices, text, a path, a list.
+    """Return a value, checked against its type: a number in its range, a word among its choices, text, a path, a list.
 
     Args:
         name: The setting, for the error.
         value: Its value.
-        annotation: Its type; of classes other than Python's own only whether it is an instance of them.
+        annotation: Its type; for classes other than Python's own, only `isinstance` is checked.
 
     Returns:
         The value; a number as a plain `int` or `float`, a path as `Path`.
@@ -171,11 +171,11 @@ def checked(name: str, value: Any, annotation: Any) -> Any:
 
 
 def check_fields(settings: Any, prefix: str) -> None:
-    """Replace the value of every field of a dataclass, frozen or not, by what `checked` returns for it.
+    """Replace the value of every field of a dataclass, frozen or not, by the result of `checked`.
 
     Args:
-        settings: The dataclass. Fields whose types are text, since only type checkers import them, stay as they are.
-        prefix: What comes before their names in errors.
+        settings: The dataclass. Fields whose types are text, because only type checkers import them, are not checked.
+        prefix: Prefix of their names in errors.
 
     Raises:
         SettingsError: If a value is not allowed.
@@ -187,7 +187,7 @@ def check_fields(settings: Any, prefix: str) -> None:
 
 
 def refusal(name: str, value: Any, annotation: Any) -> str:
-    """Return the message of the error that refuses a value for its type."""
+    """Return the message of the error for a value of the wrong type."""
     shown = "null" if value is None else repr(value)
     if len(shown) > _LONGEST:
         shown = f"{shown[:_LONGEST]} ..."
@@ -236,7 +236,7 @@ def _as(name: str, value: Any, kind: Any) -> Any:
     if is_typeddict(kind):
         return _as_typed_dict(name, value, kind)
     if plain is Literal:
-        # True is 1 for Python, but not for a reader.
+        # To Python True equals 1, but not to a reader.
         return value if any(value == one and type(value) is type(one) for one in get_args(kind)) else _WRONG
     if kind in NUMBERS or kind in (int, float):
         return _WRONG if isinstance(value, (str, bool)) else _number(value, kind)
@@ -263,7 +263,7 @@ def _as_typed_dict(name: str, value: Any, kind: Any) -> Any:
 def _number(value: Any, kind: Any) -> Any:
     try:
         number = kind(value)
-    except (ValueError, TypeError, OverflowError):  # OverflowError: no integer is infinite
+    except (ValueError, TypeError, OverflowError):  # OverflowError: an infinite integer
         return _WRONG
     if not math.isfinite(number) or number != value or (issubclass(kind, int) and abs(number) > _LARGEST):
         return _WRONG  # 1.5 is not an integer

@@ -1,7 +1,7 @@
 """Python's garbage collector while a program starts.
 
-Importing torch and LitGPT makes two million objects, and nearly all of them stay. The collector looks through them
-again and again for ones that it could delete, an eighth of the time that a start takes.
+Importing torch and LitGPT creates two million objects, nearly all of which stay. The collector scans them again and
+again for garbage, which takes an eighth of the time to start.
 """
 
 import contextlib
@@ -9,13 +9,13 @@ import gc
 from collections.abc import Iterator
 
 _USUAL = gc.get_threshold()
-# Objects that are made before the youngest are looked through; Python's own number is in the hundreds.
+# New objects before the youngest generation is collected; Python's default is in the hundreds.
 _OBJECTS = 50_000
 
 
 @contextlib.contextmanager
 def collect_rarely() -> Iterator[None]:
-    """Look for garbage rarely in the scope."""
+    """Collect garbage rarely in the scope."""
     before = gc.get_threshold()
     gc.set_threshold(_OBJECTS, *before[1:])
     try:
@@ -26,7 +26,7 @@ def collect_rarely() -> Iterator[None]:
 
 @contextlib.contextmanager
 def settled() -> Iterator[None]:
-    """In the scope, look for garbage as often as usual, but not among the objects that there are at its start."""
+    """Collect garbage in the scope as often as usual, but not among the objects that exist at its start."""
     before = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(*_USUAL)

@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM that are not lost, and leave nothing half-written.
+"""Handling of Ctrl-C and SIGTERM that loses no signal and leaves nothing half-written.
 
-Some extension modules drop whatever their imports raise: torch's drops a KeyboardInterrupt while it loads NumPy. The
-program would go on with half a NumPy, and fail at the first use of the rest, after hours. Python itself drops what
-finalizers raise.
+Some extension modules drop exceptions raised by their imports: torch's drops a KeyboardInterrupt while it loads NumPy.
+The program would go on with half of NumPy, and fail at the first use of the rest, after hours. Python itself drops
+exceptions of finalizers.
 
 Imports nothing of this package.
 """
@@ -22,34 +22,34 @@ from types import FrameType
 from typing import Any
 
 _LOOK_EVERY = 0.05  # seconds
-# What passes a signal on to its whole process group and to its child (`timeout`, a terminal and `uv run`) delivers it
-# twice, milliseconds apart; nobody presses Ctrl-C twice within this time in seconds.
+# Programs that pass a signal on to their process group and to their child (`timeout`, a terminal and `uv run`) deliver
+# it twice, milliseconds apart; nobody presses Ctrl-C twice within this many seconds.
 _MOMENT = 0.3
 _USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-_process = 0  # whose handlers are in place; what it forks inherits them
+_process = 0  # the process that installed the handlers, which its forks inherit
 _end: Callable[[signal.Signals], int]
 _postponed = False
 _raised = _NOTHING = (0, -math.inf)  # which signal raised last, and when
-_again: dict[signal.Signals, threading.Timer] = {}  # what raises signals that came when nothing could be raised
+_again: dict[signal.Signals, threading.Timer] = {}  # timers that raise postponed signals
 
 
 class Terminated(BaseException):
     """SIGTERM asks the program to end.
 
-    Not a KeyboardInterrupt, after which a conversation goes on.
+    Not a KeyboardInterrupt, after which a chat goes on.
     """
 
 
 @contextmanager
 def interruptible(end: Callable[[signal.Signals], int]) -> Iterator[None]:
-    """In the scope, raise KeyboardInterrupt on Ctrl-C and Terminated on SIGTERM.
+    """Raise KeyboardInterrupt on Ctrl-C and Terminated on SIGTERM in the scope.
 
-    Not while an extension module loads: then after it; and once more where Python had to drop it. A signal that comes
-    twice counts once, and a Ctrl-C also where the first has ended the scope. Where another handler than Python's is in
-    place, and outside the main thread, nothing changes.
+    While an extension module loads, the exception waits until after that; if Python had to drop it, it is raised again.
+    A signal that is delivered twice counts once, and so does a Ctrl-C whose first delivery has ended the scope. Outside
+    the main thread, and if another handler than Python's is installed, nothing changes.
 
     Args:
-        end: Says that a signal ends the program, and returns its exit status; for `ending_at_once`.
+        end: Prints that a signal ends the program, and returns its exit status; for `ending_at_once`.
     """
     global _process, _end, _raised
     in_main = threading.current_thread() is threading.main_thread()
@@ -81,7 +81,7 @@ def count_again() -> None:
 def end_at_once_on_termination() -> None:
     """Let SIGTERM end this process at once until the scope of `interruptible` ends.
 
-    For what waits for other processes: no Python code runs meanwhile, so nothing could be raised.
+    For code that waits for other processes: no Python code runs meanwhile, so nothing could be raised.
     """
     if signal.getsignal(signal.SIGTERM) is _interrupt and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -89,9 +89,9 @@ def end_at_once_on_termination() -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """In the scope, which is short, raise nothing on a signal, but soon after it.
+    """Postpone exceptions for signals until soon after the scope, which must be short.
 
-    To block signals is not enough: the threads of extension modules receive them, too.
+    Blocking signals is not enough, because the threads of extension modules receive them too.
     """
     global _postponed
     _postponed = True
@@ -103,9 +103,9 @@ def uninterrupted() -> Iterator[None]:
 
 @contextmanager
 def ending_at_once() -> Iterator[None]:
-    """In the scope, which runs long in code that is not Python's and leaves nothing half-written, end on a signal.
+    """End at once on a signal in the scope, which runs native code for long and leaves nothing half-written.
 
-    Python would raise nothing before that code returns. A thread hears of the signal at once.
+    Python would not raise before that code returns, but a thread hears of the signal at once.
     """
     ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is _interrupt
     if not ours:
@@ -132,7 +132,7 @@ def _end_when_told(heard: socket.socket) -> None:
 
 
 def interruption_behind(error: BaseException | None) -> signal.Signals | None:
-    """Return the signal that raised an error, or made something else raise it on the way out; None if none did."""
+    """Return the signal that raised an error or led to it; None if there was none."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return signal.SIGINT
@@ -148,8 +148,8 @@ def _comes_twice(number: int) -> bool:
 
 
 def _after(number: int, frame: FrameType | None) -> None:
-    # Stands in for Python's handler behind a scope that a signal has ended: while the program ends, that would raise
-    # in the middle of somebody's clearing up.
+    # Replaces Python's handler after a scope that a signal has ended: while the program ends, Python's would raise in
+    # the middle of clean-up code.
     if not _comes_twice(number):
         signal.default_int_handler(number, frame)
 
@@ -157,7 +157,7 @@ def _after(number: int, frame: FrameType | None) -> None:
 def _interrupt(number: int, frame: FrameType | None) -> None:
     global _raised
     if number == signal.SIGTERM and os.getpid() != _process:
-        # A forked worker ends as it would have without this.
+        # A forked worker ends as it would without this handler.
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
     if not (_postponed or _loads_extension(frame)):
@@ -180,7 +180,7 @@ def _again_if_dropped(otherwise: Callable[[Any], object], dropped: Any) -> None:
 def _interrupt_again(number: int) -> None:
     signum = signal.Signals(number)
     waiting = _again.get(signum)
-    if waiting is not None and waiting.is_alive():  # which no thread of another process is behind a fork
+    if waiting is not None and waiting.is_alive():  # after a fork, the parent's threads are not
         return
     _again[signum] = timer = threading.Timer(_LOOK_EVERY, _look_again, (signum,))
     timer.daemon = True
@@ -201,9 +201,9 @@ def _loads_extension(frame: FrameType | None) -> bool:
 
 
 def end_with_the_reader() -> None:
-    """End this process without a word when nobody reads its output any more, as `| head` expects.
+    """End this process silently when nobody reads its output any more, as `| head` expects.
 
-    Who trains or loads a model has other pipes, whose ends must not end it.
+    Not for processes that train or load a model: they have other pipes, which may close without ending them.
     """
     if hasattr(signal, "SIGPIPE"):  # not on Windows
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""What this machine has. Imports neither torch nor LitGPT."""
+"""Resources of this machine. Imports neither torch nor LitGPT."""
 
 import os
 
@@ -9,7 +9,7 @@ def count_cores() -> int:
 
 
 def memory_bytes() -> int | None:
-    """Return the size of its memory, or None where the system does not say."""
+    """Return the size of the memory, or None if the system does not say."""
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

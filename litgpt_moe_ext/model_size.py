@@ -1,4 +1,4 @@
-"""How many parameters a model has, how many of them work on one token, and how much arithmetic that is."""
+"""A model's parameters, those that are active for one token, and its FLOPs."""
 
 from typing import Any, NamedTuple
 
@@ -7,8 +7,8 @@ class ModelSize(NamedTuple):
     """Number of parameters.
 
     Attributes:
-        total: All of them.
-        active: Those that take part in computing one token: all but the experts it does not visit.
+        total: All parameters.
+        active: Those used for one token: all but the experts that it does not visit.
     """
 
     total: int
@@ -16,7 +16,7 @@ class ModelSize(NamedTuple):
 
 
 def count_parameters(config: Any, tie_embeddings: bool = False) -> ModelSize:
-    """Count the parameters of the model that a `litgpt.Config` describes, without allocating any.
+    """Count the parameters of the model that a `litgpt.Config` describes, without allocating them.
 
     Args:
         config: The configuration.
@@ -29,7 +29,7 @@ def count_parameters(config: Any, tie_embeddings: bool = False) -> ModelSize:
 
     model = meta_model(config)
     if tie_embeddings:
-        # `parameters` lists it once.
+        # `parameters` yields it once.
         model.lm_head.weight = model.get_submodule("transformer.wte").get_parameter("weight")
     total = sum(parameter.numel() for parameter in model.parameters())
     routed = sum(
@@ -45,8 +45,8 @@ def count_parameters(config: Any, tie_embeddings: bool = False) -> ModelSize:
 def count_flops(config: Any, length: int, training: bool) -> int:
     """Return the floating point operations of one sequence, counted by torch on tensors without memory.
 
-    A multiply-add is two. Counted are the matrix products: of a token's own experts, not of those it passes by, and of
-    attention as if it looked at all `length` positions (the half that a causal mask hides is part of it).
+    Only matrix products count, two per multiply-add: of experts only those that a token visits, and of attention as if
+    every token saw all `length` positions (the half that a causal mask hides is included).
 
     Args:
         config: A `litgpt.Config`.
@@ -58,7 +58,7 @@ def count_flops(config: Any, length: int, training: bool) -> int:
 
 
 def count_flops_of_passes(config: Any, length: int, backward: bool = True) -> tuple[int, int]:
-    """Return the same of the forward pass, and of both passes together.
+    """Return the same for the forward pass, and for both passes together.
 
     Args:
         config: A `litgpt.Config`.

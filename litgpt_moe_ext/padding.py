@@ -1,8 +1,8 @@
 """Which tokens of a batch are text, and which are padding. One rule everywhere: an id below zero is padding.
 
 LitGPT's pretraining loop takes one tensor of rows and cuts inputs (`[:, :-1]`) and targets (`[:, 1:]`) from it. The
-last token of a text is a target and has none itself, so as an input it is padding, however it is as a target:
-`PaddedRows` cuts accordingly. A batch of rows with padding is thereby the same training as its texts without.
+last token of a text is a target but has no target itself, so as an input it is padding; `PaddedRows` cuts accordingly.
+Training on rows with padding thus equals training on their texts without it.
 
 Shape legend: B batch, T tokens.
 """
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from litgpt_moe_ext.rows import Rows
 
-# What the loss leaves out as a target, and models as an input.
+# Ignored by the loss as a target, and by models as an input.
 PADDING = -100
 
 
 class PaddedRows(Rows):
-    """Rows of which some end in padding: a token without a target is `PADDING` among the inputs."""
+    """Rows that may end in padding: a token without a target is `PADDING` among the inputs."""
 
     def inputs(self, rows: slice, end: int) -> Tensor:
         """Return the inputs of some rows."""
@@ -26,7 +26,7 @@ class PaddedRows(Rows):
 
 
 def mark_padding(ids_BT: Tensor, real_BT: Tensor) -> Tensor:
-    """Return token ids that tell models which of them are text: those that are not become `PADDING`.
+    """Return token ids with `PADDING` in place of those that are not text, as models expect.
 
     Args:
         ids_BT: Token ids.
@@ -39,28 +39,28 @@ _accepted = False
 
 
 def accept_padding(accepted: bool = True) -> None:
-    """Let models of LitGPT's class take ids below zero from now on, or no more; elsewhere they are an error.
+    """Let models of LitGPT's class accept ids below zero from now on, or refuse them again.
 
-    Their outputs at padding are meaningless. MoE layers of this package leave padding out of everything. It must stand
-    behind the text of its row, where causal attention keeps it from the tokens that count.
+    Their outputs at padding are meaningless. MoE layers of this package ignore padding. It must come after the text of
+    its row, where causal attention hides it from the text.
     """
     global _accepted
     _accepted = accepted
 
 
 def accepts_padding() -> bool:
-    """Return what `accept_padding` said last."""
+    """Return the last setting of `accept_padding`."""
     return _accepted
 
 
 def real_tokens(ids_BT: Tensor) -> Tensor | None:
-    """Return which tokens are text, bool (B, T); None where all are, or where padding is not accepted.
+    """Return which tokens are text, bool (B, T); None if all are, or if padding is not accepted.
 
-    Nothing waits for a device: there, and under `torch.compile`, all tokens being text is not noticed.
+    Does not wait for a device: for ids there, and under `torch.compile`, the result is a tensor even if all are text.
     """
     if not _accepted or ids_BT.is_meta:
         return None
     real_BT = ids_BT >= 0
     seen = ids_BT.device.type == "cpu" and not torch.compiler.is_compiling()
-    # Tensors without data, with which memory is counted, stand for text.
+    # Tensors without data, used to count memory, stand for text.
     return None if seen and (type(ids_BT) is not Tensor or bool(real_BT.all())) else real_BT

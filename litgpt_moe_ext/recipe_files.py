@@ -1,4 +1,4 @@
-"""YAML as people write it, in recipes and flags: what it means, or in which line of which file the mistake is."""
+"""Reads YAML as people write it, in recipes and flags, and locates mistakes by file and line."""
 
 import os
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ from jsonargparse import get_loader
 
 from litgpt_moe_ext.errors import SettingsError, did_you_mean_recipe, one_line
 
-# How deep the nodes of a recipe may lie in one another, and how many it may have with every alias written out.
+# How deeply the nodes of a recipe may be nested, and how many it may have with every alias expanded.
 _DEEPEST, _LARGEST = 50, 100_000
 
 _TEXT_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
-# What no setting is, and JSON has not.
+# Types that no setting has and JSON lacks.
 _FOREIGN_TAGS = {f"tag:yaml.org,2002:{kind}": f"!!{kind}" for kind in ("binary", "omap", "pairs", "set")}
 
 
@@ -23,13 +23,13 @@ def read_recipe(file: Path, setting: str = "--config") -> tuple[dict[str, Any], 
 
     Args:
         file: A YAML file.
-        setting: What the user has named it by, for the error.
+        setting: The setting that named it, for the error.
 
     Raises:
         SettingsError: If it does not hold settings as keys and values, each key once.
     """
     name = f"{setting}: {str(file)!r}"
-    if os.path.isdir(file):  # pathlib raises where a folder above may not be entered
+    if os.path.isdir(file):  # pathlib raises if a parent folder may not be entered
         raise SettingsError(f"{name} is a folder; name a recipe (YAML file), like those in configs/")
     try:
         text = file.read_text(encoding="utf-8")
@@ -63,16 +63,16 @@ def without_mark(model: dict[str, Any]) -> dict[str, Any]:
 def is_trusted(class_path: str) -> bool:
     """Return whether a class that a checkpoint names may be imported: one of LitGPT's, of torch's optimizers, or ours.
 
-    A checkpoint may come from anybody, and its settings are data: importing what they name would run it.
+    A checkpoint may come from anybody, and its settings are data: importing a module that they name would run it.
     """
     return "." not in class_path or class_path.startswith(("litgpt.", "litgpt_moe_ext.", "torch.optim."))
 
 
 def as_data(settings: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Return the settings that lie in a checkpoint without its callbacks, which are code and not needed to judge it.
+    """Return the settings in a checkpoint without its callbacks, which are code and not needed to judge it.
 
     Args:
-        settings: What its `hyperparameters.yaml` holds.
+        settings: The content of its `hyperparameters.yaml`.
         file: That file.
 
     Raises:
@@ -89,15 +89,15 @@ def as_data(settings: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def load_value(text: str, name: str = "value") -> Any:
-    """Return what a text means in YAML, numbers such as 3e-4 included.
+    """Return the value of a text in YAML, including numbers such as 3e-4.
 
     Args:
         text: A value.
-        name: What it stands for, for the error.
+        name: Its setting, for the error.
 
     Raises:
-        SettingsError: If it means nothing: a bracket without its partner, a tag that makes an object, the 30th of
-            February, a number of thousands of digits.
+        SettingsError: If it has no value: an unmatched bracket, a tag that creates an object, the 30th of February, a
+            number of thousands of digits.
     """
     _compose(name, text)
     return _load(name, text)
@@ -115,7 +115,7 @@ def _compose(name: str, text: str) -> yaml.Node | None:
     """Return a YAML text as nodes, none of which contains itself; None if it is empty.
 
     Raises:
-        SettingsError: If it is not YAML, or larger or deeper than anything that a person writes.
+        SettingsError: If it is not YAML, or larger or more deeply nested than anything that a person writes.
     """
     try:
         document = yaml.compose(text, yaml.SafeLoader)
@@ -133,8 +133,8 @@ def _compose(name: str, text: str) -> yaml.Node | None:
 
 
 def _refuse_bombs(node: yaml.Node, name: str, sizes: dict[int, int | None], depth: int) -> int:
-    # Return the number of nodes with every alias written out. A node that is being counted has no size yet: it is part
-    # of itself.
+    # Return the number of nodes with every alias expanded. Meeting a node without a size, which is still being counted,
+    # means that it contains itself.
     where = f"{name} line {node.start_mark.line + 1}"
     if id(node) in sizes:
         if (size := sizes[id(node)]) is None:

@@ -1,7 +1,7 @@
-"""Rows of token ids as a loader hands them out, which remember on a device what they are in host memory.
+"""Rows of token ids from a loader, which on a device keep a copy in host memory.
 
-What depends on the values of a batch can thus be decided without a wait for the device. The copy hangs on the very
-tensor that it is a copy of, so no batch can be taken for another.
+Decisions that depend on the values of a batch thus need not wait for the device. The copy is stored on the very tensor
+that it copies, so batches cannot be mixed up.
 
 Shape legend: B batch, T tokens.
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 class Rows(Tensor):
     """Rows of token ids, integers, (B, T + 1), the last column a target only.
 
-    A slice of columns that starts at the first and leaves the last out is the inputs, an ordinary contiguous tensor
-    with a host copy. All other results are ordinary tensors, except that copies and moves to a device stay rows.
+    A slice of columns from the first to before the last gives the inputs, an ordinary contiguous tensor with a host
+    copy. All other results are ordinary tensors, except that copies and moves to a device stay rows.
     """
 
     @classmethod
@@ -41,7 +41,7 @@ class Rows(Tensor):
 
     def _inputs_with_copy(self, rows: slice, end: int) -> Tensor:
         source = host_copy(self)
-        # LitGPT calls `contiguous`, which leaves only a contiguous tensor the same object.
+        # LitGPT calls `contiguous`, which returns the same object only for a contiguous tensor.
         inputs_BT = self.inputs(rows, end).contiguous()
         return _remember(inputs_BT, source.inputs(rows, end) if isinstance(source, Rows) else None)
 
@@ -50,19 +50,19 @@ _COPIES = {Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.pin_memory, Tensor.clone, 
 
 
 def host_copy(ids: Tensor) -> Tensor | None:
-    """Return the same ids in host memory; None if they are not known, or `ids` was changed in place since."""
+    """Return the same ids in host memory; None if there is no copy, or `ids` was changed in place since."""
     copy, version = getattr(ids, "_host_copy", (None, 0))
     return copy if copy is not None and ids._version == version else None
 
 
 def _remember(ids: Any, copy: Tensor | None) -> Any:
-    if copy is not None and not ids.is_inference():  # whose changes torch does not count
+    if copy is not None and not ids.is_inference():  # torch does not track changes of inference tensors
         ids._host_copy = copy, ids._version
     return ids
 
 
 def _end_of_inputs(rows: Any, index: Any) -> int | None:
-    # Where the slice of columns that is meant ends, or None for another index.
+    # The end of a slice of columns that gives the inputs, or None for another index.
     if not (isinstance(index, tuple) and len(index) == 2 and all(isinstance(part, slice) for part in index)):
         return None
     start, end, step = index[1].indices(rows.size(1))

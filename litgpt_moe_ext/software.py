@@ -1,4 +1,4 @@
-"""Which code trains a run: the version of this package, with its commit where git keeps it, and that of torch."""
+"""The code that trains a run: the versions of this package, with its commit if git tracks it, and of torch."""
 
 import subprocess
 from pathlib import Path
@@ -9,20 +9,20 @@ _PACKAGE = Path(__file__).parent
 
 
 def software() -> str:
-    """Return by what a run is trained, as `litgpt_moe_ext 0.1.0, commit 0123456789ab+changes, torch 2.11.0`."""
+    """Return the code that trains a run, as `litgpt_moe_ext 0.1.0, commit 0123456789ab+changes, torch 2.11.0`."""
     import torch
 
     return f"litgpt_moe_ext {code_version()}, torch {torch.__version__}"
 
 
 def code_version(package: Path = _PACKAGE) -> str:
-    """Return the version of this package, with its commit where git keeps it, as `0.1.0, commit 0123456789ab+changes`.
+    """Return the version of this package, with its commit if git tracks it, as `0.1.0, commit 0123456789ab+changes`.
 
     Args:
         package: Its folder.
     """
-    # Installed into an environment inside somebody's repository, it is not that repository's. One without a commit is
-    # none yet.
+    # If installed into an environment inside another repository, that repository does not track it. A new repository
+    # may have no commit yet.
     commit = _git(package, "ls-files", "__init__.py") and _git(package, "rev-parse", "--short=12", "HEAD")
     if not commit:
         return __version__

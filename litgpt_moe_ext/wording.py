@@ -1,4 +1,4 @@
-"""Numbers in the words of messages."""
+"""Wording of numbers in messages."""
 
 
 def abbreviated(number: float, prefixes: str = "kMBT", gap: str = "") -> str:
@@ -6,8 +6,8 @@ def abbreviated(number: float, prefixes: str = "kMBT", gap: str = "") -> str:
 
     Args:
         number: The number.
-        prefixes: Of a thousand, a million, and so on.
-        gap: What stands between digits and prefix.
+        prefixes: Prefixes of a thousand, a million, and so on.
+        gap: Text between digits and prefix.
     """
     for power in range(len(prefixes), 0, -1):
         if number >= 0.9995 * 1000**power:  # what three digits round to it
@@ -19,9 +19,9 @@ def counted(number: int, noun: str) -> str:
     """Return a number with its noun: 1 step, 1,440 steps, 2 processes.
 
     Args:
-        number: How many there are.
-        noun: What they are, in the singular, of those whose plural ends in `s` or `es`. Words may stand before it, as
-            in `training token`.
+        number: How many.
+        noun: The noun in the singular, whose plural must end in `s` or `es`. Words may precede it, as in `training
+            token`.
     """
     if number == 1:
         return f"1 {noun}"

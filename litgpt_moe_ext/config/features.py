@@ -18,7 +18,7 @@ MLP_CLASS_NAMES = (*MOE_CLASS_NAMES, "FeedForward")
 LITGPT_ACTIVATIONS = {"LLaMAMLP": "swiglu", "GemmaMLP": "geglu", "GptNeoxMLP": "gelu"}
 ATTENTION_CLASS_NAMES = ("SinkAttention",)
 
-# Condition of each feature, and why a field that needs it would be ignored where it is not there.
+# Condition of each feature, and why a field that needs it would be ignored without it.
 _FEATURES: dict[str, "tuple[Callable[[Config], bool], str]"] = {
     "feed_forward": (
         lambda config: config.mlp_class_name in MLP_CLASS_NAMES,
@@ -67,7 +67,7 @@ def missing_feature(config: "Config", owner: tuple[str, ...]) -> tuple[str, str]
 
     Args:
         config: The model configuration.
-        owner: Names of features, those that others depend on first.
+        owner: Names of features; those on which others depend come first.
     """
     for feature in owner:
         if feature in _FEATURES:
@@ -90,7 +90,7 @@ def routers_need(config: "Config", feature: str) -> bool:
 
 
 def unlearned_routers(config: "Config") -> str | None:
-    """Return why the loss of a training teaches routers that can learn nothing, one line; None if it does."""
+    """Return why routers that can learn get no gradient from the training loss, one line; None if they do."""
     if config.n_expert_per_token != 1 or config.n_expert == 1 or not routers_need(config, "logits"):
         return None
     reads_norm = routers_need(config, "norm_topk_prob")
@@ -131,14 +131,14 @@ def family_of_norms(norm_class_name: str, name: str) -> str:
 
     Args:
         norm_class_name: The class.
-        name: Of the model.
+        name: The model's name.
     """
     word = {"RMSNorm": "Gemma", "LayerNorm": "OLMo"}.get(norm_class_name, "")
     return word if word in name else ""
 
 
 def changes_model(config: "Config") -> bool:
-    """Return whether a configuration has settings that concern more of a model than its attention layers."""
+    """Return whether a configuration has settings that affect a model beyond its attention layers."""
     return config.attention_class_name is not None and (
         config.position_embedding is not None
         or bool(config.embedding_dropout)

@@ -1,7 +1,7 @@
 """The table of fields that this package adds to `litgpt.Config`, or uses of it.
 
-Everything that is known about a field stands here once: validation, defaults, the refusal of settings that would be
-ignored, and the tables of the documentation follow from it. Rules that concern several fields are in
+It is the single source for validation, defaults, the refusal of settings that would be ignored, and the tables of the
+documentation. Rules that concern several fields are in
 `litgpt_moe_ext.config.rules`. Imports neither torch nor LitGPT.
 """
 
@@ -37,15 +37,15 @@ class Field:
     """A field of a model configuration.
 
     Attributes:
-        type: What it may hold, a type as in `litgpt_moe_ext.field_types`.
-        doc: What it means, one line.
-        owner: Features of a model (`litgpt_moe_ext.config.features`) that together make something read it; elsewhere it
-            would be ignored, and is refused. A field of LitGPT is left alone where the first feature is missing.
-        default: What leaving it out means, filled in where the owner is there; `REQUIRED` if it must be set.
+        type: Its type, as in `litgpt_moe_ext.field_types`.
+        doc: Its meaning, one line.
+        owner: Features (`litgpt_moe_ext.config.features`) that a model needs to read the field; without them it would
+            be ignored, and is refused. A field of LitGPT is left alone if the first feature is missing.
+        default: Its value if left out, filled in for models with the features of `owner`; `REQUIRED` if it must be set.
         of_litgpt: Whether LitGPT has the field.
-        unset: What it holds if nobody set it: None for the fields of this package.
-        of_training: Whether it is about how a model is trained, or about what computes it, and not about what that is:
-            a run may go on from a checkpoint with another value.
+        unset: Its value before defaults are filled in: None for the fields of this package.
+        of_training: Whether it concerns how a model is trained or computed, not what the model is: a run may continue
+            from a checkpoint with another value.
     """
 
     type: Any
@@ -289,10 +289,10 @@ ATTENTION_FIELDS = {
     "attention_logit_softcapping": _litgpt(type(None), "not supported by `SinkAttention`", _ATTENTION),
 }
 
-# All of them, in the order in which they are checked: a field stands after those that its owner or range asks for.
+# All of them, in the order in which they are checked: a field comes after those that its owner or range depends on.
 FIELDS: dict[str, Field] = {**FEED_FORWARD_FIELDS, **ROUTING_FIELDS, **ATTENTION_FIELDS}
 
-# Those that say only what computes a model.
+# The fields that only choose what computes a model.
 BACKEND_FIELDS = ("expert_backend", "attention_backend")
 
 
@@ -302,7 +302,7 @@ def added_fields() -> list[str]:
 
 
 def expert_fields() -> set[str]:
-    """Return the names of the fields that mean something only where there are experts."""
+    """Return the names of the fields that have a meaning only for models with experts."""
     return {name for name, field in FIELDS.items() if "moe" in field.owner}
 
 

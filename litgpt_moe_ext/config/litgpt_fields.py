@@ -1,8 +1,8 @@
-"""Ranges of the fields that LitGPT's configuration has by itself.
+"""Ranges of the fields of LitGPT's own configuration.
 
 LitGPT takes any number of the right type: a head count of 0 ends in a division by zero, a rotary percentage of infinity
-in an overflow, and a negative norm epsilon trains. Checked before a `litgpt.Config` is made, and of one that is made.
-Importing it loads neither torch nor LitGPT.
+in an overflow, and a negative norm epsilon trains. The ranges are checked before and after a `litgpt.Config` is
+created. Importing this module loads neither torch nor LitGPT.
 """
 
 from collections.abc import Iterator, Mapping
@@ -39,14 +39,14 @@ RANGES: dict[str, Any] = {
 
 
 def check_ranges(values: Mapping[str, Any], prefix: str = "") -> None:
-    """Raise SettingsError unless the fields of a model are numbers that a model can have.
+    """Raise SettingsError unless the fields of a model are in their ranges.
 
     Args:
         values: Some or all fields of a configuration.
-        prefix: What comes before their names in an error.
+        prefix: Prefix of their names in an error.
 
     Raises:
-        SettingsError: If one is out of its range, or heads do not divide what they share.
+        SettingsError: If one is out of its range, or a number of heads does not divide evenly.
     """
     for name, kind in RANGES.items():
         if name in values:
@@ -59,7 +59,7 @@ def check_names(values: Mapping[str, Any], file: str = "") -> None:
 
     Args:
         values: Fields of a configuration.
-        file: Where they stand, for the error.
+        file: The file that holds them, for the error.
     """
     from litgpt import Config
 

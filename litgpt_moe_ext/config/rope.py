@@ -1,7 +1,7 @@
-"""The keys of `rope_adjustments`: which rule they ask for, and what they may say.
+"""The keys of `rope_adjustments`: which rule they select, and their allowed values.
 
-Accepted are nothing (plain RoPE), `factor` alone (linear), and `factor` and `original_max_seq_len` with `dynamic: true`
-(dynamic NTK), with both of Llama-3's keys, or with at least one of YaRN's. Imports neither torch nor LitGPT.
+Accepted are no keys (plain RoPE), `factor` alone (linear), and `factor` and `original_max_seq_len` with `dynamic: true`
+(dynamic NTK), with both of Llama 3's keys, or with at least one of YaRN's. Imports neither torch nor LitGPT.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from litgpt_moe_ext.field_types import AtLeastOne, NonNegativeFloat, PositiveFlo
 
 RopeKind = Literal["plain", "linear", "dynamic", "llama3", "yarn"]
 
-# YaRN's numbers of rotations where a configuration names none (Peng et al. 2023, section 3.2).
+# YaRN's default numbers of rotations (Peng et al. 2023, section 3.2).
 DEFAULT_BETA_FAST = 32
 DEFAULT_BETA_SLOW = 1
 
@@ -41,13 +41,13 @@ _REQUIRED: dict[RopeKind, tuple[str, ...]] = {
     "llama3": ("factor", *_LLAMA3_KEYS, "original_max_seq_len"),
     "yarn": ("factor", "original_max_seq_len"),
 }
-# Two keys of a rule, of which the first must be greater than the second, and what they usually are.
+# Two keys of a rule, the first of which must be greater than the second, and their usual values.
 _DESCENDING: dict[RopeKind, tuple[str, str, str]] = {
     "llama3": ("high_freq_factor", "low_freq_factor", "Llama 3.1 has 4 and 1"),
     "yarn": ("beta_fast", "beta_slow", "the YaRN paper and the defaults have 32 and 1"),
 }
 
-# Names that other libraries use for the same things, and what to write instead.
+# Other libraries' names for the same keys, and what to write instead.
 _FOREIGN_KEYS = {
     "original_max_position_embeddings": "LitGPT calls it original_max_seq_len",
     "rope_theta": "set the field rope_base of the model configuration instead",
@@ -57,12 +57,12 @@ _FOREIGN_KEYS = {
 
 
 def present_adjustments(rope_adjustments: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the keys that say something: a key set to `None` (YAML: `null`) counts as absent."""
+    """Return the keys that are set: a key set to `None` (YAML: `null`) counts as absent."""
     return {key: value for key, value in (rope_adjustments or {}).items() if value is not None}
 
 
 def rope_kind(rope_adjustments: dict[str, Any] | None) -> RopeKind:
-    """Return which rule a dictionary of RoPE adjustments asks for.
+    """Return which rule a dictionary of RoPE adjustments selects.
 
     Args:
         rope_adjustments: A dictionary that `validate_rope_adjustments` accepts, or `None`.
@@ -94,7 +94,7 @@ def validate_rope_adjustments(rope_adjustments: dict[str, Any] | None) -> None:
         if key not in KEYS:
             remedy = _FOREIGN_KEYS.get(key, f"known keys are {', '.join(KEYS)}")
             raise SettingsError(f"rope_adjustments.{key}: {value!r} is an unknown key; {remedy}")
-        # An absent `truncate` means true, while Hugging Face reads a null as false: insist on an explicit answer.
+        # An absent `truncate` means true, but Hugging Face reads null as false: require an explicit value.
         if value is not None or key == "truncate":
             checked(f"rope_adjustments.{key}", value, KEYS[key])
     refuse_first(f"rope_adjustments{problem}" for problem in _problems(present_adjustments(rope_adjustments)))

@@ -1,7 +1,6 @@
 """Checking a model configuration: every field by its table entry, then rules that concern several fields.
 
-A rule yields what is wrong: the field as the user writes it, its value, and the remedy. Imports neither torch nor
-LitGPT.
+A rule yields messages: the field as the user writes it, its value, and the remedy. Imports neither torch nor LitGPT.
 """
 
 import json
@@ -25,7 +24,7 @@ def resolve(config: "Config") -> None:
     """Fill in defaults and check everything that does not depend on LitGPT's derived fields, in place.
 
     Args:
-        config: A configuration whose fields are set, but whose derived fields need not be.
+        config: A configuration whose derived fields need not be set yet.
 
     Raises:
         SettingsError: If a setting is out of range, contradicts another, or would be ignored.
@@ -40,7 +39,7 @@ def resolve(config: "Config") -> None:
         config.moe_intermediate_size = config.intermediate_size
     if uses_plugin(config):
         validate_rope_adjustments(config.rope_adjustments)
-        if config.latent_attention is not None:  # whose other settings are LitGPT's to check
+        if config.latent_attention is not None:  # LitGPT checks its other settings
             check_field("rope_base", config.rope_base, RotaryBase)
     _apply(_RULES, config)
 
@@ -52,7 +51,7 @@ def check_derived(config: "Config") -> None:
         config: A configuration that went through `resolve`, with derived fields.
 
     Raises:
-        SettingsError: If `SinkAttention` cannot do what the configuration asks of it.
+        SettingsError: If `SinkAttention` cannot do what the configuration requires.
     """
     _apply(_DERIVED_RULES, config)
 
@@ -213,7 +212,7 @@ class _LatentSizes(TypedDict):
 
 
 def _latent_attention(config: "Config") -> Iterator[str]:
-    # LitGPT's latent attention: it takes what it knows and says nothing about the rest.
+    # LitGPT's latent attention ignores unknown settings silently.
     sizes = config.latent_attention
     if sizes is None or config.attention_class_name is not None or not uses_plugin(config):
         return
@@ -241,7 +240,7 @@ def _litgpts_rotation(config: "Config") -> Iterator[str]:
 
 
 def _litgpts_pairs(config: "Config") -> Iterator[str]:
-    # LitGPT leaves the one out or stops in the first forward pass where the other is missing.
+    # Without the second of a pair, LitGPT ignores the first or fails in the first forward pass.
     if not uses_plugin(config):
         return
     for name, other in (("rope_indices", "rope_local_base_freq"), ("sliding_window_indices", "sliding_window_size")):
@@ -295,7 +294,7 @@ def _rotary_elements(config: "Config") -> Iterator[str]:
         yield f"rope_adjustments.dynamic: True needs more than two rotated elements, {gives}"
 
 
-# The features of a model that a rule is for, as those of the fields, and the rule.
+# The features that a model must have for a rule to apply, as for fields, and the rule.
 _RULES: "tuple[tuple[tuple[str, ...], Rule], ...]" = (
     (("moe",), _router),
     (("moe",), _expert_width),

@@ -36,13 +36,13 @@ _TOO_LARGE = 2**31
 
 
 def check_field(name: str, value: Any, annotation: Any, remedy: str = "") -> None:
-    """Raise SettingsError unless a field of a model is of its type, and an integer one that sizes of tensors may have.
+    """Raise SettingsError unless a field of a model has its type; an integer must also be a possible tensor size.
 
     Args:
         name: The field, for the message.
         value: Its value.
         annotation: Its type.
-        remedy: What to do, for the end of the message.
+        remedy: The remedy, for the end of the message.
     """
     try:
         found = checked(name, value, annotation)

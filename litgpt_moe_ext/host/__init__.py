@@ -1,1 +1,1 @@
-"""Everything that touches LitGPT's and torch's own names: what, why, and until when."""
+"""Every change to the names of LitGPT and torch: what, why, and until when."""

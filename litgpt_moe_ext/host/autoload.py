@@ -1,7 +1,7 @@
 """Run a callback after a module of LitGPT has been imported, without importing it.
 
-This is loaded by every interpreter of the environment (through the `.pth` file), so it imports nothing but `_thread`,
-`os` and `sys`, which are loaded anyway, and costs one dictionary look-up per later import.
+Every interpreter of the environment loads this module (through the `.pth` file), so it imports only `_thread`, `os` and
+`sys`, which are loaded anyway, and costs one dictionary look-up per later import.
 """
 
 import _thread
@@ -12,7 +12,7 @@ DISABLE_VARIABLE = "LITGPT_MOE_EXT_DISABLE"
 
 
 def disabled() -> bool:
-    """Whether the user switched the plugin off (any value but the empty string and 0)."""
+    """Return whether the user switched the plugin off (any value but the empty string and 0)."""
     return os.environ.get(DISABLE_VARIABLE, "") not in ("", "0")
 
 
@@ -26,15 +26,16 @@ def require_enabled() -> None:
 
 
 class _Finder:
-    """A finder that finds nothing itself: it lets the others find a module and takes part in its execution.
+    """A finder that finds nothing itself: it lets other finders find a module and hooks into its execution.
 
     Attributes:
         before: Module name to functions that are called before the module is looked for.
-        before_submodules: Package name to a function that is called with the name of a submodule that is looked for.
+        before_submodules: Package name to a function that is called with the name of each submodule before it is looked
+            for.
         instead: Module name to a function of the module and its loader that executes the module.
         after: Module name to functions that are called with the executed module.
-        again: The same for every execution but the first of this process, as when a module is reloaded.
-        executed: Modules that have been executed and are with these functions, and in which thread.
+        again: The same for every execution after the first, as when a module is reloaded.
+        executed: Executed modules for which these functions are running, with the thread.
     """
 
     def __init__(self):
@@ -55,7 +56,7 @@ class _Finder:
             if watched := bool(submodule) and package in self.before_submodules:
                 self.before_submodules[package](submodule)
         if (callbacks or watched) and target is None and name in sys.modules:
-            # What was imported before it has imported it, too; a second execution would make its classes anew.
+            # A callback has imported the module itself; executing it again would create its classes anew.
             return _spec_of_loaded(sys.modules[name])
         if not any(name in known for known in (self.after, self.instead, self.again)):
             return None
@@ -71,7 +72,7 @@ class _Finder:
         loader = spec.loader
 
         def exec_module(module):
-            # Only this execution is wrapped; whoever inspects the module later meets the original loader.
+            # Wrap only this execution, so that the module keeps its original loader.
             del loader.exec_module
             execute = self.instead.pop(name, None)
             if execute is None:
@@ -93,7 +94,7 @@ class _Finder:
 
 
 class _Loaded:
-    """A loader of a module that is there already."""
+    """A loader of a module that is already loaded."""
 
     def __init__(self, module):
         self._module, self._spec = module, module.__spec__
@@ -108,7 +109,7 @@ class _Loaded:
 def _spec_of_loaded(module):
     spec = type(module.__spec__)(module.__name__, _Loaded(module), origin=module.__spec__.origin)
     spec.submodule_search_locations = module.__spec__.submodule_search_locations
-    # Python prefers the spec of a module that has appeared meanwhile to the one that it is given.
+    # Python prefers the spec of a module that has been loaded in the meantime to the one that it gets here.
     module.__spec__ = spec
     return spec
 
@@ -127,7 +128,7 @@ def when_imported(name: str, callback) -> None:
 
     Args:
         name: Full name of the module.
-        callback: Called with the executed module. What it raises becomes an error of the import.
+        callback: Called with the executed module. Its exceptions become errors of the import.
     """
     module = sys.modules.get(name)
     spec = getattr(module, "__spec__", None)
@@ -138,15 +139,15 @@ def when_imported(name: str, callback) -> None:
 
 
 def when_executed_again(name: str, callback) -> None:
-    """Call `callback(module)` whenever the module `name` is executed after it has been imported, as by a reload."""
+    """Call `callback(module)` whenever the module `name` is executed again, as by a reload."""
     _use_finder().again.setdefault(name, []).append(callback)
 
 
-_waiting: dict[tuple[int, str], list] = {}  # functions that wait, by thread and the package that it executes
+_waiting: dict[tuple[int, str], list] = {}  # postponed callbacks, by thread and the package that it executes
 
 
 class Executing:
-    """A scope in which this thread executes the `__init__` of a package; behind it follows what waits for that."""
+    """A scope in which this thread executes the `__init__` of a package; postponed callbacks run at its end."""
 
     def __init__(self, package: str):
         self._key = _thread.get_ident(), package
@@ -162,7 +163,7 @@ class Executing:
 
 
 def when_whole(package: str, callback) -> None:
-    """Call `callback()`: at once, or when this thread has executed the `__init__` of `package`, if it is doing so."""
+    """Call `callback()` at once, or, if this thread is executing the `__init__` of `package`, after that."""
     waiting = _waiting.get((_thread.get_ident(), package))
     if waiting is None:
         callback()
@@ -171,7 +172,7 @@ def when_whole(package: str, callback) -> None:
 
 
 def is_initializing(name: str) -> bool:
-    """Return whether a module is being imported; to the functions that are called after its execution it is whole."""
+    """Return whether a module is being imported; false for callbacks that run after its execution."""
     spec = getattr(sys.modules.get(name), "__spec__", None)
     return bool(getattr(spec, "_initializing", False)) and _finder.executed.get(name) != _thread.get_ident()
 
@@ -187,7 +188,7 @@ def before_submodules(package: str, callback) -> None:
 
     Args:
         package: Name of the package.
-        callback: Called with the submodule's name without the package's; None to stop.
+        callback: Called with the submodule's name relative to the package; None to remove the callback.
     """
     if callback is None:
         _finder.before_submodules.pop(package, None)
@@ -207,14 +208,14 @@ def _register(_module) -> None:
 
         register()
     except Exception as error:
-        # Whoever only shares an environment with the plugin must be able to go on with plain LitGPT. Users of the
-        # plugin meet the same error from `litgpt_moe_ext.register()`.
+        # A program that only shares an environment with the plugin must be able to use plain LitGPT. Users of the
+        # plugin get the same error from `litgpt_moe_ext.register()`.
         import warnings
 
         warnings.warn(f"litgpt_moe_ext could not extend LitGPT and is inactive: {error}", RuntimeWarning, stacklevel=2)
 
 
-# What imports LitGPT or lightning sooner or later; nothing else of a process is touched.
+# Packages that import LitGPT or lightning sooner or later; processes without them are left alone.
 _IMPORTERS = (
     "litgpt",
     "litgpt_moe_ext.attention",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # field.
 REQUIRES_MARK = "_requires_litgpt_moe_ext"
 WEIGHTS_FILE, CONFIG_FILE = "lit_model.pth", "model_config.yaml"
-"""What LitGPT calls the files of a checkpoint."""
+"""LitGPT's names of the files of a checkpoint."""
 
 
 def add_fields(config: ModuleType) -> None:
@@ -30,7 +30,7 @@ def add_fields(config: ModuleType) -> None:
 
 
 def understand_mark(config: ModuleType) -> None:
-    """Let `Config.from_file` read configurations with the mark, and say what another plugin or an extension added."""
+    """Let `Config.from_file` read configurations with the mark, and explain fields of other plugins and extensions."""
     original = config.Config.from_file.__func__
 
     @classmethod
@@ -50,17 +50,17 @@ def understand_mark(config: ModuleType) -> None:
 
 
 def refuse_unknown_fields(content: dict[str, Any], where: str) -> None:
-    """Raise SettingsError, with the remedy, if a saved configuration has a field that a model has not.
+    """Raise SettingsError, with the remedy, if a saved configuration has a field that models do not have.
 
     Args:
         content: The configuration; it may have the mark.
-        where: The file, and what the user has named it by, for the error.
+        where: The file, and the setting that named it, for the error.
     """
     from litgpt.config import Config
 
     from litgpt_moe_ext.extend import load_extensions
 
-    load_extensions()  # those that were on their way themselves when LitGPT was imported
+    load_extensions()  # those that were being imported when LitGPT was
     for name in content:
         if name not in Config.__dataclass_fields__ and name != REQUIRES_MARK:
             raise SettingsError(
@@ -70,14 +70,14 @@ def refuse_unknown_fields(content: dict[str, Any], where: str) -> None:
 
 
 def read_fields(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> dict[str, Any]:
-    """Return what stands in the `model_config.yaml` of a checkpoint, whether or not it describes a model.
+    """Return the content of the `model_config.yaml` of a checkpoint, whether or not it describes a model.
 
     Args:
         checkpoint_dir: The directory.
         setting: Which setting named it, for errors.
 
     Raises:
-        SettingsError: If there are no values by name.
+        SettingsError: If it holds no values by name.
     """
     import yaml
 
@@ -147,6 +147,6 @@ def _check_written_by(version: str, path: str | Path) -> None:
 
 
 def _minor_version(version: str) -> tuple[int, ...]:
-    # Also of 0.2rc1; of what is no version at all nothing follows.
+    # Works for 0.2rc1 too; empty if it is not a version.
     found = re.match(r"(\d+)\.(\d+)", str(version))
     return () if found is None else tuple(map(int, found.groups()))

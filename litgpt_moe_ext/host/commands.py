@@ -1,4 +1,4 @@
-"""LitGPT's commands that meet a checkpoint of the plugin: one does its work, the others say why they cannot."""
+"""LitGPT's commands on checkpoints of the plugin: one is made to work, the others say why they cannot."""
 
 import inspect
 import sys
@@ -19,7 +19,7 @@ class NoCheckpointError(SettingsError, FileNotFoundError):
 
 
 def refuse_mlp_classes(module: ModuleType) -> None:
-    """Say that a way of finetuning knows LitGPT's own layers only."""
+    """Say that a finetuning method supports only LitGPT's own layers."""
 
     def __getattr__(name: str) -> type:
         if name in MLP_CLASS_NAMES:
@@ -33,7 +33,7 @@ def refuse_mlp_classes(module: ModuleType) -> None:
 
 
 def refuse_division(module: Any) -> None:
-    """Say which of a model's layers `litgpt generate_tp` cannot divide; it knows LitGPT's own only."""
+    """Say which of a model's layers `litgpt generate_tp` cannot divide; it supports only LitGPT's own."""
     original = module.tensor_parallel
 
     @wraps(original)
@@ -45,7 +45,7 @@ def refuse_division(module: Any) -> None:
 
 
 def refuse_division_first(module: Any) -> None:
-    """Say the same before `litgpt generate_tp` starts processes and loads weights."""
+    """Say so before `litgpt generate_tp` starts processes and loads weights."""
     original = module.main
 
     @wraps(original)
@@ -75,7 +75,7 @@ def _undivided(model: Any) -> Iterator[str]:
 
 
 def require_weights_alone(module: Any) -> None:
-    """Refuse in a line a training checkpoint where LitGPT looks for the weights at its top."""
+    """Refuse a training checkpoint, in one line, where LitGPT expects a file of weights alone."""
     original = module.main
 
     @wraps(original)
@@ -87,7 +87,7 @@ def require_weights_alone(module: Any) -> None:
 
 
 def require_weights_to_start(pretrain: Any) -> None:
-    """Do the same where plain `litgpt pretrain` starts from weights; this package's training finds them in both."""
+    """Do the same where plain `litgpt pretrain` starts from weights; this package's training accepts both kinds."""
     original = pretrain.main
     signature = inspect.signature(original)
 
@@ -119,7 +119,7 @@ def _refuse_training_checkpoint(setting: str, checkpoint_dir: Path, instead: str
 
 
 def name_checkpoints(utils: Any) -> None:
-    """Name the checkpoint that the folder of a run stands for, and refuse in a line what is no checkpoint."""
+    """Name the checkpoint inside a run's folder, and refuse, in one line, folders without one."""
     original = utils.check_valid_checkpoint_dir
 
     @wraps(original)
@@ -136,9 +136,9 @@ def name_checkpoints(utils: Any) -> None:
 
 
 def download_only_models(utils: Any) -> None:
-    """Refuse in a line what is neither a checkpoint nor a model to download.
+    """Refuse, in one line, names of neither a checkpoint nor a model to download.
 
-    LitGPT says that it knows no such model, goes on, and fails where it opens what it has not downloaded.
+    LitGPT says that it knows no such model, continues, and fails to open the files that it has not downloaded.
     """
     original = utils.auto_download_checkpoint
 
@@ -187,7 +187,7 @@ def refuse_conversion(module: Any) -> None:
 
 
 def _config_in(checkpoint_dir: Path) -> Any:
-    # The model's, or None where there is none.
+    # The model's configuration, or None if there is none.
     from litgpt.config import Config
     from litgpt.utils import extend_checkpoint_dir
 
@@ -197,7 +197,7 @@ def _config_in(checkpoint_dir: Path) -> Any:
 
 
 def require_pretrained(module: Any) -> None:
-    """Refuse in a line to convert a pretraining checkpoint that is not there."""
+    """Refuse, in one line, to convert a pretraining checkpoint that does not exist."""
     original = module.convert_pretrained_checkpoint
 
     @wraps(original)
@@ -216,7 +216,7 @@ def _require_checkpoint(checkpoint_dir: Path) -> None:
 
 
 def refuse_in_one_line(module: Any) -> None:
-    """Let `litgpt` end with one line where this package refuses a setting or a checkpoint; all else is as it was."""
+    """Let `litgpt` end with one line if this package refuses a setting or a checkpoint; change nothing else."""
     original = module.main
 
     @wraps(original)

@@ -1,6 +1,6 @@
 """Plain `litgpt pretrain` compiles only where a compiler works and pays, as this package's training does.
 
-For models of LitGPT's own the choice is left to LitGPT wherever a compiler can work at all.
+For LitGPT's own models the choice is LitGPT's wherever a compiler works at all.
 """
 
 import inspect
@@ -13,11 +13,11 @@ from litgpt_moe_ext.training.compilation import Platform, compile_scope, decide,
 
 
 def compile_where_it_works(pretrain: Any, probe: Callable[[str], Platform] = probe_platform) -> None:
-    """Let `main` of the module `litgpt.pretrain` decide, unless a scope around it has.
+    """Let `main` of the module `litgpt.pretrain` decide, unless an enclosing scope has decided.
 
     Args:
         pretrain: The imported module.
-        probe: Returns what decides on this machine.
+        probe: Returns the facts about this machine on which the decision depends.
     """
     original = pretrain.main
     signature = inspect.signature(original)

@@ -1,8 +1,8 @@
 """Adding this package's fields and rules to `litgpt.Config`.
 
-Every added field is `None` unless set, so that a configuration which uses none of them is saved without them and
-stays readable by plain LitGPT. Where a class needs a value, its default is filled in, so that a saved model
-configuration states what it was trained with. The fields and rules themselves are in `litgpt_moe_ext.config`.
+Every added field is `None` unless set, so that a configuration that uses none of them is saved without them and stays
+readable by plain LitGPT. Where a class needs a value, its default is filled in, so that a saved model configuration
+records what the model was trained with. The fields and rules themselves are in `litgpt_moe_ext.config`.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from litgpt_moe_ext.field_types import without_range
 def fields_to_save(config_fields: dict[str, Any]) -> dict[str, Any]:
     """Return a configuration, as a dictionary, without the added fields that are not set or that name a backend.
 
-    A backend is chosen for one machine: weights that a GPU's kernel trained must run on a CPU, and without the
-    extension that brought it. `hyperparameters.yaml` says what a run was forced to.
+    A backend is chosen for one machine: weights trained with a GPU's kernel must run on a CPU, and without the
+    extension that added the kernel. `hyperparameters.yaml` records the backend that a run was forced to use.
     """
     left_out = {*BACKEND_FIELDS, *(name for name in added_fields() if config_fields.get(name) is None)}
     return {name: value for name, value in config_fields.items() if name not in left_out}
@@ -32,10 +32,10 @@ def fields_to_save(config_fields: dict[str, Any]) -> dict[str, Any]:
 def extend_config(config_class: type) -> None:
     """Add the fields and rules to a dataclass (`litgpt.Config`) in place, and to its subclasses.
 
-    LitGPT imports `Config` by name in many modules, so the class object itself must change.
+    LitGPT imports `Config` by name in many modules, so the class itself must change.
 
     Args:
-        config_class: The class to extend. Extending it again adds the fields that were registered in the meantime.
+        config_class: The class to extend. Extending it again adds fields registered in the meantime.
     """
     if "attention_class_name" not in config_class.__dataclass_fields__:
         _add_rules(config_class)

@@ -1,4 +1,4 @@
-"""FLOPs that torch's flop counter misses: in MoE layers, grouped products and the `flash-attn` package.
+"""FLOPs that torch's FLOP counter misses: in MoE layers, grouped products and the `flash-attn` package.
 
 LitGPT 0.5.13 measures the FLOPs of a training step on a meta copy of the model before it trains. Its own `LLaMAMoE`
 asks `torch.where` which tokens go to which expert, which meta tensors cannot answer: `litgpt pretrain` with
@@ -6,11 +6,11 @@ asks `torch.where` which tokens go to which expert, which meta tensors cannot an
 every entry is nonzero avoids the crash but counts every expert for every token. Here, on meta tensors only, the layer
 does the work of the active experts: each token passes through `n_expert_per_token` of them.
 
-torch's counter also knows no formula for the grouped matrix product, nor for the operators of `flash-attn` (2.7 and
-newer), and counts them as nothing.
+torch's counter also has no formula for the grouped matrix product or the operators of `flash-attn` (2.7 and newer), and
+counts them as 0.
 
-Each part switches itself off: the first when `LLaMAMoE` no longer uses `torch.where`, the others when there is a
-formula. A counter has the formulas that there are when it is made: `flash-attn`, which the first attention on a GPU
+Each part switches itself off: the first when `LLaMAMoE` no longer uses `torch.where`, the others when torch has a
+formula. A counter uses the formulas that exist when it is created, so `flash-attn`, which the first attention on a GPU
 imports, must have been imported by then.
 
 Shape legend: B batch, T tokens, D model width, K chosen experts per token.
@@ -28,7 +28,7 @@ from litgpt_moe_ext.host import autoload
 
 
 def count_llama_moe(model: ModuleType) -> None:
-    """Let `LLaMAMoE` do the work of its active experts on meta tensors, unless it can be counted as it is."""
+    """Let `LLaMAMoE` do the work of its active experts on meta tensors, unless it can be counted unchanged."""
     layer_class = model.LLaMAMoE
     original = layer_class.forward
     if "where" not in getattr(original, "__code__", original).co_names:
@@ -42,7 +42,7 @@ def count_llama_moe(model: ModuleType) -> None:
 
 
 def count_products(flop_counter: ModuleType) -> None:
-    """Register formulas for the grouped matrix product and the operators of attention kernels, where there are none."""
+    """Register formulas for the grouped matrix product and the operators of attention kernels that torch lacks."""
     # Those modules define operators.
     from litgpt_moe_ext.kernels.operator import register_flops
     from litgpt_moe_ext.moe.kernels import grouped, orthogonality, router_product  # noqa: F401
@@ -57,7 +57,7 @@ def count_products(flop_counter: ModuleType) -> None:
 
 
 def dense_equivalent(moe: Any, x: Tensor) -> Tensor:
-    """Return the output of a `LLaMAMoE` that multiplies only what the active experts multiply.
+    """Return the output of a `LLaMAMoE` that does only the products of the active experts.
 
     Args:
         moe: The layer.
@@ -78,14 +78,14 @@ def dense_equivalent(moe: Any, x: Tensor) -> Tensor:
 def grouped_mm_flops(a_shape: tuple[int, ...], b_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
     """Return the FLOPs of `torch.nn.functional.grouped_mm`, two per multiply-add.
 
-    Whatever the ranks of its operands, every row of the left operand meets one group of the right one: rows of a
+    Whatever the ranks of the operands, every row of the left one is multiplied by one group of the right one: rows of a
     two-dimensional operand are divided among the groups, a three-dimensional one has a group per leading index.
 
     Args:
         a_shape: (M, K) or (G, M, K).
         b_shape: (G, K, N), or (K, N) whose columns (or, with a two-dimensional left operand, whose rows) are divided.
-        *args: Not looked at.
-        **kwargs: Not looked at.
+        *args: Ignored.
+        **kwargs: Ignored.
     """
     *a_groups, m, k = a_shape
     n = b_shape[-1]

@@ -1,4 +1,4 @@
-"""What LitGPT's model definition learns: the plugin's layers, positions, documents and caches.
+"""Changes to LitGPT's model definition: the plugin's layers, positions, documents and caches.
 
 Every function takes the imported module `litgpt.model` and changes one name in it. A model that names none of the
 plugin's classes takes LitGPT's own path in all of them.
@@ -16,10 +16,10 @@ from litgpt_moe_ext.errors import SettingsError
 
 
 def offer_mlp_classes(model: ModuleType) -> None:
-    """Let LitGPT find the MLP classes, which it looks up in its module by name."""
+    """Let LitGPT find the MLP classes, which it looks up by name in its module."""
 
     # The layers build on LitGPT's model definition, so they can only be imported after it; the module's `__getattr__`
-    # (PEP 562) does so when somebody first asks for one of them.
+    # (PEP 562) does so at the first access.
     def __getattr__(name: str) -> type:
         if name not in MLP_CLASS_NAMES:
             raise AttributeError(f"module {model.__name__!r} has no attribute {name!r}")
@@ -37,14 +37,14 @@ def extend_blocks(model: ModuleType) -> None:
     @wraps(original)
     def __init__(self: Any, config: Any, block_idx: int) -> None:
         if is_dense_layer(config, block_idx):
-            # LitGPT would build the MoE layer first, and then throw it away.
+            # LitGPT would build the MoE layer first and then discard it.
             config = copy.copy(config)
             config.mlp_class_name, config.first_k_dense_replace = "FeedForward", None
         original(self, config, block_idx)
         if config.residual_dropout:
             import torch
 
-            # Both stand where the output of a layer is about to be added to the residual stream.
+            # Both are applied right before the output of a layer is added to the residual stream.
             self.post_attention_norm = torch.nn.Dropout(config.residual_dropout)
             self.post_mlp_norm = torch.nn.Dropout(config.residual_dropout)
 
@@ -52,9 +52,9 @@ def extend_blocks(model: ModuleType) -> None:
 
 
 def pass_batch_metadata(model: ModuleType) -> None:
-    """Let a block that is given padding or token ids pass this on to its MoE layer, as an argument.
+    """Let a block pass padding and token ids on to its MoE layer, as arguments.
 
-    Activation checkpointing then recomputes each batch with its own, whatever ran in between.
+    Activation checkpointing then recomputes each batch with its own metadata, whatever ran in between.
     """
     from litgpt_moe_ext.moe.batch_metadata import BatchMetadata
 
@@ -78,7 +78,7 @@ def pass_batch_metadata(model: ModuleType) -> None:
 
 
 class _WithMetadata:
-    # What LitGPT's block reads of itself.
+    # The attributes that LitGPT's block reads of itself.
 
     def __init__(self, block: Any, metadata: Any) -> None:
         self.config = block.config
@@ -123,7 +123,7 @@ def choose_attention(model: ModuleType) -> None:
 
 
 def choose_rope_cache(model: ModuleType) -> None:
-    """Ask the plugin for the rotary tables of its attention, and of latent attention beside its other layers."""
+    """Use the plugin's rotary tables for its attention, and for latent attention in models with its other layers."""
     original = model.GPT.rope_cache
 
     @wraps(original)
@@ -141,9 +141,9 @@ def choose_rope_cache(model: ModuleType) -> None:
 
 
 def fuse_norms(model: ModuleType) -> None:
-    """Let RMSNorms of the plugin's models be one kernel each way on GPUs; LitGPT writes out six forward and more back.
+    """Run RMSNorms of the plugin's models as one kernel each way on GPUs, where LitGPT takes six forward and more back.
 
-    Which norms these are is said by `extend_model_init`.
+    `extend_model_init` marks these norms.
     """
     original = model.RMSNorm.forward
 
@@ -152,7 +152,7 @@ def fuse_norms(model: ModuleType) -> None:
         import torch
 
         fusible = getattr(self, "is_fusible", False) and x.is_cuda and x.dtype == self.weight.dtype
-        # A compiler fuses better, with what stands around it.
+        # A compiler fuses better, with the surrounding operators.
         if not fusible or x.dtype == torch.float64 or torch.compiler.is_compiling():
             return original(self, x)
         return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
@@ -202,7 +202,7 @@ def extend_model_forward(model: ModuleType) -> None:
 
 
 def allow_any_length(model: ModuleType) -> None:
-    """Let a model with a streaming cache be told of a text longer than its context, and say that others cannot."""
+    """Let a model with a streaming cache accept a text longer than its context, and say that others cannot."""
     original = model.GPT.max_seq_length
 
     def set_max_seq_length(self: Any, value: int) -> None:
@@ -219,7 +219,7 @@ def allow_any_length(model: ModuleType) -> None:
 
 
 def size_kv_cache(model: ModuleType) -> None:
-    """Make a streaming cache as long as what it keeps, not as the text, and no mask for layers that do not read it."""
+    """Size a streaming cache by what it keeps, not by the text, and build no mask for layers that do not read it."""
     original = model.GPT.set_kv_cache
 
     @wraps(original)
@@ -234,14 +234,14 @@ def size_kv_cache(model: ModuleType) -> None:
         if getattr(self.config, "streaming_cache_window", None) is not None:
             from litgpt_moe_ext.attention.gpt_forward import cache_length
 
-            # `LLM.generate`, and `litgpt serve` with it, say here and nowhere else how long the text will be.
+            # `LLM.generate`, and thereby `litgpt serve`, state the length of the text only here.
             if max_seq_length is not None and max_seq_length > self.max_seq_length:
                 self.max_seq_length = max_seq_length
             max_seq_length = cache_length(self, max_seq_length)
         if getattr(self.config, "attention_class_name", None) is not None:
             import torch
 
-            # LitGPT makes one unless there is one of this size: of as many rows as columns, here of a single element.
+            # LitGPT builds a mask unless there is one of this size, square; this one has a single element in memory.
             size = self.max_seq_length if max_seq_length is None else max_seq_length
             self.mask_cache = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device).expand(1, 1, size, size)
         original(self, batch_size, max_seq_length, rope_cache_length, device, dtype)
@@ -250,7 +250,7 @@ def size_kv_cache(model: ModuleType) -> None:
 
 
 def mark_loss(loop: Any) -> None:
-    """Let auxiliary losses see by what a training loop of LitGPT scales its loss."""
+    """Let auxiliary losses know by what a training loop of LitGPT scales its loss."""
     from litgpt_moe_ext.moe.balancing import any_router_lives
     from litgpt_moe_ext.moe.gradient_injection import remember_scale
 

@@ -1,8 +1,8 @@
-"""Padding in LitGPT's own commands: it is not text, and steps and validations are means over what is.
+"""Padding in LitGPT's own commands: it is not text, and steps and validations are means over the text.
 
 `litgpt finetune_full` fills batches up with token 0. `litgpt.pretrain` and `litgpt.finetune.full` average the means of
-micro-batches and of ranks, in which a token counts the more, the fewer others are beside it. A training of this package
-weighs them in its own loop; this is the same for `litgpt pretrain` with data of this package that pads, and for
+micro-batches and ranks, so a token counts more, the fewer other tokens its micro-batch has. This package's own training
+loop weights them by tokens; this module does so for `litgpt pretrain` with data of this package that pads, and for
 `litgpt finetune_full` with a model of this package.
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _MarkPadding:
-    # Collates samples, and says which of the inputs are padding. (Processes of a data loader get a copy.)
+    # Collates samples and marks the padding of the inputs. (Processes of a data loader get a copy.)
     collate: Callable[[list[Any]], dict[str, Any]]
 
     def __call__(self, samples: list[Any]) -> dict[str, Any]:
@@ -37,14 +37,14 @@ class _MarkPadding:
 
         batch = self.collate(samples)
         ids_BT = batch["input_ids"]
-        # Labels do not tell: those of a prompt are masked, and it is text all the same.
+        # Labels do not tell: those of a prompt are masked too, although it is text.
         length_B1 = batch["token_counts"]["raw_plus_prompt_template"]
         batch["input_ids"] = mark_padding(ids_BT, torch.arange(ids_BT.size(1)) < length_B1)
         return batch
 
 
 def mark_finetuning_padding(loop: Any) -> None:
-    """Have the batches of a finetuning loop of LitGPT say what is padding, where the model has MoE layers."""
+    """Mark the padding in the batches of a finetuning loop of LitGPT, if the model has MoE layers."""
     original = loop.fit
     signature = inspect.signature(original)
 
@@ -65,10 +65,10 @@ def mark_finetuning_padding(loop: Any) -> None:
 
 
 def weigh_pretraining(pretrain: Any) -> None:
-    """Let `main` of the module `litgpt.pretrain` average over tokens, where the data of this package pads."""
+    """Let `main` of the module `litgpt.pretrain` average over tokens, if data of this package pads."""
 
     def counted(given: dict[str, Any]) -> Counted | None:
-        # A training of this package has put its own iterator there.
+        # This package's own training replaces the iterator.
         is_litgpts = pretrain.CycleIterator.__module__ == "litgpt.utils"
         return _targets_of_rows if is_litgpts and getattr(given["data"], "pads", False) else None
 
@@ -87,7 +87,7 @@ def _targets_of_rows(rows_BT: Tensor) -> tuple[Tensor, ...]:
 
 
 def _targets_and_text(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    # Prompts may be masked in the labels; routers see them all the same, so their losses are means over other tokens.
+    # Prompts may be masked in the labels, but routers see them, so their losses are means over other tokens.
     from litgpt_moe_ext.training.steps.batches import counts_for_loss
 
     return counts_for_loss(batch["labels"][:, 1:]), batch["input_ids"] >= 0
@@ -113,11 +113,11 @@ def _wrap_main(loop: Any, choose: Callable[[dict[str, Any]], Counted | None]) ->
 
 
 class _Weighing:
-    """Averages over tokens in the place of what a loop of LitGPT averages over micro-batches and ranks.
+    """Averages over tokens where a loop of LitGPT averages over micro-batches and ranks.
 
     Args:
-        loop: Its module, whose names are replaced for the time of `installed`.
-        fabric: What it trains with.
+        loop: Its module, whose names are replaced within `installed`.
+        fabric: Its fabric.
         counted: Returns which tokens of a batch count, one tensor for each kind of loss.
         accumulation: Micro-batches of a step on each rank.
     """
@@ -133,7 +133,7 @@ class _Weighing:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Replace names of the loop for the time of the scope."""
+        """Replace names of the loop within the scope."""
         loop, fabric = self._loop, self._fabric
         hooks = {
             "fit": self._fit(loop.fit),
@@ -153,7 +153,7 @@ class _Weighing:
         from litgpt_moe_ext.training.steps.batches import unwrapped
 
         def fit(*args: Any, **kwargs: Any) -> Any:
-            # Pretraining goes on where its data stands; finetuning goes through all of it again.
+            # Pretraining resumes its data where it stopped; finetuning starts over.
             goes_on = hasattr(unwrapped(kwargs["train_dataloader"]), "state_dict")
             self._first_iteration = kwargs["state"]["iter_num"] if goes_on else 0
             return original(*args, **kwargs)
@@ -164,7 +164,7 @@ class _Weighing:
         weighing = self
 
         class CycleIterator:
-            """LitGPT's, a step ahead of the loop."""
+            """LitGPT's iterator, a step ahead of the loop."""
 
             def __init__(self, iterable: Any) -> None:
                 self.epoch = 0

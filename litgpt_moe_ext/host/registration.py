@@ -1,4 +1,4 @@
-"""Applying the seams to the modules that are imported, if the installed LitGPT has the names that they change."""
+"""Applies the seams to imported modules, if the installed LitGPT has the names that they change."""
 
 import importlib
 import importlib.metadata
@@ -24,7 +24,7 @@ def register() -> None:
     global _registered
     if _registered:
         return
-    # Set first: the imports below may import LitGPT's model definition, whose import hook ends up here again.
+    # Set first: the imports below may import LitGPT's model definition, whose import hook calls this again.
     _registered = True
     try:
         _apply_all()
@@ -37,8 +37,8 @@ _AT_ONCE = ("litgpt.config", "litgpt.model", "torch.optim.optimizer")
 
 
 def _apply_all() -> None:
-    # This may run while the package `litgpt` is still being imported and has no attributes yet; `sys.modules`, which
-    # `import_module` reads, does without them.
+    # `litgpt` may still be in the middle of its import, without attributes; `import_module` reads `sys.modules`, and
+    # does not need them.
     modules = {name: importlib.import_module(name) for name in _AT_ONCE}
     check_version()
     check_names([seam for seam in SEAMS if seam.module in modules])
@@ -51,7 +51,7 @@ def _apply_all() -> None:
             autoload.when_imported(seam.module, partial(_apply_later, seam))
     for name in {seam.module for seam in SEAMS if seam.apply is not None and seam.kind != "call"}:
         autoload.when_executed_again(name, partial(_apply_again, name))
-    # They may use all of LitGPT, and this package in it, as any other module may.
+    # Last, because they may use all of LitGPT with this package in it.
     from litgpt_moe_ext.extend import load_extensions
 
     autoload.when_whole("litgpt", load_extensions)
@@ -62,14 +62,14 @@ def _apply_later(seam: Seam, module: ModuleType) -> None:
     try:
         check_names([seam])
     except RuntimeError as error:
-        # An import of LitGPT's must not fail for whoever only shares an environment with the plugin.
+        # LitGPT's imports must not fail for programs that only share an environment with the plugin.
         warnings.warn(f"{error} Without it: {seam.reason}", RuntimeWarning, stacklevel=2)
     else:
         seam.apply(module)
 
 
 def _apply_again(name: str, module: ModuleType) -> None:
-    # A module that is reloaded, in a notebook for one, has LitGPT's own functions and classes again.
+    # A reloaded module, as in a notebook, has LitGPT's own functions and classes again.
     for seam in SEAMS:
         if seam.module == name and seam.apply is not None and seam.kind != "call" and not has_ended(seam):
             _apply_later(seam, module)
@@ -101,7 +101,7 @@ def check_names(seams: list[Seam]) -> None:
     """Check that the names exist in their modules, which must be imported.
 
     Args:
-        seams: What is about to be applied. Names that would be added need not exist.
+        seams: The seams to be applied. Names to be added need not exist.
 
     Raises:
         RuntimeError: If names are missing; the message lists them all.

@@ -1,4 +1,4 @@
-"""Names of a module of LitGPT that mean something else for a while."""
+"""Temporary replacement of names in a module of LitGPT."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,11 +8,11 @@ from typing import Any
 
 @contextmanager
 def replaced(module: ModuleType, names: Mapping[str, Any]) -> Iterator[None]:
-    """Give names of a module other values for the time of the scope.
+    """Replace names of a module within the scope.
 
     Args:
-        module: Whose functions look the names up when they run.
-        names: The values by name.
+        module: The module, whose functions look the names up when they run.
+        names: The new values by name.
     """
     originals = {name: getattr(module, name) for name in names}
     vars(module).update(names)

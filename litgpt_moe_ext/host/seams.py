@@ -1,7 +1,7 @@
 """The one place that reaches into LitGPT, lightning and torch: every change, why it is made, and until when.
 
-`SEAMS` is that list as data. `litgpt_moe_ext.host.registration` applies those that change a module when it is imported;
-the others are made for the time of a run, or while a module is being imported, and stand here for the reader.
+`SEAMS` is that list as data. `litgpt_moe_ext.host.registration` applies the changes that are made when a module is
+imported; the others last for a run, or are made while a module is being imported, and are listed here for the reader.
 A model that names none of the plugin's classes takes LitGPT's own path in every one of them.
 
 `python -m litgpt_moe_ext.host.seams` prints the table.
@@ -29,16 +29,16 @@ class Seam:
     Attributes:
         module: The module that has the name.
         name: The name, with dots inside a class.
-        kind: What happens to it:
+        kind: What happens to the name:
             add: it does not exist, or only by inheritance, and is added.
             wrap: it is replaced by a function that calls it.
             subclass: it is left alone, and a class of the plugin builds on it.
-            call: it is left alone, and called with something of the plugin.
-            run: it is replaced for the time of a run; names of LitGPT by `litgpt_moe_ext.training.loop`.
+            call: it is left alone, and called with an object of the plugin.
+            run: it is replaced during a run; names of LitGPT by `litgpt_moe_ext.training.loop`.
             source: the module is executed from its own source, in part or with an expression changed.
-        reason: What the plugin needs it for.
-        until: What makes it superfluous. "litgpt>VERSION" switches it off by itself.
-        apply: Makes the change in the imported module. None where something else does.
+        reason: Why the plugin needs it.
+        until: When it becomes superfluous. "litgpt>VERSION" switches it off automatically.
+        apply: Makes the change in the imported module; None if something else does.
     """
 
     module: str
@@ -276,7 +276,7 @@ class State:
     Attributes:
         module: The module that has it, without the package's name.
         name: The variable.
-        reason: Why nothing smaller than the process can own it.
+        reason: Why it must belong to the whole process.
     """
 
     module: str

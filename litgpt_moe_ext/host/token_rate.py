@@ -1,9 +1,9 @@
 """The token rate that LitGPT prints at the end of a run.
 
-LitGPT 0.5.13 divides the number of tokens by `train_time`, which at that point still is a reading of the clock and
-not a duration (`litgpt/pretrain.py`, end of `main`); on a machine that has been up for a day it prints 56 tokens a
-second where 6000 were trained. It also counts the tokens that earlier runs of a resumed training saw. Here the tokens
-and the time of this run's training loop are measured and the printed line is corrected.
+LitGPT 0.5.13 divides the number of tokens by `train_time`, which at that point is still a reading of the clock and not
+a duration (`litgpt/pretrain.py`, end of `main`); on a machine that has been up for a day it prints 56 tokens a second
+instead of 6000. It also counts the tokens of the earlier runs of a resumed training. Here the tokens and the time of
+this run's training loop are measured and the printed line is corrected.
 """
 
 import inspect
@@ -34,7 +34,7 @@ def measure_rate(pretrain: Any) -> None:
 
 
 def print_rate(pretrain: Any) -> None:
-    """Let `main` of the module `litgpt.pretrain` print that rate in the place of its own."""
+    """Let `main` of the module `litgpt.pretrain` print that rate instead of its own."""
     original = pretrain.main
 
     @wraps(original)

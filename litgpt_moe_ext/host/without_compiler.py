@@ -1,9 +1,8 @@
 """Run torch's reference functions without loading torch's compiler.
 
-On the meta device torch computes shapes by functions in Python (`torch._refs`), each of which is kept from being
-compiled by a wrapper. The first call of the wrapper loads the compiler, 2 s of processor time, to mark the function.
-Nothing compiles while a model or a schedule is only described, so here the wrapper is told that the function is marked
-already.
+On the meta device torch computes shapes with Python functions (`torch._refs`), each in a wrapper that keeps it from
+being compiled. The first call of the wrapper loads the compiler, 2 s of processor time, to mark the function. Nothing
+compiles while a model or a schedule is only described, so here the functions are presented as marked already.
 """
 
 import contextlib
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
-# Where torch keeps the wrapped function once it is marked.
+# The attribute in which torch keeps the wrapped function once it is marked.
 _MARK = "__dynamo_disable"
 _PREFIXES = (
     "torch._refs", "torch._decomp", "torch._prims", "torch._meta_registrations", "torch.optim", "torch.utils.checkpoint"
@@ -25,7 +24,7 @@ _PREFIXES = (
 
 @contextlib.contextmanager
 def without_compiler() -> Iterator[None]:
-    """Keep torch's reference functions from loading its compiler; does nothing once it is loaded, or inside itself."""
+    """Keep torch's reference functions from loading its compiler; do nothing once it is loaded, or when nested."""
     functions = [] if "torch._dynamo" in sys.modules else _wrapped_functions()
     if not functions or hasattr(functions[0], _MARK):
         yield
@@ -42,7 +41,7 @@ def without_compiler() -> Iterator[None]:
 
 @functools.cache
 def _wrapped_functions() -> list[Callable[..., Any]]:
-    # A reference function is often another one in several wrappers, or a method of a class.
+    # A reference function is often another function in several wrappers, or a method of a class.
     found = []
     wrapper = torch._disable_dynamo(_members).__code__  # pyrefly: ignore[missing-attribute] a function
     waiting: list[Any] = [
@@ -75,12 +74,12 @@ def _members(module: Any) -> Iterator[Any]:
 def step_without_compiler(optimizer: Optimizer) -> None:
     """Let one of torch's optimizers step, with its hooks, without loading torch's compiler.
 
-    `Optimizer.step` tells the compiler to break its graph, which loads it, also in a process that compiles nothing.
-    Steps that are not written as torch writes its own, or that are to be differentiated, stay as they are; so do all
-    where the compiler is loaded.
+    `Optimizer.step` tells the compiler to break its graph, which loads it even in a process that compiles nothing.
+    Steps that are not written like torch's own, or that are differentiable, are left alone; so are all steps if the
+    compiler is loaded.
 
     Args:
-        optimizer: Whose method `step` is replaced.
+        optimizer: The optimizer whose method `step` is replaced.
     """
     wrapped: Any = getattr(type(optimizer).step, "__wrapped__", None)
     if "torch._dynamo" in sys.modules or getattr(wrapped, "__code__", None) is not _BREAKS_GRAPH:

@@ -1,9 +1,9 @@
 """The mean cross-entropy of logits, on a GPU in three launches and without a copy of them.
 
-LitGPT computes it in chunks of 128 tokens from float32 logits. On a GPU these are some five launches for each chunk,
-and 44 bytes of traffic for each logit of bfloat16 training, of which there are more than of anything else: for a small
-model with a large vocabulary more than all the rest. Here each logit is read once forward, in the 16 bits that the
-output head wrote, and once backward, when its gradient takes its place: 6 bytes.
+LitGPT computes it in chunks of 128 tokens from float32 logits. On a GPU this takes some five launches per chunk and, in
+bfloat16 training, 44 bytes of traffic per logit; in a small model with a large vocabulary, logits outnumber everything
+else together. Here each logit is read once forward, in the 16 bits that the output head wrote, and once backward, when
+its gradient replaces it: 6 bytes.
 
 Shape legend: T tokens, V vocabulary.
 """
@@ -20,7 +20,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def has_kernel(logits: Tensor, targets: Tensor) -> bool:
-    """Return whether `mean_cross_entropy` can take these: on a GPU, with nobody watching operators."""
+    """Return whether `mean_cross_entropy` can be used: on a GPU, with nothing intercepting operators."""
     return (
         operators_are_unwatched(logits)
         and logits.dtype in _DTYPES
@@ -31,14 +31,14 @@ def has_kernel(logits: Tensor, targets: Tensor) -> bool:
 
 
 def mean_cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
-    """Return the mean cross-entropy of the targets that count, a scalar, float32; 0 if none does.
+    """Return the mean cross-entropy of the counted targets, a scalar, float32; 0 if there are none.
 
     Sums are float32 and in a fixed order, so two runs give the same bits.
 
     Args:
-        logits_TV: Logits, 16-bit or float32. Their memory is overwritten by their gradient in the backward pass, which
-            can be run once; autograd refuses what would read them after that.
-        targets_T: Token ids, int64; -100 is left out. The loss of one that is not among the logits is NaN.
+        logits_TV: Logits, 16-bit or float32. The backward pass, which can run once, overwrites them with their
+            gradient; autograd refuses to read them after that.
+        targets_T: Token ids, int64; -100 is not counted. The loss of an id outside the vocabulary is NaN.
     """
     return _CrossEntropy.apply(logits_TV, targets_T)
 
@@ -72,7 +72,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
         logits_TV, targets_T, normalizers_T, share = ctx.saved_tensors
         _kernels().gradients(logits_TV, targets_T, normalizers_T, (grads[0], share), logits_TV)
-        torch.autograd.graph.increment_version(logits_TV)  # autograd does not see what a kernel writes
+        torch.autograd.graph.increment_version(logits_TV)  # autograd does not see the kernel's writes
         return logits_TV.detach(), None
 
 

@@ -1,7 +1,7 @@
 """Cross-entropy of logits in Triton, and their gradients.
 
-A program reads a row of logits in blocks. Of each part of a block it keeps the largest logit so far, and the sum of
-exponentials below it. Another program adds up the rows, always in the same order. Arithmetic is float32.
+A program reads a row of logits in blocks. For each part of a block it keeps the largest logit so far, and the sum of
+exponentials relative to it. Another program adds up the rows, always in the same order. Arithmetic is float32.
 
 Shape legend: T tokens, V vocabulary, C columns of a block, P its parts, N columns of a part, R rows of a block.
 """
@@ -24,7 +24,7 @@ else:
     from triton.language import constexpr
 
 _IGNORED = tl.constexpr(PADDING)
-# Columns of a block at most, and how many of them a thread has: 32 bytes of 16-bit logits.
+# Most columns of a block, and columns per thread: 32 bytes of 16-bit logits.
 _COLUMNS, _OF_A_THREAD = 4096, 16
 # Rows that are added up at once, and the warps that do it.
 _BLOCK, _WARPS = tl.constexpr(4096), 8
@@ -43,15 +43,15 @@ class _Form(NamedTuple):
 
 
 def mean_loss(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the mean loss of the targets that count, and what its gradient needs, in two launches.
+    """Return the mean loss of the counted targets, and what its gradient needs, in two launches.
 
     Args:
         logits_TV: Logits, 16-bit or float32, the elements of a row contiguous.
-        targets_T: Token ids, int64, contiguous; -100 is left out.
+        targets_T: Token ids, int64, contiguous; -100 is not counted.
 
     Returns:
-        The mean, a scalar, 0 if no target counts; the logarithm of each row's sum of exponentials, (T,); and one over
-        the number of targets that count, a scalar. All float32.
+        The mean, a scalar, 0 without counted targets; the logarithm of each row's sum of exponentials, (T,); and one
+        over the number of counted targets, a scalar. All float32.
     """
     losses_T, normalizers_T = row_losses(logits_TV, targets_T)
     mean, share = losses_T.new_empty(()), losses_T.new_empty(())
@@ -60,7 +60,7 @@ def mean_loss(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def row_losses(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the loss of each row and the logarithm of its sum of exponentials, float32, (T,); 0 if it does not count.
+    """Return the loss of each row, 0 if not counted, and the logarithm of its sum of exponentials, both (T,), float32.
 
     Args:
         logits_TV: As above.
@@ -77,12 +77,12 @@ def row_losses(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
 def gradients(
     logits_TV: Tensor, targets_T: Tensor, normalizers_T: Tensor, factors: tuple[Tensor, Tensor], out_TV: Tensor
 ) -> None:
-    """Write the gradients of logits: the probabilities less the targets, times both factors; 0 where none counts.
+    """Write the gradients of logits: (probabilities - targets) times both factors; 0 for rows that are not counted.
 
     Args:
         logits_TV: As above.
         targets_T: As above.
-        normalizers_T: Of `row_losses`.
+        normalizers_T: The second result of `row_losses`.
         factors: Two scalars, such as the gradient of the mean and one over the number of targets.
         out_TV: Where to write, 16-bit or float32, the elements of a row contiguous; may be `logits_TV`.
     """
@@ -119,7 +119,7 @@ def _lose(logits, targets, losses, normalizers, FORM: constexpr):
         for first in range(0, logits.width, FORM.columns):
             x_PN = tl.load(x + first + at_PN, mask=first + at_PN < logits.width, other=float("-inf")).to(tl.float32)
             larger_P = tl.maximum(largest_P, tl.max(x_PN, 1))
-            # Of logits that are all -inf nothing is subtracted, which would be no number.
+            # If all logits are -inf, subtracting it would give NaN.
             below_P = tl.where(larger_P == float("-inf"), 0.0, larger_P)
             total_P = total_P * tl.exp(largest_P - below_P) + tl.sum(tl.exp(x_PN - below_P[:, None]), 1)
             largest_P = larger_P

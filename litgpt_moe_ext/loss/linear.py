@@ -1,10 +1,10 @@
-"""The loss of the output head and its cross-entropy together, without all logits at once.
+"""The output head and its cross-entropy together, without all logits at once.
 
 LitGPT 0.5.13 computes all logits, then the loss in chunks. With a vocabulary of 49,152 the logits of 2048 tokens take
-400 MB, their gradient as much again, and the softmax in between a third time. torch's `linear_cross_entropy` takes the
-output head and the loss together, a few rows at a time, and keeps only the gradients of its inputs.
+400 MB, their gradient as much again, and the softmax in between a third time. torch's `linear_cross_entropy` computes
+the output head and the loss together, a few rows at a time, and keeps only the gradients of its inputs.
 
-Shape legend: B batch, T tokens (of all sequences where there is no B), D model width, V vocabulary.
+Shape legend: B batch, T tokens (of all sequences without B), D model width, V vocabulary.
 """
 
 from typing import Any
@@ -18,20 +18,20 @@ from litgpt_moe_ext.padding import PADDING
 
 
 def linear_loss(x_BTD: Tensor, targets_BT: Tensor, head: nn.Linear, dtype: torch.dtype) -> Tensor:
-    """Return the mean cross-entropy of `head(x_BTD)`, without making all of it; 0 where no target counts.
+    """Return the mean cross-entropy of `head(x_BTD)`, never computed as a whole; 0 without counted targets.
 
     Args:
         x_BTD: Input of the output head.
-        targets_BT: Token ids, int64; -100 is left out.
+        targets_BT: Token ids, int64; -100 is not counted.
         head: The output head.
-        dtype: In which a GPU does the products, with sums and softmax in float32. A CPU does them in float32.
+        dtype: Dtype of the products on a GPU, with sums and softmax in float32. On a CPU they are float32.
     """
     x_TD, targets_T = x_BTD.reshape(-1, x_BTD.size(-1)), targets_BT.reshape(-1)
     device = x_TD.device.type
     if device != "cpu" and dtype in (torch.bfloat16, torch.float16):
         return _HalfProducts.apply(x_TD, head.weight, head.bias, targets_T, dtype)
     some = (targets_T != PADDING).any()
-    # The mean over no token, and its gradients, would be NaN. 0 times the loss of one token is not.
+    # The mean over no tokens, and its gradients, would be NaN; 0 times the loss of one token is not.
     targets_T = torch.where(some, targets_T, targets_T.clamp_min(0))
     bias = None if head.bias is None else head.bias.float()
     with torch.autocast(device, enabled=False):
@@ -46,7 +46,7 @@ def linear_loss(x_BTD: Tensor, targets_BT: Tensor, head: nn.Linear, dtype: torch
     return mean * some
 
 
-# Logits that exist at once, in float32: 128 MiB.
+# Logits in memory at once: 128 MiB in float32.
 _LOGITS = 1 << 25
 
 
@@ -85,17 +85,16 @@ class _HalfProducts(torch.autograd.Function):
         grad_x_TD, grad_weight_VD, grad_bias_V, count = ctx.saved_tensors
         scale = grads[0].float() / count
         x_dtype, weight_dtype = ctx.dtypes
-        # A GPU would round the scale to the 16 bits of what it is multiplied with, which is off by up to 0.2 %.
+        # A GPU would round the scale to the 16 bits of the other factor, an error of up to 0.2 %.
         grad_x_TD = (grad_x_TD.float() * scale).to(x_dtype)
         grad_bias = None if grad_bias_V is None else (grad_bias_V * scale).to(weight_dtype)
         return grad_x_TD, (grad_weight_VD * scale).to(weight_dtype), grad_bias, None, None
 
 
 def _loss_and_gradient(logits_TV: Tensor, targets_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the sum of the losses and its gradient in `dtype`; the logits may be gone.
+    """Return the sum of the losses and its gradient in `dtype`; the logits may be overwritten.
 
-    The gradient is not yet divided by the number of targets: in float16, what has been divided by thousands would
-    vanish.
+    The gradient is not yet divided by the number of targets: in float16, a gradient divided by thousands would vanish.
     """
     if has_kernel(logits_TV, targets_T):
         return loss_and_gradient(logits_TV, targets_T, dtype)
@@ -108,7 +107,7 @@ def _loss_and_gradient(logits_TV: Tensor, targets_T: Tensor, dtype: torch.dtype)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    # Of 16-bit matrices, in float32.
+    # The product of 16-bit matrices, in float32.
     if left.device.type == "cuda":
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()

@@ -1,1 +1,1 @@
-"""Models on torch's meta device, which have shapes and no memory, and what operators make of such tensors."""
+"""Models on torch's meta device, which have shapes and no memory, and the results of operators on such tensors."""

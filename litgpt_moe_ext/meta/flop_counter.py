@@ -9,12 +9,12 @@ from litgpt_moe_ext.meta.operators import OPERATORS, make_on_meta
 
 
 class FlopCounter(TorchDispatchMode):
-    """Add up the floating point operations of operators on meta tensors, while it is entered.
+    """Counts the floating point operations of operators on meta tensors within its scope.
 
-    `torch.utils.flop_counter.FlopCounterMode` counts the same, for any tensors, and loads torch's compiler.
+    `torch.utils.flop_counter.FlopCounterMode` counts the same, for any tensors, but loads torch's compiler.
 
     Attributes:
-        total: Their number so far.
+        total: Number of operations so far.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class FlopCounter(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Asking torch's compiler to keep out loads it.
+        # Telling torch's compiler to skip this mode would load it.
         return False
 
     def __enter__(self) -> "FlopCounter":

@@ -1,7 +1,7 @@
-"""What operators return that torch has no kernel in C++ for on the meta device.
+"""Meta kernels of operators for which torch has none in C++.
 
-`litgpt_moe_ext.meta.registrations` says why those in Python are not asked. `tests/meta/test_kernels.py` holds each of
-these against torch's own; of operators that are not here, torch's own are loaded.
+`litgpt_moe_ext.meta.registrations` says why torch's own in Python are not used. `tests/meta/test_kernels.py` compares
+each kernel here with torch's; for operators that are not here, torch's are loaded.
 """
 
 from collections.abc import Callable
@@ -64,7 +64,7 @@ KERNELS: dict[Any, Callable[..., Any]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward,
     _aten.dot.default: lambda x, _y: x.new_empty(()),
-    # Operators with a kernel that return the same.
+    # By operators that have a kernel and return the same.
     _aten.logsumexp.default: lambda x, dim, keepdim=False: _aten.mean.dim(x, dim, keepdim),
     _aten.relu.default: lambda x: _aten.clamp_min.default(x, 0),
     _aten.__rshift__.Scalar: lambda x, n: _aten.bitwise_right_shift.Tensor_Scalar(x, n),
@@ -72,4 +72,4 @@ KERNELS: dict[Any, Callable[..., Any]] = {
     _aten._safe_softmax.default: lambda x, dim, dtype=None: _aten.softmax.int(x, dim, dtype),
     _aten.var.correction: lambda x, dim=None, correction=None, keepdim=False: _aten.mean.dim(x, dim, keepdim),
 }
-"""Overload of an operator to a function of its arguments that returns tensors of the right kind."""
+"""Overload of an operator to a function of its arguments that returns tensors of the right shape and type."""

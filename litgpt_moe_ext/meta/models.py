@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class _Uninitialized(TorchFunctionMode):
-    """Leave out `torch.nn.init`: there is nothing to fill."""
+    """Skips `torch.nn.init`: there is nothing to fill."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -26,7 +26,7 @@ class _Uninitialized(TorchFunctionMode):
 
 @contextmanager
 def uninitialized() -> Iterator[None]:
-    """Leave parameters of modules that are made here as they are, and do without torch's compiler."""
+    """Leave parameters of modules created in the scope uninitialised, and do without torch's compiler."""
     with without_compiler(), _Uninitialized():
         yield
 

@@ -1,4 +1,4 @@
-"""What operators return for tensors that have a shape and no memory."""
+"""The results of operators on tensors that have a shape and no memory."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ META = torch.device("meta")
 
 
 class New(NamedTuple):
-    """A tensor that an operator returns, in memory of its own.
+    """A result of an operator in memory of its own.
 
     Attributes:
         size: Its shape.
@@ -29,7 +29,7 @@ class New(NamedTuple):
 
 
 class View(NamedTuple):
-    """A tensor that an operator returns, in the memory of its first argument.
+    """A result of an operator in the memory of its first argument.
 
     Attributes:
         size: Its shape.
@@ -49,9 +49,9 @@ Make = Callable[[New | View, Tensor | None], Tensor]
 
 
 class Operators:
-    """Carry out operators on tensors without memory; what they return is asked of torch once for each kind of input.
+    """Runs operators on tensors without memory; asks torch for their results once for each kind of input.
 
-    Asking torch takes longer than remembering, above all where it computes shapes in Python.
+    Asking torch takes longer than remembering, especially if it computes shapes in Python.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Operators:
         self._results: dict[Any, Any] = {}
 
     def __call__(self, func: Any, args: tuple, kwargs: dict[str, Any], make: Make) -> Any:
-        """Return what an operator returns.
+        """Return the result of an operator.
 
         Args:
             func: An overload of an operator of torch.
@@ -90,14 +90,14 @@ OPERATORS = Operators()
 
 def make_on_meta(note: New | View, base: Tensor | None) -> Tensor:
     """Make a tensor on torch's meta device."""
-    # A base with memory is a constant that somebody made of numbers.
+    # A base with memory is a constant created from numbers.
     if isinstance(note, New) or base is None or not base.is_meta:
         return torch.empty_strided(note.size, note.stride, dtype=note.dtype, device=META)
     view = torch.empty(0, dtype=note.dtype, device=META)
     return view.set_(base.untyped_storage(), note.offset, note.size, note.stride)
 
 
-# They change the shape of what they are given.
+# Operators that change the shape of their argument in place.
 _RESHAPING = ("aten::resize_", "aten::set_", "aten::squeeze_", "aten::t_", "aten::transpose_", "aten::unsqueeze_")
 
 
@@ -122,7 +122,7 @@ def _describe(value: Any) -> Any:
         return tuple([_describe(item) for item in value])
     if isinstance(value, dict):
         return tuple([(name, _describe(item)) for name, item in value.items()])
-    # 1 and 1.0 make different types.
+    # 1 and 1.0 give results of different types.
     return type(value), value
 
 
@@ -135,7 +135,7 @@ def _carry_out(func: Any, args: tuple, kwargs: dict[str, Any], make: Make) -> An
 
 
 def _on_meta(value: Any, given: dict[int, Tensor]) -> Any:
-    """Return arguments on the meta device; `given` gets what each tensor stands for, by its identity."""
+    """Return arguments on the meta device; `given` gets the tensor that each of them stands for, by its identity."""
     if isinstance(value, Tensor):
         if value.is_meta:
             return value

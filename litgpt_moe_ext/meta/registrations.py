@@ -1,11 +1,11 @@
-"""Postpone the kernels in Python that torch has for its meta device.
+"""Postpones torch's Python kernels for its meta device.
 
-They are a quarter of `import torch`. Most of them stand in front of kernels in C++ that return the same and are quicker
-to ask; in front of some it is sympy that is loaded first. A process that describes a model, and ends, does with those
-in C++, and with `litgpt_moe_ext.meta.kernels` where there are none.
+They take a quarter of `import torch`. Most of them override kernels in C++ that return the same and are faster; some
+load sympy first. A process that only describes a model needs just those in C++, and `litgpt_moe_ext.meta.kernels` where
+there are none.
 
-Whatever else needs them (names of the module, what else it imports of torch, as torch's compiler and its fake tensors
-do, or an operator without another kernel) loads them then, and they are torch's own.
+Anything else that needs them loads torch's own: access to a name of the module, an import of another part of torch that
+uses them, such as the compiler and fake tensors, or an operator without another kernel.
 """
 
 import importlib
@@ -17,30 +17,30 @@ from typing import Any
 from litgpt_moe_ext.host import autoload
 
 MODULE = "torch._meta_registrations"
-# What they import first of torch; the rest is in these. In another order they would meet each other half done.
+# The parts of torch that they import first. In another order these would import each other half initialised.
 _PARTS = ("torch._decomp", "torch._prims", "torch._refs", "torch.utils._content_store")
 
 
 def postpone() -> None:
-    """Let an import of torch leave them out; where torch is loaded, they stay."""
+    """Let an import of torch skip them; do nothing if torch is loaded."""
     autoload.execute_with(MODULE, _wait)
 
 
 def load() -> bool:
-    """Load them if they were left out, and return whether they were."""
+    """Load them if they were skipped, and return whether they were."""
     module = sys.modules.get(MODULE)
     execute = None if module is None else module.__dict__.pop("_litgpt_moe_ext_execute", None)
     if module is None or execute is None:
         return False
     del module.__dict__["__getattr__"]
-    # The caller's modes and default device must not affect what the module does when it is loaded.
+    # The caller's modes and default device must not affect the module's own code while it is loaded.
     with importlib.import_module("torch._C").DisableTorchFunction():
         execute(module)
     return True
 
 
 def asking_again(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function that runs operators on meta tensors, again with all of torch's kernels if one was missing."""
+    """Call a function that runs operators on meta tensors; if a kernel is missing, load torch's and call it again."""
     try:
         return function(*args, **kwargs)
     except NotImplementedError:

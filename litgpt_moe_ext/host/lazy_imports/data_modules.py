@@ -1,8 +1,8 @@
-"""LitGPT's data modules without lightning, whose class they derive from, for a process that only describes a run.
+"""LitGPT's data modules without lightning, which defines their base class, for processes that only describe a run.
 
-The module that defines `litgpt.data.DataModule` is executed from its own source, with a class in the place of
-lightning's. Once lightning is loaded, by whoever imports it or because somebody asks a data module for what only its
-class has, that takes its place: among the bases, and for the data modules that there are by then.
+The module that defines `litgpt.data.DataModule` is executed from its own source, with a stand-in for lightning's class.
+Once lightning is loaded, by an import or because a data module needs an attribute that only lightning's class has, that
+class replaces the stand-in, also in the data modules that exist by then.
 """
 
 import ast
@@ -18,7 +18,7 @@ _NAME, _PACKAGE, _HOME = "LightningDataModule", "lightning", "lightning.pytorch.
 
 
 def postpone() -> None:
-    """Let data modules be without lightning; where they are loaded, they stay as they are."""
+    """Let data modules do without lightning, unless they are already loaded."""
     autoload.execute_with(MODULE, _execute)
 
 
@@ -49,7 +49,7 @@ def _imports_base(node: ast.stmt) -> bool:
 
 
 def _stand_in() -> tuple[type, list[Any]]:
-    """Return a class in the place of lightning's, and the list of those that it has been asked to set up."""
+    """Return a stand-in for lightning's class, and the list of its instances."""
     made: list[Any] = []
 
     class LightningDataModule:

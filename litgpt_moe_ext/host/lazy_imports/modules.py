@@ -1,4 +1,4 @@
-"""Modules that are executed from their own source, changed where it loads the compiler, a converter or matplotlib."""
+"""Modules that are executed from their source, changed where it loads the compiler, a converter or matplotlib."""
 
 import ast
 import contextlib
@@ -22,7 +22,7 @@ WITHOUT_COMPILER = (
     "torch.utils.flop_counter",
 )
 
-# Functions that a module takes from a big one and hardly ever calls: module, name, and where it comes from.
+# Functions that a module imports from a big one and hardly ever calls: module, name, and where it comes from.
 CALLED_RARELY = {
     "litgpt.model": ("qkv_reassemble", "litgpt.scripts.convert_hf_checkpoint"),
     "litgpt.tokenizer": ("fix_and_load_json", "litgpt.utils"),
@@ -33,7 +33,7 @@ PLOTS = "torchmetrics.utilities.plot"
 
 
 class _NotLoaded(type):
-    """The class of a class that stands for another, and has no instances until that is loaded."""
+    """The metaclass of a stand-in for a class, which has no instances until that class is loaded."""
 
     def __instancecheck__(cls, instance: object) -> bool:
         return isinstance(instance, cls._loaded())
@@ -55,7 +55,7 @@ def _is_compiling() -> bool:
     return torch.compiler.is_compiling()
 
 
-# What stands under which name in a module for what of torch's compiler, until that is loaded.
+# Stand-ins for objects of torch's compiler until it is loaded.
 _IS_COMPILING = "_litgpt_moe_ext_is_compiling"
 _STAND_INS: dict[str, tuple[str, str, Any]] = {
     "OptimizedModule": (
@@ -69,7 +69,7 @@ _STAND_INS: dict[str, tuple[str, str, Any]] = {
 
 
 def execute_without_compiler(module: ModuleType, loader: Any) -> None:
-    """Execute one of `WITHOUT_COMPILER`, with stand-ins for what it takes from torch's compiler or from Triton."""
+    """Execute one of `WITHOUT_COMPILER`, with stand-ins for its imports from torch's compiler or Triton."""
     tree = parse(module, loader)
     if tree is None or "torch._dynamo" in sys.modules:
         loader.exec_module(module)
@@ -86,7 +86,7 @@ def execute_without_compiler(module: ModuleType, loader: Any) -> None:
 
 
 def execute_without_function(module: ModuleType, loader: Any) -> None:
-    """Execute one of `CALLED_RARELY`, with a function that imports the real one when it is called."""
+    """Execute one of `CALLED_RARELY`, with a function that imports the real one when called."""
     name, home = CALLED_RARELY[module.__name__]
     tree = parse(module, loader)
     if tree is None or home in sys.modules:
@@ -131,10 +131,10 @@ def execute_without_matplotlib(module: ModuleType, loader: Any) -> None:
 
 
 class _WithoutCompiler(ast.NodeTransformer):
-    """Puts what does the same without torch's compiler in the place of what loads it."""
+    """Replaces expressions that load torch's compiler by equivalents that do not."""
 
     def visit_Import(self, node: ast.Import) -> ast.Import | None:
-        # torch imports both by itself when somebody asks for the attribute.
+        # torch imports both itself when the attribute is accessed.
         node.names = [
             alias for alias in node.names if alias.name not in ("torch._dynamo.config", "torch._inductor.config")
         ]
@@ -149,7 +149,7 @@ class _WithoutCompiler(ast.NodeTransformer):
         return ast.copy_location(ast.Pass(), node) if stand_in else node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        # torch's own twin of the decorator, which loads the compiler when the function is called.
+        # torch's own version of the decorator, which loads the compiler only when the function is called.
         node.decorator_list = [
             _expression("torch._disable_dynamo", decorator) if _is(decorator, "torch.compiler.disable") else decorator
             for decorator in node.decorator_list

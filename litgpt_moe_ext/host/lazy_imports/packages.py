@@ -1,4 +1,4 @@
-"""Packages whose `__init__` runs in two parts: what loads nothing big at once, the rest when it is asked for."""
+"""Packages whose `__init__` runs in two parts: statements that load nothing big at once, the rest when needed."""
 
 import ast
 import importlib
@@ -15,12 +15,12 @@ from litgpt_moe_ext.host.lazy_imports.source import compiled, parse
 
 @dataclass(frozen=True)
 class Package:
-    """What can be had of a package before its `__init__` has run to the end.
+    """The parts of a package that are available before its `__init__` has run to the end.
 
     Attributes:
-        names: Attributes that are imported from the submodules the `__init__` takes them from.
+        names: Attributes, each imported from the submodule from which the `__init__` imports it.
         submodules: Submodules that can be imported, with their own submodules.
-        first: The submodule that is imported before all others, which rely on it.
+        first: The submodule that is imported first, as all others rely on it.
     """
 
     names: frozenset[str]
@@ -34,7 +34,7 @@ PACKAGES = {
         submodules=("utilities", "metric", "collections", "aggregation", "wrappers"),
         first="utilities",
     ),
-    # What describes a model and its training needs neither lightning nor what LitGPT trains and chats with.
+    # Describing a model and its training needs neither lightning nor LitGPT's code for training and chatting.
     "litgpt": Package(
         names=frozenset({"Config", "GPT"}),
         submodules=("args", "config", "constants", "data", "model", "prompts", "tokenizer"),
@@ -57,7 +57,7 @@ def execute_split(module: ModuleType, loader: Any) -> None:
 
 
 class _Split:
-    """The `__init__` of a package in two parts: what loads nothing new, and the rest."""
+    """The `__init__` of a package in two parts: the statements that load nothing new, and the rest."""
 
     def __init__(self, module: ModuleType, tree: ast.Module, package: Package) -> None:
         self._module, self._package = module, package
@@ -76,7 +76,7 @@ class _Split:
         module.__dict__.update(__getattr__=self._getattr, __dir__=self._dir)
 
     def before_submodule(self, submodule: str) -> None:
-        """Run what the import of `submodule` may rely on."""
+        """Run whatever the import of `submodule` may rely on."""
         # Another thread that completes the package may wait for this submodule, so this must not wait for it.
         if self._completed_by is not None:
             return
@@ -99,7 +99,7 @@ class _Split:
         raise AttributeError(f"module {self._module.__name__!r} has no attribute {name!r}")
 
     def _may_offer(self, name: str) -> bool:
-        # Whoever inspects a module asks for names like `__wrapped__`, and jsonargparse for every class that it meets.
+        # Inspection asks for names like `__wrapped__`; jsonargparse does so for every class that it meets.
         if name.startswith("__") and name.endswith("__"):
             return False
         if self._bound is None or name in self._bound:
@@ -116,8 +116,8 @@ class _Split:
     def _complete(self) -> None:
         if self._completed_by == threading.get_ident():
             return
-        # A submodule on its way that asks for more than it should is answered as in any circular import: running the
-        # rest now would meet it half done.
+        # A submodule that needs the rest while it is being imported fails as in any circular import: running the rest
+        # now would find it half initialised.
         if any(self._is_half_done(submodule) for submodule in self._package.submodules):
             return
         with autoload.Executing(self._module.__name__), self._lock:
@@ -132,16 +132,16 @@ class _Split:
             autoload.before_submodules(self._module.__name__, None)
 
     def _is_half_done(self, submodule: str) -> bool:
-        """Whether this thread is in the middle of importing `submodule`; wait if another one is."""
+        """Return whether this thread is in the middle of importing `submodule`; wait if another thread is."""
         name = f"{self._module.__name__}.{submodule}"
         if autoload.is_initializing(name):
-            # The import system waits for another thread, but not for the one that asks.
+            # The import system waits for other threads, but not for this one.
             importlib.import_module(name)
         return autoload.is_initializing(name)
 
 
 def _postponed(body: list[ast.stmt], package: str) -> list[ast.stmt]:
-    """Return the statements that import what is not loaded yet, and those that use names which such ones bind."""
+    """Return the statements that import modules that are not loaded yet, and those that use names bound by these."""
     postponed, names = [], set[str]()
     for statement in body:
         nodes = list(ast.walk(statement))
@@ -159,7 +159,7 @@ def _postponed(body: list[ast.stmt], package: str) -> list[ast.stmt]:
 
 
 def _bound(body: list[ast.stmt]) -> set[str] | None:
-    """Return the names that statements may bind; None where they are not known, behind a star."""
+    """Return the names that statements may bind; None if a star import leaves them unknown."""
     names = set[str]()
     for node in (node for statement in body for node in ast.walk(statement)):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -175,6 +175,6 @@ def _loads_something(node: ast.AST, package: str) -> bool:
     if isinstance(node, ast.Import):
         return any(alias.name not in sys.modules for alias in node.names)
     if not isinstance(node, ast.ImportFrom) or node.names[0].name == "*":
-        # The names behind a star are not known, so they cannot wait.
+        # The names of a star import are unknown, so it cannot wait.
         return False
     return bool(node.level) or node.module == package or node.module not in sys.modules
