@@ -1,6 +1,6 @@
-"""Checkpoints in the formats of others.
+"""Checkpoints in the formats of other libraries.
 
-`hf/` and `gguf/` have a table of classes each. What both need is here: `facts.py` describes a model in the terms that
-tell classes apart, `families.py` says what families of models have in common, `architecture.py` what a class is and how
-one is chosen, `tensors.py` how names and shapes of weights are mapped.
+`hf/` and `gguf/` each have a table of classes. Their shared code is here: `facts.py` describes a model by properties
+that distinguish classes, `families.py` has what families of models have in common, `architecture.py` defines classes
+and chooses one, `tensors.py` maps names and shapes of weights.
 """

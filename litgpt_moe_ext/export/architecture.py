@@ -22,15 +22,15 @@ class Architecture:
     Attributes:
         class_name: The class with an output head.
         model_type: Its name in `config.json`.
-        can: Values of each fact that it can express; a fact that is not named is free.
+        can: Values of each fact that it can express; facts that are not listed may have any value.
         config: Returns the entries of `config.json` beyond the common ones.
-        names: What our tensors are there.
-        biases: Biases of a layer that the class always has, by our names: zeros where ours has none.
-        rotates_neighbours: Whether rotary positions turn neighbours in a head, and not its halves.
-        more: Returns tensors that the class has besides, by their names.
+        names: The map from our tensors to those of the class.
+        biases: Biases of a layer that the class always has, by our names; zeros if ours has none.
+        rotates_neighbours: Whether rotary positions rotate adjacent elements of a head, instead of its halves.
+        more: Returns additional tensors of the class, by their names.
         ties: Whether one table may be both token embeddings and output head, also for vLLM's own class of this name.
-        vllm: Values of facts with which vLLM's own class of this name computes the same; with others only its
-            Transformers backend does. A fact that is not named is free.
+        vllm: Values of facts with which vLLM's own class of this name computes the same; with other values only its
+            Transformers backend does. Facts that are not listed may have any value.
     """
 
     class_name: str
@@ -49,7 +49,7 @@ class Architecture:
         assert self.can.keys() | self.vllm.keys() <= {fact.name for fact in fields(Facts)}, self
 
     def lacks(self, facts: Facts) -> list[str]:
-        """Return what the class cannot express, as `fact: value`; empty if it computes this model."""
+        """Return the facts that the class cannot express, as `fact: value`; empty if it computes this model."""
         return _differences(facts, self.can)
 
     def serve(self, facts: Facts, directory: str) -> str:
@@ -60,11 +60,11 @@ class Architecture:
         return f"vllm serve {shlex.quote(directory)}{options}"
 
     def rules(self, config: "Config", ours: Iterable[str]) -> dict[str, Stored]:
-        """Return what tensors of a model are there, by their names in `ours`."""
+        """Return how the class stores the tensors of a model, by their names in `ours`."""
         return rules(self.names, ours, config, self.rotates_neighbours)
 
     def constants(self, config: "Config", weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what the class has and a model with these weights has not, by its name there."""
+        """Return tensors that the class has but a model with these weights lacks, by their names there."""
         found = self.more(config)
         for i in range(config.n_layer):
             for name in self.biases:
@@ -94,7 +94,7 @@ def choose(facts: Facts, architectures: tuple[Architecture, ...]) -> tuple[Archi
 
 
 def nearest(rejected: dict[str, list[str]]) -> str:
-    """Return in words what the classes that lack least lack."""
+    """Return in words what the classes with the fewest missing facts lack."""
     fewest = min(len(lacking) for lacking in rejected.values())
     near = {name: lacking for name, lacking in rejected.items() if len(lacking) == fewest}
     return "; ".join(f"{name} has no {', no '.join(lacking)}" for name, lacking in near.items())

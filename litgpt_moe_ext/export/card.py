@@ -1,4 +1,4 @@
-"""The model card of an export: what is known of how the model came to be, and how to use it."""
+"""The model card of an export: what is known about the model's training, and how to use it."""
 
 import csv
 import shutil
@@ -58,7 +58,7 @@ def write_card(folder: Path, source: "Source", architecture: "Architecture", for
     """Write `README.md`, and the settings of the training if they are known.
 
     Args:
-        folder: Of the export.
+        folder: The folder of the export.
         source: The checkpoint that was exported.
         architecture: The class, or the graph, that opens the export.
         format_name: `hf` or `gguf`.
@@ -88,11 +88,11 @@ def write_card(folder: Path, source: "Source", architecture: "Architecture", for
 
 
 def facts(source: "Source", settings: dict[str, Any], once: bool = False) -> dict[str, str]:
-    """Return what is known of a model and its training, in words by name.
+    """Return what is known about a model and its training, in words by name.
 
     Args:
         source: The checkpoint.
-        settings: Of the training, as plain data; empty if unknown.
+        settings: Settings of the training, as plain data; empty if unknown.
         once: Whether output head and token embeddings are written as one table.
     """
     config, train = source.config, settings.get("train")
@@ -130,7 +130,7 @@ def facts(source: "Source", settings: dict[str, Any], once: bool = False) -> dic
 
 
 def _losses(out_dir: Path, step: int) -> dict[str, float]:
-    # The last of each that was logged until then.
+    # The last loss of each kind that was logged up to the step.
     names = {"train_loss": "training loss", "val_loss": "validation loss"}
     found: dict[str, float] = {}
     try:

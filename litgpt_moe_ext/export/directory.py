@@ -1,4 +1,4 @@
-"""A directory that appears when everything in it is written."""
+"""A directory that appears only once everything in it is written."""
 
 import os
 import shutil
@@ -15,11 +15,11 @@ from litgpt_moe_ext.files.lock import ProcessLock
 def new_directory(out_dir: Path, needed_bytes: int = 0) -> Iterator[Path]:
     """Give a temporary directory that becomes `out_dir` at the end of the block, or vanishes if the block fails.
 
-    What a killed process has left of it vanishes at the beginning.
+    Leftovers of a killed process are removed first.
 
     Args:
         out_dir: The final name, which must be free.
-        needed_bytes: How much will be written there.
+        needed_bytes: Number of bytes that will be written.
 
     Yields:
         The directory to write to.
@@ -39,7 +39,7 @@ def new_directory(out_dir: Path, needed_bytes: int = 0) -> Iterator[Path]:
             with _cannot_be_written(out_dir):
                 yield partial
                 flush_tree(partial)
-                require_absent(out_dir)  # somebody may have made it meanwhile
+                require_absent(out_dir)  # it may have been created in the meantime
                 os.rename(partial, out_dir)
             flush(out_dir.absolute().parent)
         finally:
@@ -48,7 +48,7 @@ def new_directory(out_dir: Path, needed_bytes: int = 0) -> Iterator[Path]:
 
 @contextmanager
 def _alone(out_dir: Path) -> Iterator[None]:
-    # Make the folders that `out_dir` lies in, and be the only process that makes it.
+    # Create the parent folders of `out_dir`, and be the only process that creates it.
     missing = [parent for parent in out_dir.absolute().parents if not os.path.exists(parent)]
     lock = ProcessLock(out_dir.with_name(f".{out_dir.name}.lock"))
     try:
@@ -98,12 +98,12 @@ def _cannot_be_written(out_dir: Path) -> Iterator[None]:
 
 def _remove_empty(folders: Iterable[Path]) -> None:
     for folder in folders:
-        # One that has become the parent of `out_dir`, or of something else, is not empty.
+        # A folder that `out_dir`, or something else, is in by now is not empty.
         with suppress(OSError):
             folder.rmdir()
 
 
 def require_absent(out_dir: Path) -> None:
-    """Raise SettingsError if there is something of this name."""
+    """Raise SettingsError if the name is taken."""
     if os.path.lexists(out_dir):
         raise SettingsError(f"out_dir: {str(out_dir)!r} exists; name a new directory")

@@ -1,4 +1,4 @@
-"""A model in the terms that tell the classes of other libraries apart."""
+"""A model described by the properties that distinguish the classes of other libraries."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from litgpt_moe_ext.config.types import Config
 
-# Settings of litgpt.Config that no exported model can have, with the value that leaves them unused.
+# Settings of litgpt.Config that no exported model can have, with the value that turns each off.
 _UNSUPPORTED: dict[str, Any] = {
     "parallel_residual": False,
     "shared_attention_norm": False,
@@ -27,12 +27,12 @@ _UNSUPPORTED: dict[str, Any] = {
     "rope_local_base_freq": None,
     "rope_condense_ratio": 1,
 }
-# Settings that no exported model has and that change nothing within one text, with what it does without them.
+# Settings that exports leave out and that change nothing within one text, with the effect of leaving them out.
 _LEFT_OUT = {
     "attention_document_boundary": "tokens see across the ends of documents; within one they see the same",
     "streaming_cache_window": "generation keeps all tokens in its cache",
 }
-# What transformers' norms inside latent attention have, whatever the configuration says of the others.
+# The epsilon of transformers' norms inside latent attention, whatever that of the other norms.
 DEEPSEEK_EPS = 1e-6
 _DENSE = ("FeedForward", "LLaMAMLP", "GptNeoxMLP")
 _ROUTERS = ("topk", "noisy_topk")
@@ -40,22 +40,22 @@ _ROUTERS = ("topk", "noisy_topk")
 
 @dataclass(frozen=True)
 class Facts:
-    """What an architecture is compared by; each attribute has one of few values.
+    """The properties by which architectures are compared; each has one of few values.
 
     Attributes:
         config: The model's configuration, for sizes.
         attention: `grouped` or `latent` (DeepSeek).
-        latent_norm_eps: Whether the norms inside latent attention have DeepSeek's epsilon; true without them.
+        latent_norm_eps: Whether the norms inside latent attention have DeepSeek's epsilon; true without such norms.
         scaled_by_yarn: Whether YaRN multiplies the scores of latent attention (`mscale_all_dim`).
         layers: `dense`, `moe`, or `mixed` (dense layers at the start), or `alternating`.
         norm: `rms` or `layer`.
         positions: `rotary`, `partial_rotary` or `learned`.
         rope: `default`, `linear`, `llama3` or `yarn`.
-        yarn_rounds: Whether the ends of YaRN's ramp are whole numbers; true without YaRN.
+        yarn_rounds: Whether the ends of YaRN's ramp are rounded to whole numbers; true without YaRN.
         rope_layout: `half` or `interleaved`.
-        sinks: `none`, `all` or `some` (layers have them).
+        sinks: `none`, `all` or `some` (of the layers).
         window: `none`, `all` or `some`.
-        clipped: Whether queries, keys and values are limited.
+        clipped: Whether queries, keys and values are clipped.
         qk_norm: `none`, `head` or `whole` (over all heads together).
         attention_bias: `none`, `qkv` or `all`.
         grouped: Whether key/value heads are fewer than query heads.
@@ -64,11 +64,11 @@ class Facts:
         mlp_bias: Whether feed-forward layers have biases.
         router: `none`, `topk` or `noisy_topk`.
         score: `none`, `sigmoid` or `softmax`.
-        gate_on_input: Whether gate values multiply what experts get.
+        gate_on_input: Whether gate values multiply the experts' input.
         router_bias: Whether the gate has a learned bias.
         norm_topk: Whether weights of the chosen experts sum to 1.
-        balancing_bias: Whether the router has a bias that is not the same for all experts.
-        groups: `none`, `best_one` or `best_two` (groups are worth that many of their best scores), or `other`.
+        balancing_bias: Whether the router has a balancing bias that differs between experts.
+        groups: `none`, `best_one` or `best_two` (how many of its best scores make up a group's value), or `other`.
         scaled: Whether weights are multiplied by a factor.
         shared: `none`, `plain`, `gated`, or `plain_other_width`.
         head_bias: Whether the output head has a bias.
@@ -108,7 +108,7 @@ class Facts:
 
     @property
     def moe(self) -> bool:
-        """Whether the model has MoE layers."""
+        """True if the model has MoE layers."""
         return self.layers != "dense"
 
     @property
@@ -138,10 +138,10 @@ def facts_of(config: "Config", state: "dict[str, Tensor]") -> Facts:
 
     Args:
         config: Its configuration.
-        state: Its weights, for what only they say: whether a balancing bias distinguishes experts.
+        state: Its weights, which alone tell whether a balancing bias differs between experts.
 
     Raises:
-        SettingsError: If the model has something that nothing here can export; the message names the setting.
+        SettingsError: If the model has a setting that no format can express; the message names it.
     """
     _require_exportable(config)
     moe, latent = config.mlp_class_name in MOE_CLASS_NAMES, config.latent_attention is not None

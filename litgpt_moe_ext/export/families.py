@@ -1,11 +1,11 @@
-"""What the members of a family of models may be, as values of `Facts`, whichever library has the classes.
+"""The values of `Facts` that families of models allow, for the classes of any library.
 
-The tables of `hf/architectures.py` and `gguf/architectures.py` say of each class where it differs.
+The tables of `hf/architectures.py` and `gguf/architectures.py` state how each class differs.
 """
 
 from typing import Any
 
-# What Llama's relatives have in common.
+# Common to Llama's relatives.
 LLAMA_LIKE: dict[str, tuple[Any, ...]] = {
     "attention": ("grouped",),
     "norm": ("rms",),
@@ -59,9 +59,9 @@ GPT2: dict[str, tuple[Any, ...]] = {
     "head_bias": (False,),
     "scale": ("head",),
 }
-# What its classes always have in a layer, zeros or not, by our names.
+# Biases that its classes have in every layer, zeros or not, by our names.
 GPT2_BIASES = ("attn.qkv.bias", "attn.proj.bias", "mlp.fc.bias", "mlp.proj.bias")
-# Balanced sigmoid routers, beside shared experts.
+# Balanced sigmoid routers, and shared experts.
 GLM: dict[str, tuple[Any, ...]] = {
     "layers": ("moe", "mixed"),
     "positions": ("rotary", "partial_rotary"),

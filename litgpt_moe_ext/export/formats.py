@@ -18,10 +18,10 @@ def export(checkpoint_dir: Path, out_dir: Path, name: str, dtype: str | None = N
         dtype: Floating type of the weights; None keeps theirs.
 
     Returns:
-        What to tell the user, one line each; the last says what was written.
+        Lines for the user; the last says what was written.
 
     Raises:
-        SettingsError: If the model cannot be exported, or a directory is not right.
+        SettingsError: If the model cannot be exported, or a directory is unsuitable.
     """
     if name == "gguf":
         from litgpt_moe_ext.export.gguf.write import MODEL_FILE, export_gguf
@@ -44,10 +44,10 @@ def export(checkpoint_dir: Path, out_dir: Path, name: str, dtype: str | None = N
 
 
 def check_exportable(config: "Config", name: str) -> None:
-    """Raise SettingsError if no model of a configuration can be exported in a format, once it has been trained."""
+    """Raise SettingsError if a trained model of a configuration cannot be exported in a format."""
     from litgpt_moe_ext.export.facts import facts_of
 
-    # A balancing bias that moves will distinguish experts.
+    # A balancing bias that moves will differ between experts.
     facts = facts_of(config, {})
     facts = dataclasses.replace(facts, balancing_bias=bool(config.router_bias_update_rate))
     if name == "gguf":

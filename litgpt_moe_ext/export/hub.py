@@ -1,4 +1,4 @@
-"""The Hugging Face hub: where exported directories go, and where checkpoints to import come from."""
+"""The Hugging Face hub: uploads of exported directories, and downloads of checkpoints to import."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from litgpt_moe_ext.errors import SettingsError, one_line
 
 
 def check_repository(repository: str) -> None:
-    """Raise SettingsError unless the hub would take an upload to a repository: its name, the network, the token.
+    """Raise SettingsError unless the hub would accept an upload: checks the repository's name, network and token.
 
     Args:
         repository: `NAME` or `OWNER/NAME`.
@@ -20,18 +20,18 @@ def check_repository(repository: str) -> None:
         raise SettingsError(f"push_to_hub: {repository!r} must be NAME or OWNER/NAME; {one_line(error)}") from error
     try:
         HfApi().whoami()
-    except OSError as error:  # all of the hub's errors are: no token, a wrong one, offline mode, no network
+    except OSError as error:  # the type of all of the hub's errors: no token, a wrong one, offline mode, no network
         raise SettingsError(
             f"push_to_hub: the login to the hub failed ({one_line(error)}); run `hf auth login`, or set HF_TOKEN"
         ) from error
 
 
 def upload(directory: Path, repository: str) -> str:
-    """Upload a directory, and return where it is now.
+    """Upload a directory, and return its address.
 
     Args:
-        directory: What to upload.
-        repository: `NAME` or `OWNER/NAME`; it is made if there is none.
+        directory: The directory.
+        repository: `NAME` or `OWNER/NAME`; it is created if it does not exist.
 
     Raises:
         SettingsError: If the hub refuses; the directory stays.
@@ -50,7 +50,7 @@ def upload(directory: Path, repository: str) -> str:
 
 
 def downloaded(directory: Path) -> Path:
-    """Return a directory that exists, or else the local copy of the repository of that name on the hub.
+    """Return an existing directory, or else the local copy of the repository of that name on the hub.
 
     Args:
         directory: The directory, or OWNER/NAME.
@@ -67,7 +67,7 @@ def downloaded(directory: Path) -> Path:
             snapshot_download(
                 str(directory),
                 allow_patterns=["*.json", "model*.safetensors", "*.txt", "*.jinja", "tokenizer.model"],
-                # Folders hold the same weights in other forms, as do files of other names.
+                # Folders, and files of other names, hold the same weights in other forms.
                 ignore_patterns=["*/*"],
             )
         )

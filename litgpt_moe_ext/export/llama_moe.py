@@ -1,8 +1,8 @@
-"""The plugin's MoE models as LitGPT's own `LLaMAMoE`, where that can express them.
+"""The plugin's MoE models as LitGPT's own `LLaMAMoE`, if that can express them.
 
 `LLaMAMoE` has one module per expert, SwiGLU, and one of two routers: a softmax over the chosen logits, or, with groups,
-DeepSeek-V3's sigmoid with a bias. Everything else about a model (attention, norms) must be LitGPT's as well, so that
-the result opens without the plugin.
+DeepSeek-V3's sigmoid with a bias. The rest of the model (attention, norms) must be LitGPT's too, so that the result
+opens without the plugin.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from litgpt_moe_ext.export.weights import save_weights
 from litgpt_moe_ext.moe.expert_layouts import unstack_experts
 from litgpt_moe_ext.moe.registry import LOSSES, loss_field
 
-# Fields that are looked at one by one, and what only says how to compute the same.
+# Fields that are checked one by one, and those that change only how the same is computed.
 _EXPRESSED = {"router_type", "router_score_function", "mlp_activation", "decoder_sparse_step", "expert_backend"}
 
 
@@ -47,7 +47,7 @@ def obstacles(config: Any, state: dict[str, Tensor]) -> list[str]:
 
 
 def _attends_as_litgpt(config: Any) -> bool:
-    # `SinkAttention` computes YaRN otherwise, and goes on where LitGPT's windows end in an error.
+    # `SinkAttention` computes YaRN differently, and works where LitGPT's windows end in an error.
     plain = config.rope_adjustments is None and config.sliding_window_size is None
     return plain and not any(has_sinks(config, block) for block in range(config.n_layer))
 
@@ -109,7 +109,7 @@ def convert_checkpoint(checkpoint_dir: Path, out_dir: Path) -> None:
 
     Args:
         checkpoint_dir: A checkpoint with MoE layers of this package.
-        out_dir: The new directory; appears when everything in it is written.
+        out_dir: The new directory; it appears only once everything in it is written.
 
     Raises:
         SettingsError: If `checkpoint_dir` has no whole checkpoint, if `out_dir` exists, or if `LLaMAMoE` cannot express

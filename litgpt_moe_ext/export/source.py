@@ -1,4 +1,4 @@
-"""The checkpoint that is exported: its configuration, its weights, and what they say together."""
+"""The checkpoint that is exported: its configuration and weights, and what follows from both."""
 
 import functools
 import json
@@ -35,10 +35,10 @@ class Source:
     """A checkpoint.
 
     Attributes:
-        directory: Where it is.
+        directory: Its directory.
         config: Its model configuration.
         state: Its weights by name, which stay on the disk until they are used.
-        run: What else it holds of the run that saved it: counters, the place in the data, callbacks.
+        run: Other state of the run that saved it: counters, the position in the data, callbacks.
     """
 
     directory: Path
@@ -53,15 +53,15 @@ class Source:
 
     @functools.cached_property
     def tied(self) -> bool:
-        """Whether output head and token embeddings are the same numbers, as after `train.tie_embeddings`."""
+        """True if output head and token embeddings are equal, as after `train.tie_embeddings`."""
         return torch.equal(self.state[_HEAD], self.state[_EMBEDDINGS])
 
     def writes_once(self, architecture: "Architecture") -> bool:
-        """Return whether one table is enough for output head and token embeddings in a class."""
+        """Return whether output head and token embeddings are one table in a class."""
         return architecture.ties and self.tied
 
     def nbytes(self, dtype: torch.dtype | None, architecture: "Architecture | None" = None) -> int:
-        """Return about how many bytes the weights take, in their own type or another one, in a class or all of them."""
+        """Return about how many bytes the weights take, in their own or another type, in a class or all of them."""
         stored = self._stored(architecture) if architecture else self.state
         return sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in stored.values())
 
@@ -70,7 +70,7 @@ class Source:
 
         Args:
             architecture: The class.
-            meta: Whether only shapes and types are asked for.
+            meta: Whether only shapes and types are needed.
         """
         for name, stored in architecture.rules(self.config, self._stored(architecture)).items():
             tensor = self.state[name]
@@ -90,7 +90,7 @@ def without_negatives(bias_E: Tensor) -> Tensor:
     """Return a balancing bias that makes the same choices and has no entry below 0.
 
     transformers 4 and LitGPT's `LLaMAMoE` mask the groups that were not chosen with 0, which would win against negative
-    biased scores. The same number on all biases changes no choice.
+    biased scores. Adding the same number to all biases changes no choice.
 
     Args:
         bias_E: The bias, one entry for each expert.
@@ -111,10 +111,10 @@ def read_source(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Source
     """
     folder = checkpoint_dir.resolve()
     if (folder.parent if folder.name == "ema" else folder).name.startswith("."):
-        # So are called what a run has not finished, or is about to delete.
+        # The name of a checkpoint that a run has not finished writing, or is about to delete.
         raise SettingsError(f"{setting}: {str(checkpoint_dir)!r} is being written; name a finished checkpoint")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not os.path.isfile(checkpoint_dir / name):  # which `Path.is_file` raises for, where it may not look
+        if not os.path.isfile(checkpoint_dir / name):  # `Path.is_file` raises without permission
             hint = which_checkpoint(checkpoint_dir, WEIGHTS_FILE)
             raise SettingsError(f"{setting}: {str(checkpoint_dir)!r} has no {name}{hint}")
     config = read_config(checkpoint_dir, setting)
@@ -141,7 +141,7 @@ def _weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
-    """Return in words what distinguishes weights from those of a model, on the meta device; empty if nothing does."""
+    """Return in words how weights differ from those of a model, on the meta device; empty if they do not."""
     if found.keys() != expected.keys():
         missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
         return f"missing {missing[:5]}, surplus {surplus[:5]}"
@@ -179,12 +179,12 @@ def read_tokenizer(checkpoint_dir: Path, vocab_size: int) -> "Tokenizer | None":
 
 
 def ends_of_texts(checkpoint_dir: Path, tokenizer: "Tokenizer", vocab_size: int) -> list[int]:
-    """Return the ids of all tokens that end a text, that of the tokenizer first; empty if there is none.
+    """Return the ids of all tokens that end a text, the tokenizer's own first; empty if there is none.
 
-    Models for chats have several, which only a `generation_config.json` says.
+    Chat models have several, which only a `generation_config.json` lists.
 
     Args:
-        checkpoint_dir: Where the tokenizer is from.
+        checkpoint_dir: The directory of the tokenizer.
         tokenizer: The tokenizer.
         vocab_size: Rows of the model's embedding table.
     """
@@ -192,7 +192,7 @@ def ends_of_texts(checkpoint_dir: Path, tokenizer: "Tokenizer", vocab_size: int)
         return []
     try:
         said = json.loads((checkpoint_dir / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
-    except (OSError, ValueError, KeyError, TypeError):  # none, or one that LitGPT mends for itself
+    except (OSError, ValueError, KeyError, TypeError):  # missing, or malformed in a way that LitGPT repairs
         said = None
     others = [i for i in said if type(i) is int and 0 <= i < vocab_size] if isinstance(said, list) else []
     return list(dict.fromkeys([tokenizer.eos_id, *others]))

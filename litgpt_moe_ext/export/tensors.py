@@ -1,7 +1,8 @@
-"""The map between names and shapes of weights, written once and read in both directions.
+"""The map between names and shapes of weights, written once and used in both directions.
 
-A table says by our names which tensors there a tensor of ours is: the concatenation of several along a dimension, or a
-stack of one per expert, and a part may be stored in another layout. Going out cuts, going in joins.
+"Ours" is this package's model, "there" the other library's. A table maps each of our tensors, by name, to tensors
+there: several that it concatenates, or one per expert that it stacks, each possibly in another layout. Export cuts,
+import joins.
 """
 
 import re
@@ -20,7 +21,7 @@ Change = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Layout:
-    """How a part is stored there, and how it becomes ours again."""
+    """The conversions of a part to its stored form there and back."""
 
     out: Change
     back: Change
@@ -35,11 +36,11 @@ TRANSPOSED = Layout(lambda w: w.mT, lambda w: w.mT)
 
 
 def interleaved(head_size: int, rotated: int | None = None) -> Layout:
-    """Return the layout of query and key rows for classes that rotate neighbours instead of halves.
+    """Return the layout of query and key rows for classes that rotate adjacent elements instead of halves.
 
     Args:
         head_size: Rows of a head.
-        rotated: How many of them are rotated, the last ones; by default all.
+        rotated: How many of them, at the end, are rotated; by default all.
     """
     rotated = rotated or head_size
 
@@ -54,14 +55,14 @@ def interleaved(head_size: int, rotated: int | None = None) -> Layout:
 
 @dataclass(frozen=True)
 class Stored:
-    """What a tensor of ours is there.
+    """How a tensor of ours is stored there.
 
     Attributes:
         names: Names there, in the order of the concatenation. With `{e}` in them there is a set per expert.
-        layouts: How the parts are stored, in the same order; those after the last as they are.
+        layouts: Layouts of the parts, in the same order; further parts are unchanged.
         sizes: Rows of each part; None for equal parts.
         dim: The dimension of the concatenation.
-        whole: The form of our tensor in which it is a concatenation.
+        whole: The layout in which our tensor is the concatenation.
     """
 
     names: tuple[str, ...]
@@ -104,7 +105,7 @@ class Stored:
         if not self._per_expert:
             return self._join(get, "")
         first = self._join(get, "0")
-        # One expert beside the stack, not all of them once more.
+        # Only one expert in memory besides the stack, not a second copy of all.
         stack = first.new_empty((n_expert, *first.shape))
         stack[0] = first
         for e in range(1, n_expert):
@@ -117,9 +118,9 @@ class Stored:
 
 
 Names = dict[str, str | Stored]
-"""What a tensor of ours is there, by its name here within a layer; names of layers under `LAYER`.
+"""How our tensors are stored there, by our names within a layer; names of layers under `LAYER`.
 
-A name that ends before `.weight` or `.bias` stands for both, here and there. What a model lacks is not looked up.
+A name without `.weight` or `.bias` stands for both, here and there. Tensors that a model lacks are not looked up.
 """
 LAYER = "transformer.h"
 _IN_LAYER = re.compile(rf"{re.escape(LAYER)}\.(\d+)\.(.+)")
@@ -127,13 +128,13 @@ BALANCING_BIAS = "e_score_correction_bias"
 
 
 def rules(names: Names, ours: Iterable[str], config: "Config", rotates_neighbours: bool = False) -> dict[str, Stored]:
-    """Return what each of our tensors is there, by its name.
+    """Return how each of our tensors is stored there, by our name.
 
     Args:
         names: The table.
         ours: Names of all weights of a model. Only balancing biases may be missing in the table.
         config: Its configuration.
-        rotates_neighbours: Whether rotary positions turn neighbours there; halves of a head are put in turns.
+        rotates_neighbours: Whether rotary positions rotate adjacent elements there; halves of a head are interleaved.
     """
     in_turns = _in_turns(config) if rotates_neighbours and not config.rope_interleave else {}
     found = {}

@@ -1,4 +1,4 @@
-"""The files of a tokenizer that lie beside a model."""
+"""The files of a tokenizer next to a model."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ TOKENIZER_FILES = (
 
 
 def copy_tokenizer(from_dir: Path, to_dir: Path) -> None:
-    """Copy a tokenizer's files, those that there are, with what ends and begins a text and how a chat is written."""
+    """Copy a tokenizer's existing files, including those for special tokens and the chat template."""
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (from_dir / name).is_file():
             shutil.copyfile(from_dir / name, to_dir / name)

@@ -1,10 +1,10 @@
-"""Make a Mixture-of-Experts model out of a dense one that computes the same function.
+"""Turns a dense model into a Mixture-of-Experts model that computes the same function.
 
 Sparse upcycling (Komatsuzaki et al., arXiv:2212.05055) copies the dense MLP into every expert. Whatever experts a token
 visits, the output is that of the dense model as long as the gate values sum to 1. An expert may also be a slice of the
 hidden units: then the experts of one copy form a virtual group (He et al., arXiv:2410.07524) whose rows in the router
-are equal, so that a token visits whole copies only. Shared experts take hidden units of their own, every token visits
-them anyway.
+are equal, so that a token visits whole copies only. Shared experts, which every token visits, take hidden units of
+their own.
 
 Shape legend: D model width, W hidden width of the dense MLP, F hidden width of one routed expert, S hidden width of the
 shared experts together, E experts, C copies of the dense MLP, M slices of a copy.
@@ -40,7 +40,7 @@ from litgpt_moe_ext.moe.router import Router
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
 
-# What else may differ between the two configurations.
+# Other fields that may differ between the two configurations.
 _MAY_DIFFER = {"name", "hf_config", "mlp_class_name", "mlp_activation", "intermediate_size", "residual_dropout"}
 
 
@@ -61,15 +61,15 @@ class Slices(NamedTuple):
 
 
 def upcycle(dense_dir: Path, out_dir: Path, config: "Config", seed: int = 42) -> None:
-    """Write a checkpoint of an MoE model that computes what a dense model computes.
+    """Write a checkpoint of an MoE model that computes the same function as a dense model.
 
-    `litgpt-moe train --initial_checkpoint_dir OUT_DIR` starts a training from it. A model of Hugging Face becomes a
-    dense checkpoint by `litgpt convert_to_litgpt`.
+    `litgpt-moe train --initial_checkpoint_dir OUT_DIR` starts a training from it. `litgpt convert_to_litgpt` turns a
+    Hugging Face model into a dense checkpoint.
 
     Args:
         dense_dir: A LitGPT checkpoint directory of a dense model.
         out_dir: Where to write the new one; must not exist.
-        config: The MoE model. Everything but its MLP must be that of the dense model.
+        config: The MoE model. It may differ from the dense model only in its MLP.
         seed: Seed of the routers' weights.
 
     Raises:
@@ -133,7 +133,7 @@ def _require_gates_that_sum_to_one(moe: "Config") -> None:
     features = router_type_of(moe).features
     if "sums_to_one" in features or moe.norm_topk_prob:
         return
-    # So do the softmax scores of all experts together.
+    # The softmax scores of all experts together sum to 1 too.
     if moe.router_score_function == "softmax" and moe.n_expert_per_token == moe.n_expert:
         return
     if "norm_topk_prob" not in features:
@@ -204,7 +204,7 @@ def upcycled_weights(
 
 
 class _Layer:
-    # From the weights of one dense MLP to the weights of the MoE layer that takes its place.
+    # From the weights of one dense MLP to the weights of the MoE layer that replaces it.
 
     def __init__(self, mlp: dict[str, Tensor], slices: Slices, config: "Config") -> None:
         self._mlp, self._slices, self._config = mlp, slices, config
@@ -234,10 +234,10 @@ class _Layer:
             for ours, theirs in (("proj", "weight"), ("bias", "bias"))
             if theirs == "weight" or self._config.bias
         }
-        # The gate value of a copy is shared out evenly among its experts.
+        # The gate value of a copy is divided evenly among its experts.
         result["down_proj"] = copied([self._mlp["proj.weight"][:, unit] * (slices.per_copy / scale) for unit in units])
         if self._config.bias:
-            # Where there are shared experts, they have it.
+            # Shared experts, if any, have it instead.
             bias_D = self._mlp["proj.bias"] * (0.0 if slices.shared else 1 / scale)
             result["down_bias"] = bias_D.repeat(self._config.n_expert, 1)
         return result
@@ -252,7 +252,7 @@ class _Layer:
         return {name: tensor.clone() for name, tensor in result.items()}
 
     def _router(self, gate: Router, generator: torch.Generator) -> dict[str, Tensor]:
-        # Biases and counters of balancing, and the weights of noise, start at zero.
+        # Balancing biases and counters, and the weights of the noise, start at zero.
         result = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in gate.state_dict().items()}
         if isinstance(gate, LearnedRouter):
             copies_CD = torch.empty(self._slices.copies, self._config.n_embd)

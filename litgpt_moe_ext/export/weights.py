@@ -10,17 +10,17 @@ from litgpt_moe_ext.host.checkpoints import WEIGHTS_FILE
 
 
 def save_weights(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
-    """Write weights as they come, so that memory holds one of them and not the model.
+    """Write weights one at a time, so that memory holds one of them and not the model.
 
     Args:
-        weights: Names and tensors on the CPU, which may be parts of others.
-        folder: The checkpoint.
+        weights: Names and tensors on the CPU, which may be views of others.
+        folder: The directory of the checkpoint.
     """
     with incremental_save(folder / WEIGHTS_FILE) as saver:
         saver.save({name: saver.store_early(_owned(tensor)) for name, tensor in weights})
 
 
 def _owned(tensor: Tensor) -> Tensor:
-    # What is saved is the storage, which a part of a tensor shares with the whole.
+    # Saving writes the whole storage, which a view shares with its base.
     tensor = tensor.contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

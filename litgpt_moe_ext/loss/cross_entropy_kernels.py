@@ -60,7 +60,7 @@ def mean_loss(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def row_losses(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the loss of each row, 0 if not counted, and the logarithm of its sum of exponentials, both (T,), float32.
+    """Return the loss of each row and the log of its sum of exponentials, (T,), float32; both 0 if it is not counted.
 
     Args:
         logits_TV: As above.

@@ -1,5 +1,5 @@
-"""Models as GGUF files, which llama.cpp and everything built on it read.
+"""Models as GGUF files, for llama.cpp and everything built on it.
 
 `architectures` is the table of llama.cpp's graphs and what each computes, `names` maps tensors, `tokenizer` writes the
-vocabulary, `write` puts a file together. The facts that graphs are compared by are those of `export/facts.py`.
+vocabulary, `write` writes the file. Graphs are compared by the facts of `export/facts.py`.
 """

@@ -1,7 +1,7 @@
-"""The table of llama.cpp's graphs: what each computes, and the metadata that says so.
+"""The table of llama.cpp's graphs: what each computes, and its metadata.
 
-Read off the graphs themselves (`src/models/*.cpp` as of llama-cpp-python 0.3.36). A graph takes metadata of other
-graphs without complaint and ignores it, so what is not in `can` here must not be asked of it.
+Taken from the graphs themselves (`src/models/*.cpp` as of llama-cpp-python 0.3.36). A graph silently ignores the
+metadata of other graphs, so only the values in `can` are safe.
 """
 
 import math
@@ -68,7 +68,7 @@ def _rope_scaling(facts: Facts) -> dict[str, Any]:
             "rope.scaling.original_context_length": int(keys["original_max_seq_len"]),
             "rope.scaling.yarn_beta_fast": float(keys.get("beta_fast", DEFAULT_BETA_FAST)),
             "rope.scaling.yarn_beta_slow": float(keys.get("beta_slow", DEFAULT_BETA_SLOW)),
-            # Multiplies the factor that YaRN has by itself.
+            # Multiplied by YaRN's own factor.
             "rope.scaling.attn_factor": wanted / own,
         }
     return scaling
@@ -110,7 +110,7 @@ def _deepseek(facts: Facts) -> dict[str, Any]:
     return (
         _glm(facts)
         | {
-            # It attends to the latent keys as if they were one head for all queries.
+            # The graph attends to the latent keys as to a single head shared by all queries.
             "attention.head_count_kv": 1,
             "attention.key_length": rank + rotated,
             "attention.value_length": rank,
@@ -133,8 +133,8 @@ def _require_full_depth(config: "Config") -> None:
 
 
 def _yarn_of_latent_attention(facts: Facts) -> dict[str, Any]:
-    # The graph has cosines and sines multiplied by A, and scores by (A (1 + L / 10 ln factor))^2: `attn_factor` is A
-    # and ten times `yarn_log_multiplier` is L, except that A has YaRN's own factor as well where L is 0.
+    # The graph multiplies cosines and sines by A, and scores by (A (1 + L / 10 ln factor))^2. A is `attn_factor`, times
+    # YaRN's own factor if L is 0, and L is ten times `yarn_log_multiplier`.
     if facts.rope != "yarn":
         return {}
     keys = present_adjustments(facts.config.rope_adjustments)
@@ -161,7 +161,7 @@ def _ernie(facts: Facts) -> dict[str, Any]:
 def _gpt_oss(facts: Facts) -> dict[str, Any]:
     config = facts.config
     windows = [window_of(config, i) is not None for i in range(config.n_layer)]
-    # The graph insists on a layer with a window; one as long as the context hides nothing.
+    # The graph requires a layer with a window; a window as long as the context hides nothing.
     windows[0] = windows[0] or not any(windows)
     return _moe(facts) | {
         "attention.sliding_window": config.sliding_window_size or config.block_size,

@@ -1,8 +1,8 @@
-"""What tensors are called in GGUF files: a table for each kind of graph of llama.cpp.
+"""Names of tensors in GGUF files: a table for each kind of llama.cpp's graphs.
 
-Experts are stacked as `(E, F, D)`, gate and up apart.
+Experts are stacked as `(E, F, D)`, with gate and up projections apart.
 
-Shape legend: E experts, F their hidden width, D model width, H heads, d what a head gets of the latent width R.
+Shape legend: E experts, F their hidden width, D model width, H heads, d width of a head, expanded from latent width R.
 """
 
 from litgpt_moe_ext.export.tensors import LAYER, TRANSPOSED, Layout, Names, Stored
@@ -26,7 +26,7 @@ DECODER: Names = {
     "attn.q_b_proj": "attn_q_b",
     "attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
     "attn.kv_a_norm": "attn_kv_a_norm",
-    # The graph multiplies queries by the part for keys, so that it attends to what was not expanded: (H, R, d).
+    # The graph multiplies queries by the part for keys, (H, R, d), and so attends to unexpanded latent keys.
     "attn.kv_b_proj": Stored(("attn_k_b", "attn_v_b"), (TRANSPOSED,)),
     **{f"mlp.{ours}": theirs for ours, theirs in _SWIGLU.items()},
     "mlp.gate": "ffn_gate_inp",
@@ -35,7 +35,7 @@ DECODER: Names = {
     "mlp.experts.down_proj": "ffn_down_exps.weight",
     "mlp.experts.down_bias": "ffn_down_exps.bias",
     **{f"mlp.shared_experts.{ours}": f"{theirs}_shexp" for ours, theirs in _SWIGLU.items()},
-    # One gate for all shared experts is a vector.
+    # The single gate of all shared experts is a vector.
     "mlp.shared_expert_gate": Stored(
         ("ffn_gate_inp_shexp",), (Layout(lambda w_1D: w_1D.squeeze(0), lambda w_D: w_D.unsqueeze(0)),)
     ),

@@ -1,7 +1,7 @@
 """A SentencePiece model as metadata of a GGUF file.
 
-llama.cpp merges neighbours by the scores of what they become, which is what SentencePiece's BPE does where it changes
-nothing about a text but its spaces, and spells out what is unknown in bytes.
+llama.cpp merges neighbours by the scores of the merged pieces. SentencePiece's BPE does the same if its only change to
+a text is to the spaces, and if it falls back to bytes for unknown text.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 from litgpt_moe_ext.errors import SettingsError
 
 Piece = tuple[int, str, int]
-"""Id, text, and kind; SentencePiece and llama.cpp have the same numbers of kinds."""
+"""Id, text, and kind; SentencePiece and llama.cpp number the kinds alike."""
 _BPE = 2
 _USER_DEFINED, _UNUSED = 4, 5
 
@@ -20,10 +20,10 @@ def read(checkpoint_dir: Path, vocab_size: int) -> tuple[list[Piece], dict[str, 
 
     Args:
         checkpoint_dir: Where it is.
-        vocab_size: How many tokens the file gets, those without a piece included.
+        vocab_size: Number of tokens in the file, including those without a piece.
 
     Raises:
-        SettingsError: If llama.cpp would split texts otherwise.
+        SettingsError: If llama.cpp would split texts differently.
     """
     from sentencepiece import sentencepiece_model_pb2
 

@@ -1,7 +1,7 @@
 """The tokenizer of a checkpoint as metadata of a GGUF file.
 
-llama.cpp knows byte-level BPE tokenizers by their pre-tokenizer, which it has built in under a name. Its converters
-find the name by the hash of an encoded text and refuse what they have not seen; here it follows from the file.
+llama.cpp identifies byte-level BPE tokenizers by the name of a built-in pre-tokenizer. Its converters find the name by
+the hash of an encoded text and refuse unknown hashes; here the name follows from the tokenizer's file.
 """
 
 import json
@@ -30,7 +30,7 @@ PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
     (_WORDS + r"\p{N}" + _REST,): "qwen2",
     (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK): "deepseek-v3",
 }
-"""llama.cpp's names of pre-tokenizers, by the regular expressions that they split by one after the other.
+"""llama.cpp's names of pre-tokenizers, by the regular expressions by which they split, in order.
 
 Only those that it computes exactly: in place of o200k's it has another one.
 """
@@ -41,11 +41,11 @@ def tokenizer_metadata(checkpoint_dir: Path, vocab_size: int) -> dict[str, Any]:
     """Return the keys under `tokenizer.`.
 
     Args:
-        checkpoint_dir: A checkpoint; without a tokenizer, only ids go in and out of the file.
+        checkpoint_dir: A checkpoint; without a tokenizer, the exported model takes and returns ids only.
         vocab_size: Rows of the model's embedding table.
 
     Raises:
-        SettingsError: If llama.cpp would split texts otherwise, or if the tokenizer does not fit the model.
+        SettingsError: If llama.cpp would split texts differently, or if the tokenizer does not fit the model.
     """
     tokenizer = read_tokenizer(checkpoint_dir, vocab_size)
     if tokenizer is None:
@@ -63,7 +63,7 @@ def tokenizer_metadata(checkpoint_dir: Path, vocab_size: int) -> dict[str, Any]:
     for i, token, kind in pieces:
         tokens[i], kinds[i] = token, kind
     metadata |= {"ggml.tokens": tokens, "ggml.token_type": kinds} | _ends(tokenizer)
-    # llama.cpp stops at each of these, and knows others by their texts only.
+    # llama.cpp stops at each of these, and knows other ends only by their texts.
     others = ends_of_texts(checkpoint_dir, tokenizer, vocab_size)[1:]
     metadata |= dict(zip(("ggml.eot_token_id", "ggml.eom_token_id"), others, strict=False))
     template = _chat_template(checkpoint_dir)
@@ -71,7 +71,7 @@ def tokenizer_metadata(checkpoint_dir: Path, vocab_size: int) -> dict[str, Any]:
 
 
 def _chat_template(checkpoint_dir: Path) -> str | None:
-    # In a file of its own, or as most published models have it, by itself or as the one of several that is the default.
+    # In a file of its own or, as in most published models, in the configuration: alone, or the default one of several.
     if (file := checkpoint_dir / "chat_template.jinja").is_file():
         return file.read_text(encoding="utf-8")
     if not (file := checkpoint_dir / "tokenizer_config.json").is_file():
@@ -84,7 +84,7 @@ def _chat_template(checkpoint_dir: Path) -> str | None:
 
 
 def _ends(tokenizer: "Tokenizer") -> dict[str, Any]:
-    # What stands around a text is what LitGPT puts there, whether it or the tokenizer's own file asks for it.
+    # The tokens that LitGPT adds around a text, whether LitGPT or the tokenizer's own file asks for them.
     ids = tokenizer.encode("a").tolist()
     return {
         "ggml.eos_token_id": tokenizer.eos_id,
@@ -115,13 +115,13 @@ def _bpe(checkpoint_dir: Path) -> tuple[list[spm.Piece], dict[str, Any]]:
             raise _refusal(checkpoint_dir, f"{token['content']!r}, which takes space or words beside it into account")
         pieces.append((token["id"], token["content"], _CONTROL if token["special"] else _USER_DEFINED))
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    # One merge at least: the format has no empty lists, and this one never applies.
+    # At least one merge, because the format has no empty lists; this one never applies.
     merges = merges or [f"{pieces[0][1]} {pieces[0][1]}"]
     return pieces, {"ggml.model": "gpt2", "ggml.pre": name, "ggml.merges": merges}
 
 
 def _expressions(pre: dict[str, Any]) -> list[str]:
-    """Return the regular expressions that a pre-tokenizer splits by, or nothing that llama.cpp knows."""
+    """Return the regular expressions by which a pre-tokenizer splits; empty if it does more than that."""
     steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
     last = steps[-1] if steps else {}
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):

@@ -19,15 +19,15 @@ from litgpt_moe_ext.export.gguf.tokenizer import tokenizer_metadata
 from litgpt_moe_ext.export.source import Source, read_source
 
 MODEL_FILE = "model.gguf"
-# Numbers of llama.cpp's `LLAMA_FTYPE_*`, for tools that show what a file holds.
+# Numbers of llama.cpp's `LLAMA_FTYPE_*`, for tools that display a file's contents.
 _FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
-# Operands of additions and products in llama.cpp's graphs, and what chooses experts, are float32.
+# Operands of additions and products in llama.cpp's graphs, and the routers, are float32.
 _ALWAYS_FLOAT32 = ("ffn_gate_inp.weight", "position_embd.weight")
 
 
 @dataclass(frozen=True)
 class GGUFExport:
-    """What was written.
+    """The result of an export.
 
     Attributes:
         graph: The graph of llama.cpp that computes the model.
@@ -41,7 +41,7 @@ class GGUFExport:
 
 
 def export_gguf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None) -> GGUFExport:
-    """Write a checkpoint as a file for llama.cpp and what is built on it.
+    """Write a checkpoint as a file for llama.cpp and programs built on it.
 
     Args:
         checkpoint_dir: A LitGPT checkpoint of any strategy.
@@ -93,7 +93,7 @@ def choose_graph(facts: Facts) -> Architecture:
             f"format: gguf: no graph of llama.cpp computes this model ({nearest(rejected)}); export with "
             "--format hf, or train one that has a graph (docs/how-to/export.md)"
         )
-    graph.config(facts)  # which refuses numbers that the graph takes for something else
+    graph.config(facts)  # refuses numbers that the graph would misread
     return graph
 
 
@@ -113,7 +113,7 @@ def _write(path: Path, source: Source, graph: Architecture, metadata: dict[str, 
     for name, tensor in source.tensors(graph, meta=True):
         types[name] = _type_of(name, tensor, dtype or source.dtype)
         size = tensor.numel() * types[name].itemsize
-        # The third argument is not read where the last is given.
+        # The third argument is ignored if the last is given.
         writer.add_tensor_info(name, tuple(tensor.shape), np.dtype(np.float32), size, raw_types[types[name]])
         n_bytes += size
     try:
@@ -133,7 +133,7 @@ def _type_of(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def _as_numpy(tensor: Tensor) -> Any:
-    # numpy has no bfloat16; the writer only wants the bytes.
+    # numpy has no bfloat16; the writer needs only the bytes.
     return tensor.view(torch.int16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 

@@ -1,6 +1,6 @@
-"""Models as Hugging Face checkpoints: which class computes the same, under which names, written how.
+"""Models as Hugging Face checkpoints: the class that computes the same, its names of tensors, and its files.
 
-`architectures` is the table of classes, `names` maps tensors, `shards` writes files, `write` puts a directory together;
-`read` goes the other way, with what `published/` makes of a directory. `modeling_litgpt_moe.py` is copied beside the
-weights of models that no class of transformers computes.
+`architectures` is the table of classes, `names` maps tensors, `shards` writes files, `write` writes a directory; `read`
+goes the other way, through `published/`. `modeling_litgpt_moe.py` is copied next to the weights of models that no class
+of transformers computes.
 """

@@ -1,6 +1,6 @@
-"""The table of classes: what each can express, and how its `config.json` says it.
+"""The table of classes: what each can express, and how its `config.json` expresses it.
 
-The first class that can express every fact of a model is the one; where none can, `modeling_litgpt_moe.py` goes with
+The first class that can express every fact of a model is chosen; if there is none, `modeling_litgpt_moe.py` goes with
 the weights.
 """
 
@@ -101,7 +101,7 @@ ARCHITECTURES = (
         ),
         names.LLAMA,
         ties=False,
-        # It reads neither entry.
+        # vLLM's class reads neither entry.
         vllm={"clipped": (False,), "norm_topk": (False,)},
     ),
     Architecture(
@@ -111,7 +111,7 @@ ARCHITECTURES = (
         config_json.ernie,
         names.ERNIE,
         rotates_neighbours=True,
-        # Which it leaves out on CPUs.
+        # vLLM ignores the bias on CPUs.
         vllm={"balancing_bias": (False,)},
     ),
     Architecture(
@@ -139,7 +139,7 @@ ARCHITECTURES = (
         | LATENT
         | {
             "rope_layout": ("interleaved", "half"),
-            # transformers 4 leaves it out.
+            # transformers 4 ignores it.
             "scaled_by_yarn": (False,),
             "norm_topk": (False,),
             "groups": ("none", "best_one"),

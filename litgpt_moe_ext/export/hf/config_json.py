@@ -1,4 +1,4 @@
-"""What each class's `config.json` says of a model; what transformers' own defaults would get wrong is written out."""
+"""The entries of each class's `config.json` for a model, explicit wherever transformers' defaults would be wrong."""
 
 import math
 from dataclasses import asdict
@@ -10,7 +10,7 @@ from litgpt_moe_ext.config.rope import present_adjustments
 from litgpt_moe_ext.export.facts import Facts, layer_has_sinks, leading_dense_layers, window_of
 
 REMOTE_CODE = "modeling_litgpt_moe"
-# The entry of its `config.json` that holds the fields of `litgpt.Config`.
+# The entry of our own class's `config.json` that holds the fields of `litgpt.Config`.
 OWN_SETTINGS = "litgpt_config"
 _OF_ONE_PLACE = ("name", "hf_config", *BACKEND_FIELDS)
 _Json = dict[str, Any]
@@ -49,7 +49,7 @@ def _rope_scaling(facts: Facts) -> _Json | None:
     keys = present_adjustments(facts.config.rope_adjustments)
     original = keys.pop("original_max_seq_len", None)
     keys.pop("dynamic", None)
-    # transformers warns of whole numbers here, as recipes may have them.
+    # transformers warns of whole numbers, which recipes may have.
     numbers = {name: float(value) for name, value in keys.items() if type(value) is int}
     scaling: _Json = {"rope_type": facts.rope, **keys, **numbers}
     if original is not None:
@@ -70,14 +70,14 @@ def moe_sizes(facts: Facts) -> _Json:
 
 
 def qwen_layers(facts: Facts) -> _Json:
-    """Return Qwen's entries of how many experts there are, and which layers have none."""
+    """Return Qwen's entries for the number of experts and for layers without experts."""
     config = facts.config
     dense = [i for i in range(config.n_layer) if is_dense_layer(config, i)]
     return {"num_experts": config.n_expert, "decoder_sparse_step": 1, "mlp_only_layers": dense}
 
 
 def window_key(facts: Facts) -> _Json:
-    """Return the entry of Mixtral's sliding window."""
+    """Return Mixtral's entry for the sliding window."""
     return {"sliding_window": window_of(facts.config, 0)}
 
 
@@ -101,14 +101,14 @@ def glm(facts: Facts) -> _Json:
             "first_k_dense_replace": leading_dense_layers(config),
             "partial_rotary_factor": _share(config.rope_n_elem, config.head_size),
             "use_qk_norm": facts.qk_norm == "head",
-            # llama.cpp would count a layer for multi-token prediction otherwise.
+            # Otherwise llama.cpp would count a layer for multi-token prediction.
             "num_nextn_predict_layers": 0,
         }
     )
 
 
 def _share(part: int, whole: int) -> float:
-    # Readers multiply by the whole again, and cut off what is behind the point.
+    # Readers multiply by the whole again and truncate.
     share = part / whole
     return share if int(share * whole) == part else math.nextafter(share, 1)
 
@@ -126,11 +126,11 @@ def deepseek_v2(facts: Facts) -> _Json:
 
 
 def _temperature(facts: Facts) -> _Json:
-    """Return `rope_scaling` with both of DeepSeek's factors or none: readers differ about what one alone means."""
+    """Return `rope_scaling` with both of DeepSeek's factors or neither: readers interpret one alone differently."""
     scaling = _rope_scaling(facts)
     if scaling is None or bool(scaling.get("mscale")) == bool(scaling.get("mscale_all_dim")):
         return {}
-    # Alone, `mscale` counts for nothing in transformers, and the other one not for cosine and sine.
+    # Alone, `mscale` is ignored by transformers, and `mscale_all_dim` does not affect cosine and sine.
     scaling.pop("mscale", None)
     if all_dim := scaling.pop("mscale_all_dim", 0):
         slope = 0.1 * math.log(max(scaling["factor"], 1))
@@ -139,13 +139,13 @@ def _temperature(facts: Facts) -> _Json:
 
 
 def _routing(method: str, score: str) -> _Json:
-    # transformers knows it by the class; vLLM, SGLang and llama.cpp read it.
+    # Implied by the class in transformers, but read by vLLM, SGLang and llama.cpp.
     return {"topk_method": method, "scoring_func": score, "moe_layer_freq": 1}
 
 
 def deepseek_v3(facts: Facts) -> _Json:
     """Return the entries of DeepSeek-V3."""
-    # What is not interleaved is stored so: vLLM does not read this entry.
+    # Always stored interleaved, because vLLM does not read this entry.
     routing = _routing("noaux_tc", "sigmoid")
     return glm(facts) | _latent(facts) | _temperature(facts) | routing | {"rope_interleave": True}
 
@@ -164,7 +164,7 @@ def gpt_oss(facts: Facts) -> _Json:
             "sliding_window": config.sliding_window_size or config.block_size,
             "swiglu_alpha": 1.702,
             "swiglu_limit": 7.0,
-            # Nothing would mean YaRN.
+            # Without an entry the default would be YaRN.
             "rope_scaling": _rope_scaling(facts) or {"rope_type": "default"},
         }
     )
@@ -205,7 +205,7 @@ def gpt2(facts: Facts) -> _Json:
 
 
 def own(facts: Facts) -> _Json:
-    """Return the entries of the model that goes with its own code."""
+    """Return the entries of `modeling_litgpt_moe.py`."""
     config = facts.config
     frequencies, factor = facts.rope_tables
     scale = config.attention_scores_scalar or config.head_size
@@ -238,7 +238,7 @@ def own(facts: Facts) -> _Json:
             "intermediate_size": config.intermediate_size or 0,
             "moe_layers": [facts.moe and not is_dense_layer(config, i) for i in range(config.n_layer)],
             "lm_head_bias": facts.head_bias,
-            # By which it can be imported again; the entries above have lost some of it.
+            # For importing it again; the entries above do not hold everything.
             OWN_SETTINGS: {name: value for name, value in asdict(config).items() if name not in _OF_ONE_PLACE},
         }
     )
@@ -264,7 +264,7 @@ def _own_moe(facts: Facts) -> _Json:
     }
 
 
-# What is applied to the gate of gated activations.
+# The functions of the gate in gated activations.
 _GATED = {"swiglu": "silu", "clamped_swiglu": "clamped_silu", "geglu": None}
 
 

@@ -1,9 +1,9 @@
 """Language models trained with litgpt_moe_ext, for transformers 4.56 and later: plain torch, one file.
 
 A checkpoint's `config.json` names the classes here under `auto_map`, so `AutoModelForCausalLM.from_pretrained(DIR,
-trust_remote_code=True)` finds them, and so does `vllm serve DIR --trust-remote-code`, whose Transformers backend puts
-its own attention, experts and linear layers in the place of these. Decoder blocks of attention (grouped queries, rotary
-or learned positions, sliding windows, learned sinks) and feed-forward or Mixture-of-Experts layers.
+trust_remote_code=True)` finds them, and so does `vllm serve DIR --trust-remote-code`, whose Transformers backend
+replaces attention, experts and linear layers by its own. Decoder blocks have attention (grouped queries, rotary or
+learned positions, sliding windows, learned sinks) and feed-forward or Mixture-of-Experts layers.
 
 Shape legend: B batch, T queries, S keys, D model width, H query heads, G key/value heads, d head size, E experts,
 K chosen experts per token, F hidden width of an expert, N = B * T tokens.
@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# What the key/value cache is called: transformers 5 renamed it.
+# The name of the key/value cache, which transformers 5 changed.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
@@ -37,7 +37,7 @@ _ACTIVATIONS = {
 
 
 def _gate(config, gate, up):
-    """Return the hidden activations of a gated layer; GPT-OSS limits both projections, and raises one."""
+    """Return the hidden activations of a gated layer; GPT-OSS clamps both projections, and adds 1 to one."""
     if config.hidden_act == "clamped_silu":
         up = up.clamp(-7.0, 7.0) + 1.0
     return _ACTIVATIONS[config.hidden_act](gate) * up
@@ -187,7 +187,7 @@ class LitGPTMoEAttention(nn.Module):
             y_BTD, _ = attend(self, q, k, v, None, scaling=self.scaling, s_aux=self.sinks, **kwargs)
             return self.o_proj(y_BTD.reshape(*x_BTD.shape[:2], -1))
         visible_BTS = visible_BTS if self.window is None else visible_BTS & self._in_window(visible_BTS)
-        # A cache keeps of a layer with a window what the next token sees.
+        # For a layer with a window, a cache keeps only the keys that the next token sees.
         visible_BTS = visible_BTS[..., -k.size(2) :]
         if self.sinks is None:
             y = F.scaled_dot_product_attention(
@@ -240,7 +240,7 @@ class LitGPTMoERouter(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.num_experts)) if config.router_bias else None
         if config.router == "topk":
             bias_E = torch.zeros(config.num_experts, dtype=torch.float32)
-            # Not by DeepSeek's name: vLLM would take this for DeepSeek's router, and groups for its groups.
+            # Not DeepSeek's name: vLLM would take this for DeepSeek's router, and the groups for its groups.
             self.balancing_bias = nn.Parameter(bias_E, requires_grad=False)
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,7 +285,7 @@ class LitGPTMoEExperts(nn.Module):
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         y_ND = weights_NK.new_zeros(x_ND.shape)
         if torch.compiler.is_compiling():
-            # Whom a token visits would be known too late: everybody computes all.
+            # The chosen experts would be known too late, so every expert computes all tokens.
             for e in range(self.num_experts):
                 chosen_NK = experts_NK == e
                 y_ND = y_ND + self._weighted(e, x_ND, (weights_NK * chosen_NK).sum(-1), chosen_NK.any(-1))
@@ -296,7 +296,7 @@ class LitGPTMoEExperts(nn.Module):
         return y_ND.to(x_ND.dtype)
 
     def _weighted(self, e: int, x_nD: Tensor, weight_n: Tensor, chosen_n: Tensor | None) -> Tensor:
-        """Return what an expert adds to tokens, in the dtype of the weights: 0 to those that did not choose it."""
+        """Return an expert's weighted output, in the dtype of the weights; 0 for tokens that did not choose it."""
         gate_on_input, gated = self.config.gate_on_input, self.config.gated
         up_EGD, up_bias_EG = getattr(self, f"{self.first}_proj"), getattr(self, f"{self.first}_bias")
         weight_n1 = weight_n.unsqueeze(-1)
@@ -314,7 +314,7 @@ class LitGPTMoESparseMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.gate = LitGPTMoERouter(config)
-        # vLLM puts its own experts in the place of `experts`, and these are gated by SiLU, without biases.
+        # vLLM replaces `experts` by its own, which are gated by SiLU and have no biases.
         fusible = config.gated and config.hidden_act == "silu" and not (config.mlp_bias or config.gate_on_input)
         self.experts_name = "experts" if fusible else "plain_experts"
         self.add_module(self.experts_name, LitGPTMoEExperts(config))
@@ -335,7 +335,7 @@ class LitGPTMoESparseMLP(nn.Module):
 
 
 class LitGPTMoEDecoderLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward layer, each after a norm and beside a residual connection."""
+    """Attention and feed-forward layer, each after a norm and with a residual connection."""
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -412,7 +412,7 @@ class LitGPTMoEModel(LitGPTMoEPreTrainedModel):
     ):
         """Return the last hidden states (B, T, D), the cache if one is used, and hidden states of all layers if asked.
 
-        The cache has either name in every version. What else is given is for the attention of a serving engine.
+        The cache has either name in every version. Other arguments are for the attention of a serving engine.
         """
         cache = self._cache(past_key_values if cache is None else cache, use_cache)
         asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -433,7 +433,7 @@ class LitGPTMoEModel(LitGPTMoEPreTrainedModel):
         return output.to_tuple() if return_dict is False else output
 
     def _cache(self, given, use_cache):
-        """Return the cache of a forward pass, a new one if none is given, None if it uses none."""
+        """Return the cache of a forward pass, a new one if none is given; None without a cache."""
         if given is not None and given.is_compileable:
             raise ValueError(f"{_CACHE}: a static cache has slots that are not filled yet; must be a DynamicCache")
         again = self.training and torch.is_grad_enabled()
@@ -449,7 +449,7 @@ class LitGPTMoEModel(LitGPTMoEPreTrainedModel):
         return given
 
     def _positions(self, x_BTD: Tensor, past: int, attention_mask, position_ids) -> tuple[Tensor, Tensor | None]:
-        """Return the positions of tokens, and which keys each one sees, None where a serving engine knows."""
+        """Return the positions of tokens, and which keys each one sees; None for the latter in a serving engine."""
         B, T = x_BTD.shape[:2]
         if self.config._attn_implementation == "vllm":
             return position_ids, None
@@ -459,7 +459,7 @@ class LitGPTMoEModel(LitGPTMoEPreTrainedModel):
         visible_BTS = (slot_S <= slot_S[past:, None]).expand(B, -1, -1)
         if attention_mask is not None:
             real_BS = attention_mask[:, : past + T].bool()
-            # A query that is padding sees itself, so that its softmax has something to sum.
+            # A padding query sees itself, so that its softmax is not empty.
             visible_BTS = visible_BTS & (real_BS[:, None] | (slot_S == slot_S[past:, None]))
             if position_ids is None:
                 position_ids = (real_BS.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
@@ -514,10 +514,10 @@ class LitGPTMoEForCausalLM(LitGPTMoEPreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         **kwargs,
     ):
-        """Return logits (B, T, vocabulary), the loss if there are labels, and what the model without a head returns.
+        """Return logits (B, T, vocabulary), the loss if there are labels, and the results of the model without a head.
 
-        Generation passes these arguments by name and asks for them in the signature; what else is given is for the
-        loss, as the number of targets in all batches of a step.
+        Generation passes these arguments by name and needs them in the signature; other arguments are for the loss,
+        such as the number of targets in all batches of a step.
         """
         output = self.model(
             input_ids=input_ids,

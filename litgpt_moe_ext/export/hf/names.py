@@ -1,4 +1,4 @@
-"""What tensors are called in the checkpoints of transformers: a table for each kind of class.
+"""Names of tensors in the checkpoints of transformers: a table for each kind of class.
 
 Shape legend: E experts, F their hidden width, D model width.
 """
@@ -62,7 +62,7 @@ ERNIE: Names = LLAMA | {
 
 
 def _in_turns(rows: Tensor) -> Tensor:
-    # (E, 2F, ...): gate rows above up rows, to one of each in turns.
+    # (E, 2F, ...): gate rows above up rows, to alternating rows.
     return rows.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
 
 
@@ -70,7 +70,7 @@ def _one_after_the_other(rows: Tensor) -> Tensor:
     return rows.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
 
 
-# Linear maps are stored as (in, out), gate and up rows in turns.
+# Linear maps are stored as (in, out), with gate and up rows alternating.
 GPT_OSS: Names = LLAMA | {
     "mlp.gate": "mlp.router",
     "mlp.experts.gate_up_proj": Stored(
@@ -81,8 +81,8 @@ GPT_OSS: Names = LLAMA | {
     "mlp.experts.down_proj": Stored(("mlp.experts.down_proj",), (TRANSPOSED,)),
     "mlp.experts.down_bias": "mlp.experts.down_proj_bias",
 }
-# Of `modeling_litgpt_moe.py`: Llama's names, and ours for layers with experts, which it keeps under another name where
-# vLLM's cannot take their place.
+# For `modeling_litgpt_moe.py`: Llama's names, and ours for experts, which have another name if vLLM's cannot replace
+# them.
 OWN_BALANCING_BIAS = "balancing_bias"
 _EXPERTS = ("gate_up_proj", "gate_up_bias", "up_proj", "up_bias", "down_proj", "down_bias")
 OWN: Names = LLAMA | {

@@ -36,13 +36,13 @@ _GENERATION = "generation_config.json"
 
 @dataclass(frozen=True)
 class Imported:
-    """What was written.
+    """The result of an import.
 
     Attributes:
         config: The model's configuration.
         tied: Whether the output head is the token embedding there; here each has a table of its own.
         dequantized: `mxfp4` or `fp8` if weights were stored so, else `none`.
-        left_out: Names of tensors for predicting more than one token, which no model here has.
+        left_out: Names of tensors for multi-token prediction, which no model here has.
     """
 
     config: "Config"
@@ -56,7 +56,7 @@ def import_checkpoint(hf_dir: Path, out_dir: Path) -> Imported:
 
     Args:
         hf_dir: A directory with `config.json` and safetensors.
-        out_dir: The new directory; it appears when everything in it is written.
+        out_dir: The new directory; it appears only once everything in it is written.
 
     Raises:
         SettingsError: If the architecture is unknown, if tensors are missing, surplus or of another shape than
@@ -78,7 +78,7 @@ def import_checkpoint(hf_dir: Path, out_dir: Path) -> Imported:
         )
     architecture = _architecture(published, config)
     if published.settings.get("rope_interleave") is False:
-        # DeepSeek-V3 may be stored so; no export of ours is.
+        # DeepSeek-V3 may be stored this way; our exports never are.
         architecture = replace(architecture, rotates_neighbours=False)
     expected = meta_model(config).state_dict()
     rules = architecture.rules(config, [name for name in expected if not name.endswith(TRAINING_ONLY)])
@@ -102,7 +102,7 @@ def _architecture(published: Published, config: "Config") -> Architecture:
     if published.model_type != "litgpt_moe":
         (architecture,) = several
         return architecture
-    # Ours, whose entries are another description of the same model.
+    # Our own class: its entries must agree with the fields of `litgpt.Config` that it also holds.
     facts = facts_of(config, {})
     architecture = next(architecture for architecture in several if not architecture.lacks(facts))
     for name, value in json.loads(json.dumps(architecture.config(facts))).items():
@@ -115,10 +115,10 @@ def _architecture(published: Published, config: "Config") -> Architecture:
 
 
 def _name_class(file: Path) -> None:
-    # LitGPT opens no tokenizer whose file names none, as GPT-2's does not.
+    # LitGPT opens no tokenizer whose file names no class; GPT-2's names none.
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none, or one that whoever opens it will refuse
+    except (OSError, ValueError):  # missing, or malformed, which its reader will report
         return
     if isinstance(settings, dict) and "tokenizer_class" not in settings:
         named = settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -126,7 +126,7 @@ def _name_class(file: Path) -> None:
 
 
 def _say_ends(described: Path, file: Path, vocab_size: int) -> None:
-    # As transformers does, for which the model's description says what its generation's does not.
+    # As in transformers, the model's configuration fills in what its generation configuration lacks.
     settings = json.loads(described.read_text(encoding="utf-8"))
     ids = {}
     for name in ("bos_token_id", "eos_token_id"):
@@ -140,6 +140,6 @@ def _say_ends(described: Path, file: Path, vocab_size: int) -> None:
 
 def _only_here(expected: Mapping[str, Tensor], found: Collection[str]) -> Iterator[tuple[str, Tensor]]:
     for name in sorted(expected.keys() - found):
-        # Routers here have it, whether the class has one or not, or training begins with it.
+        # Routers here have a balancing bias whether the class has one or not, and training state starts at 0.
         assert name.endswith((BALANCING_BIAS, *TRAINING_ONLY)), name
         yield name, torch.zeros_like(expected[name], device="cpu")

@@ -1,7 +1,7 @@
 """Safetensors files written tensor by tensor, so that memory holds one tensor and not the model.
 
-The `safetensors` library writes a file from tensors that are all in memory. Its format is a length, a JSON header and
-the tensors' bytes, so a file can as well be written as they come.
+The `safetensors` library needs all tensors of a file in memory. Its format is a length, a JSON header and the tensors'
+bytes, so a file can also be written one tensor at a time.
 """
 
 import json
@@ -20,7 +20,7 @@ _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", tor
 
 
 class Sketch(NamedTuple):
-    """What is known of a tensor before it is made."""
+    """What is known of a tensor before it is computed."""
 
     name: str
     shape: tuple[int, ...]
@@ -38,10 +38,10 @@ def write_shards(
     """Write tensors to as few files as their size allows, and an index if there are several.
 
     Args:
-        sketches: All tensors, in the order in which they come.
-        tensors: Their names and contents, made one at a time; converted to the type of their sketch.
+        sketches: All tensors, in the order of `tensors`.
+        tensors: Their names and contents, computed one at a time; converted to the type of their sketch.
         folder: An existing directory.
-        max_bytes: Most bytes of tensors in a file; a larger tensor has a file for itself.
+        max_bytes: Most bytes of tensors in a file; a larger tensor gets a file of its own.
 
     Returns:
         Bytes of all tensors.
@@ -78,7 +78,7 @@ def _write_file(path: Path, shard: list[Sketch], tensors: Iterator[tuple[str, Te
         }
         offset += sketch.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    # The format wants the tensors to begin at a multiple of 8.
+    # Tensors must begin at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)))

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint as files that `AutoTokenizer` opens."""
+"""The tokenizer of a checkpoint as files for `AutoTokenizer`."""
 
 import json
 import shutil
@@ -11,12 +11,12 @@ from litgpt_moe_ext.export.tokenizer_files import TOKENIZER_FILES
 if TYPE_CHECKING:
     from litgpt import Tokenizer
 
-# The class of any tokenizer that is a `tokenizer.json`.
+# The class for any `tokenizer.json`.
 _FAST = "PreTrainedTokenizerFast"
 
 
 def export_tokenizer(checkpoint_dir: Path, out_dir: Path, vocab_size: int) -> dict[str, int | list[int]]:
-    """Copy a tokenizer's files, with a `tokenizer_config.json` that every version of transformers reads.
+    """Copy a tokenizer's files, with a `tokenizer_config.json` that every version of transformers can read.
 
     Args:
         checkpoint_dir: A checkpoint.
@@ -24,8 +24,8 @@ def export_tokenizer(checkpoint_dir: Path, out_dir: Path, vocab_size: int) -> di
         vocab_size: Rows of the model's embedding table.
 
     Returns:
-        `eos_token_id`, `bos_token_id` and `pad_token_id`, those that are known; empty if there is no tokenizer. Where
-        several tokens end a text, the first is a list.
+        `eos_token_id`, `bos_token_id` and `pad_token_id`, as far as they are known; empty without a tokenizer. If
+        several tokens end a text, `eos_token_id` is a list.
 
     Raises:
         SettingsError: If the tokenizer has ids that the model has no embedding for.
@@ -60,11 +60,11 @@ def _describe(file: Path, tokenizer: "Tokenizer") -> None:
 
 
 def _in_words_of_both(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what transformers 5 saves of a tokenizer in transformers 4's words, which 5 reads as well."""
+    """Return a configuration saved by transformers 5 in the form of transformers 4, which 5 reads too."""
     settings = dict(settings)
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = _FAST
-    # Names by token, and not a list, are something else in 4.
+    # In transformers 4 this entry is a dictionary with another meaning.
     if isinstance(extra := settings.get("extra_special_tokens"), list):
         del settings["extra_special_tokens"]
         settings["additional_special_tokens"] = [*(settings.get("additional_special_tokens") or []), *extra]

@@ -1,4 +1,4 @@
-"""From a LitGPT checkpoint to a directory that transformers opens."""
+"""From a LitGPT checkpoint to a directory for transformers."""
 
 import json
 import shutil
@@ -25,10 +25,10 @@ from litgpt_moe_ext.export.tensors import BALANCING_BIAS
 
 @dataclass(frozen=True)
 class Export:
-    """What was written.
+    """The result of an export.
 
     Attributes:
-        class_name: The class of transformers, or of the file beside the weights.
+        class_name: The class of transformers, or of the file next to the weights.
         serve: The command with which vLLM serves it.
         rejected: What each class that was tried before lacks.
         left_out: A sentence about each setting that the export leaves out.
@@ -49,7 +49,7 @@ def export_checkpoint(
 
     Args:
         checkpoint_dir: A LitGPT checkpoint of any strategy; a training checkpoint's optimizer is left out.
-        out_dir: The new directory; it appears when everything in it is written.
+        out_dir: The new directory; it appears only once everything in it is written.
         dtype: Floating type of the weights; None keeps theirs. Balancing biases stay float32.
         max_shard_bytes: Most bytes in a file.
 

@@ -1,1 +1,1 @@
-"""What others have published: a `config.json`, and the weights beside it in whatever form they are stored."""
+"""Checkpoints that others have published: a `config.json`, and weights in any supported storage format."""

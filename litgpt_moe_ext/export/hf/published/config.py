@@ -1,4 +1,4 @@
-"""A Hugging Face `config.json`: what it says of a model, and whether a model can be that."""
+"""A Hugging Face `config.json`: reading and checking its description of a model."""
 
 import json
 import re
@@ -17,16 +17,16 @@ _Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Published:
-    """What a `config.json` says.
+    """The content of a `config.json`.
 
     Attributes:
         model_type: The architecture.
         settings: Fields of a `litgpt.Config` that computes the same.
         quantization: How the weights are stored.
         tied: Whether the output head is the embedding.
-        entries: Everything, as it stands there.
-        left_out: Names of tensors that belong to layers for predicting more than one token, which the architecture in
-            transformers does without as well.
+        entries: All entries, unchanged.
+        left_out: Names of tensors of layers for multi-token prediction, which the architecture in transformers ignores
+            too.
     """
 
     model_type: str
@@ -44,7 +44,7 @@ def read_published(hf_dir: Path) -> Published:
         hf_dir: Its directory.
 
     Raises:
-        SettingsError: If the architecture is unknown, or asks for something that these layers do not compute.
+        SettingsError: If the architecture is unknown, or needs something that these layers do not compute.
     """
     path = hf_dir / "config.json"
     try:
@@ -72,21 +72,21 @@ def read_published(hf_dir: Path) -> Published:
     name = hf_dir.resolve().name
     norm = settings.get("norm_class_name")
     if isinstance(norm, str) and (family := family_of_norms(norm, name)):
-        # Whose norms LitGPT would make of these because of the name.
+        # LitGPT would give the model this family's norms because of the name.
         name = name.replace(family, family.lower())
     tied = bool(whole.get("tie_word_embeddings", True))
     return Published(model_type, settings | {"name": name}, quantization, tied, entries, left_out)
 
 
 def _with_defaults(raw: _Json) -> _Json:
-    # What a config.json leaves out has the default of its class, which transformers knows.
+    # Missing entries have the defaults of the class in transformers.
     from transformers import CONFIG_MAPPING
 
     defaults = CONFIG_MAPPING[raw["model_type"]]().to_dict() if raw["model_type"] in CONFIG_MAPPING else {}
-    # What the class has no number for, or what only the published one has.
+    # Entries whose default is no number in the class, or that only published files have.
     _require_kinds(raw, defaults | dict.fromkeys(("n_group", "num_nextn_predict_layers"), 1))
     if defaults:
-        # Some of them follow from sizes, as does that of a head in Llama.
+        # Some defaults follow from sizes, such as Llama's head size.
         sizes = {key: raw[key] for key in _SIZES if key in raw}
         defaults = CONFIG_MAPPING[raw["model_type"]](**sizes).to_dict()
     hf = defaults | raw
@@ -104,21 +104,21 @@ def _with_defaults(raw: _Json) -> _Json:
     return hf
 
 
-# Which values may stand for one of a type in a class, and what they are called.
+# For the type of a default: the types that a value may have, and their description.
 _KINDS: dict[type, tuple[type | tuple[type, ...], str]] = {
     int: (int, "a whole number"),
     float: ((int, float), "a number"),
     str: (str, "a text"),
     list: (list, "a list"),
 }
-# What no model is without, and what others are divided by.
+# Entries that every model needs, and those by which others are divided.
 _NEEDED = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
     *("n_positions", "n_embd", "n_layer", "n_head"),
     *("layer_types", "decoder_sparse_step", "rope_theta", "partial_rotary_factor"),
 )
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
-# What is counted through, one layer or expert after the other, and how many of them a model may have.
+# Numbers of layers or experts, over which code iterates, and their limit.
 _COUNTED = (
     *("num_hidden_layers", "n_layer", "num_nextn_predict_layers"),
     *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
@@ -129,13 +129,13 @@ _MOST = 10_000
 def _require_kinds(raw: _Json, defaults: _Json) -> None:
     for key, value in raw.items():
         default = type(defaults.get(key))
-        # A model may have several tokens that end a text.
+        # Several tokens may end a text.
         if default not in _KINDS or key.endswith("_token_id") or (value is None and key not in _NEEDED):
             continue
         kind, words = _KINDS[default]
         if isinstance(value, bool) or not isinstance(value, kind):
             raise SettingsError(f"hf_dir: {key}: {value!r} must be {words}; copy config.json again")
-        # A GLM may rotate nothing, as one may be trained and exported here.
+        # A GLM without rotation may be trained and exported here.
         if key in _NEEDED and value == 0 and key != "partial_rotary_factor":
             raise SettingsError(f"hf_dir: {key}: 0 must be more than 0; copy config.json again")
         if key in _COUNTED and not 0 <= value <= _MOST:

@@ -1,12 +1,12 @@
-"""Names that entries of a `config.json` have besides those by which they are read here.
+"""Alternative names of the entries of a `config.json`.
 
-transformers takes an entry by several names (`attribute_map` of a class) and saves it by the one that its version
-prefers: what 4 calls `num_experts` in a Qwen3-MoE, 5 saves as `num_local_experts`.
+transformers accepts several names for an entry (`attribute_map` of a class) and saves the one that its version prefers:
+`num_experts` of a Qwen3-MoE in 4 is saved as `num_local_experts` in 5.
 """
 
 from typing import Any
 
-# By architecture, and by the other name.
+# By architecture, and by the alternative name.
 SYNONYMS = {
     "gpt2": {
         "hidden_size": "n_embd",
@@ -26,7 +26,7 @@ SYNONYMS = {
 
 
 def by_names_of_readers(model_type: str, entries: dict[str, Any]) -> dict[str, Any]:
-    """Return entries by the names that `published.settings` reads; of two names for one, what stands by that counts."""
+    """Return entries by the names that `published.settings` reads; these names win over alternatives."""
     synonyms = SYNONYMS.get(model_type, {})
     renamed = {synonyms[name]: value for name, value in entries.items() if name in synonyms}
     return renamed | {name: value for name, value in entries.items() if name not in synonyms}

@@ -1,7 +1,7 @@
-"""Weights that are published in few bits only, as the numbers they stand for.
+"""Dequantization of weights that are published only in quantized form.
 
-GPT-OSS is published in MXFP4, DeepSeek-V3 in FP8. Both are read as transformers reads them where it computes without
-kernels for them. Other quantizations are refused: a model that was published in full is better imported from that.
+GPT-OSS is published in MXFP4, DeepSeek-V3 in FP8. Both are read as transformers reads them without special kernels.
+Other quantizations are refused: a model that was also published in full precision is better imported from that.
 """
 
 import math
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from litgpt_moe_ext.errors import SettingsError
 
-# What the 16 numbers of 4 bits stand for.
+# The values of the 16 numbers of 4 bits.
 _FP4 = torch.tensor([sign * size for sign in (1, -1) for size in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)])
 _MXFP4_BIAS = 127
-# Types of weights that are not quantized, by their names in a `config.json`, which may have that of the others there.
+# Types of the weights that are not quantized, by their names in a `config.json`.
 _OTHERS = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
 
@@ -27,7 +27,7 @@ class Quantization:
 
     Attributes:
         method: `none`, `mxfp4` or `fp8`.
-        dtype: What quantized weights become.
+        dtype: Type of the dequantized weights.
         block: Rows and columns that share a scale of FP8.
     """
 
@@ -37,7 +37,7 @@ class Quantization:
 
 
 def quantization_of(raw: Mapping[str, Any]) -> Quantization:
-    """Return how the weights are stored that go with a `config.json`.
+    """Return how the weights described by a `config.json` are stored.
 
     Args:
         raw: Its content.
@@ -52,7 +52,7 @@ def quantization_of(raw: Mapping[str, Any]) -> Quantization:
         raise SettingsError(f"hf_dir: quantization_config: {found!r} must be settings by name; copy config.json again")
     method = found.get("quant_method")
     if method == "mxfp4":
-        # Which holds them exactly, and is what transformers makes of them whatever the others are.
+        # The default type, bfloat16, holds them exactly, and transformers uses it whatever the type of the others.
         return Quantization("mxfp4")
     block = found.get("weight_block_size")
     if method == "fp8" and isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block):
@@ -66,7 +66,7 @@ def quantization_of(raw: Mapping[str, Any]) -> Quantization:
 
 
 def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Return what MXFP4 stands for, in bfloat16, which holds it exactly.
+    """Return the values of MXFP4 numbers in bfloat16, which holds them exactly.
 
     Args:
         blocks: (..., G, 16), bytes of two numbers of 4 bits, the lower bits first.
@@ -81,12 +81,12 @@ def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def from_fp8(name: str, weight: Tensor, scales: Tensor, quantization: Quantization) -> Tensor:
-    """Return what FP8 with a scale per block stands for, rounded once to the type that the checkpoint names.
+    """Return the values of FP8 numbers with a scale per block, rounded once to the type that the checkpoint names.
 
     Args:
-        name: Of the weight, for errors.
+        name: The weight's name, for errors.
         weight: A matrix.
-        scales: What each of its blocks was divided by; blocks at its ends may be cut off.
+        scales: The divisor of each block; blocks at the ends may be smaller.
         quantization: Size of the blocks.
 
     Raises:

@@ -1,7 +1,7 @@
 """From the entries of a `config.json` to the settings of the model that computes the same with this package's layers.
 
-Entries are whole: what a file leaves out has the default of its class, `rope_theta` and `partial_rotary_factor` stand
-by themselves, and `rope` is what the file says of rotary positions besides.
+Entries are complete: missing ones have the defaults of the class, `rope_theta` and `partial_rotary_factor` are entries
+of their own, and `rope` holds the file's other settings of rotary positions.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def _common(hf: _Json) -> _Json:
     }
 
 
-# What is read of a kind of `rope_scaling`; whatever else is there counts for nothing in transformers.
+# The keys that are read for each kind of `rope_scaling`; transformers ignores all others.
 _ORIGINAL = "original_max_position_embeddings"
 _ROPE_KEYS = {
     "default": (),
@@ -63,7 +63,7 @@ def _rope_adjustments(rope: _Json, length: int) -> _Json | None:
     if kind != "default" and "factor" not in keys:
         raise SettingsError(f"hf_dir: rope_scaling: {rope} has no factor; copy config.json again")
     if kind == "yarn":
-        # Says which rule this is also where all of YaRN's keys have their defaults.
+        # Marks the rule as YaRN even if all of its keys have their defaults.
         keys = {"beta_fast": 32.0, _ORIGINAL: length} | keys
         if rope.get("truncate", True) is None:
             keys["truncate"] = False
@@ -181,7 +181,7 @@ def _deepseek(hf: _Json) -> _Json:
         raise SettingsError(f"hf_dir: moe_layer_freq: {hf['moe_layer_freq']} must be 1")
     names = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
     settings = _glm(hf | {"use_qk_norm": False, "partial_rotary_factor": 1.0})
-    # By which transformers multiplies the scores whatever the kind of scaling.
+    # transformers multiplies the scores by this for every kind of scaling.
     if (all_dim := hf["rope"].get("mscale_all_dim")) and "mscale_all_dim" not in (settings["rope_adjustments"] or {}):
         raise SettingsError(
             f"hf_dir: rope_scaling.mscale_all_dim: {all_dim} needs rope_type: yarn; this package has no other"

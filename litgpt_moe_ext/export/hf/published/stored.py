@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face directory, read one at a time, whatever form they are stored in."""
+"""The tensors of a Hugging Face directory, read one at a time, in any supported storage format."""
 
 import json
 import math
@@ -15,22 +15,22 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.hf.published.quantized import Quantization, from_fp8, from_mxfp4
 from litgpt_moe_ext.export.hf.shards import INDEX_FILE
 
-# What transformers recomputes, or keeps from versions that stored it.
+# Tensors that transformers recomputes, or that only old versions stored.
 _IGNORED = re.compile(r"(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _GATE, _UP = ("gate_proj", "w1"), ("up_proj", "w3")
-# The embedding is stored once if it is also the output head. Saved without that, as GPT-2 was by OpenAI, names lack
-# what stands before them here.
+# The embedding is stored once if it is also the output head. In models saved without an output head, as GPT-2 was by
+# OpenAI, names lack the prefix.
 _EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight")
 _FLOATING = ("F64", "F32", "F16", "BF16")
 
 
 class StoredWeights:
-    """The tensors of a directory's safetensors files by the names that they have with experts stored one by one.
+    """The tensors of a directory's safetensors files, by their names with experts stored one by one.
 
-    Experts may be stored like that (`experts.3.gate_proj.weight`) or stacked, as transformers 5 has them in memory
+    Experts may be stored one by one (`experts.3.gate_proj.weight`) or stacked, as in the memory of transformers 5
     (`experts.gate_up_proj`). Quantized tensors come with their scales: `W_blocks` and `W_scales` for W in MXFP4,
-    `W_scale_inv` beside W in FP8.
+    `W_scale_inv` and W in FP8.
     """
 
     def __init__(self, hf_dir: Path, quantization: Quantization, tied: bool) -> None:
@@ -45,7 +45,7 @@ class StoredWeights:
             SettingsError: If a file is missing or damaged.
         """
         self._quantization = quantization
-        # By the name with an output head, and what it is called there.
+        # File and stored name of each tensor, by the name with an output head.
         self._stored: dict[str, tuple[Any, str]] = {}
         for path in _files(hf_dir):
             try:
@@ -59,15 +59,15 @@ class StoredWeights:
                 self._stored = {f"{prefix}.{name}": place for name, place in self._stored.items()}
         tables = [name for name in _EMBEDDINGS if tied and name in self._stored]
         self._alias = {"lm_head.weight": tables[0]} if tables and "lm_head.weight" not in self._stored else {}
-        # Of a tied model, two tables of which transformers would read one.
+        # Two stored tables of a tied model, of which transformers would read only one.
         self._same = ["lm_head.weight", *tables] if tables and not self._alias else []
 
     def require(self, wanted: Mapping[str, tuple[int, ...]], optional: re.Pattern[str]) -> list[str]:
-        """Check that all the wanted tensors are stored and nothing else; return which optional ones are left out.
+        """Check that exactly the wanted tensors are stored; return the optional ones that are stored as well.
 
         Args:
             wanted: Shapes by name.
-            optional: Names that may be stored besides.
+            optional: Names that may be stored too, and are left out.
 
         Raises:
             SettingsError: If tensors are missing, surplus, of another shape, or quantized without scales.
@@ -77,7 +77,7 @@ class StoredWeights:
         missing = [name for name, parts in parts_of.items() if not parts]
         unused = [name for name in self._stored if name not in used and not _IGNORED.search(name)]
         left_out = [name for name in unused if optional.match(name)]
-        # Biases that a class has and the model does not use are zeros.
+        # Biases of the class that the model does not use are zeros.
         surplus = [name for name in unused if name not in left_out and not self._is_zero(name)]
         if missing or surplus:
             raise SettingsError(
@@ -96,7 +96,7 @@ class StoredWeights:
         return left_out
 
     def nbytes(self) -> int:
-        """Return about how many bytes the tensors take when none is quantized any more."""
+        """Return about how many bytes the tensors take once dequantized."""
         blocks_to_bfloat16 = 4
         return sum(
             math.prod(self._shape(name)) * {"F64": 8, "F32": 4, "U8": blocks_to_bfloat16}.get(self._type(name), 2)
@@ -104,7 +104,7 @@ class StoredWeights:
         )
 
     def get(self, name: str) -> Tensor:
-        """Return a tensor that is stored, as floating-point numbers."""
+        """Return a stored tensor as floating-point numbers."""
         first, *scales = self._parts(name)
         if len(scales) == 0 and first in (name, self._alias.get(name)):
             return self._tensor(first)
@@ -118,7 +118,7 @@ class StoredWeights:
         return from_fp8(first, self._tensor(first), self._tensor(scale), self._quantization)
 
     def _from_mxfp4(self, blocks: str, scales: str) -> Tensor:
-        # Expert by expert, since looking codes up takes many times the memory of what they stand for.
+        # Expert by expert, because looking up codes takes many times the memory of the result.
         n_expert, rows, groups, size = self._shape(blocks)
         codes, exponents = self._slice(blocks), self._slice(scales)
         weights = torch.empty(n_expert, rows, groups * size * 2, dtype=torch.bfloat16)
@@ -172,7 +172,7 @@ class StoredWeights:
 
 def _files(hf_dir: Path) -> list[Path]:
     index, whole = hf_dir / INDEX_FILE, hf_dir / "model.safetensors"
-    if whole.is_file():  # which counts, whatever an index says that was left from before
+    if whole.is_file():  # wins over an index that may be left from before
         return [whole]
     if not index.is_file():
         raise SettingsError(
