@@ -1,4 +1,4 @@
-"""Which documents are taken out of the sources, and in which batches they are encoded."""
+"""Takes documents from the sources, and groups them into batches for encoding."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +18,11 @@ class Batch:
     Attributes:
         texts: The documents by side.
         sizes: Their bytes.
-        empty: Number of empty documents on the way.
+        empty: Number of empty documents that were skipped.
         first_empty: Where the first of these was.
-        source: Index of the source in which the next batch starts.
-        record: Record of it with which the next batch starts.
-        position: Bytes of that source that are read.
+        source: Index of the source where the next batch starts.
+        record: Index of the record in it where the next batch starts.
+        position: Bytes read of that source.
     """
 
     texts: dict[str, list[str]] = field(default_factory=lambda: {side: [] for side in SIDES})
@@ -35,14 +35,14 @@ class Batch:
 
 
 class Intake:
-    """Takes documents out of sources, as many as each side may have.
+    """Takes documents from sources, up to the limit of each side.
 
     Args:
-        sources: What to read, in this order.
-        settings: What says which side a document is on, and how many each takes.
+        sources: Sources to read, in this order.
+        settings: Decides the side of each document, and the limits.
 
     Attributes:
-        offsets: Bytes of all sources before each one, and at the end of all.
+        offsets: Total bytes of the sources before each one, and of all sources at the end.
     """
 
     def __init__(self, sources: Sequence[Source], settings: CorpusSettings) -> None:
@@ -55,7 +55,7 @@ class Intake:
         Args:
             advance: Told the bytes read so far.
         """
-        # The share of each source is that of its size; without sizes all sources count the same.
+        # Each source contributes in proportion to its size; without sizes, all contribute equally.
         training = [(index, source) for index, source in enumerate(self._sources) if source.split != "val"]
         total = sum(source.size for _, source in training)
         room = _Room(self._settings.counts, {"train": 0})
@@ -79,9 +79,9 @@ class Intake:
         """Yield the documents in batches.
 
         Args:
-            first: Index of the source to begin in.
-            skipped: Records of it to pass over.
-            taken: Documents that each side has already.
+            first: Index of the first source.
+            skipped: Number of its records to skip.
+            taken: Number of documents that each side already has.
         """
         room = _Room(self._settings.counts, taken)
         batch = Batch()
@@ -115,7 +115,7 @@ class Intake:
 
 
 class _Room:
-    """How many documents each side still takes."""
+    """The number of documents that each side can still take."""
 
     def __init__(self, limits: Mapping[str, int | None], taken: Mapping[str, int]) -> None:
         self._limits = limits

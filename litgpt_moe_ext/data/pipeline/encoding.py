@@ -24,7 +24,7 @@ from litgpt_moe_ext.interruption import uninterrupted
 if TYPE_CHECKING:
     from litgpt_moe_ext.data.pipeline.batches import Batch
 
-_WAITING_PER_WORKER = 3  # enough that no worker waits for the reader, few enough that memory stays small
+_WAITING_PER_WORKER = 3  # enough to keep workers busy, few enough to save memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Encoder:
     """Turns documents into tokens.
 
     Attributes:
-        tokenizer_json: The tokenizer, as `open_for_documents` set it up.
+        tokenizer_json: The tokenizer, as set up by `open_for_documents`.
         eos_id: Token after each document.
         bos_id: Token before each document, or None.
         dtype: Integer type of the tokens.
@@ -44,11 +44,11 @@ class Encoder:
     dtype: np.dtype
 
     def open(self) -> Callable[[list[str]], np.ndarray]:
-        """Return the function that encodes: documents to token ids of shape (N,)."""
+        """Return the function that encodes documents to token ids of shape (N,)."""
         tokenizer = Tokenizer.from_str(self.tokenizer_json)
         tokenizer.encode_special_tokens = True  # not part of the JSON
         added = tokenizer.get_added_tokens_decoder()
-        # Some tokenizers do not mark them as special; their text in a document would end it.
+        # Some tokenizers do not mark these as special; their text inside a document would end it.
         tokenizer.add_special_tokens([added[number] for number in (self.eos_id, self.bos_id) if number in added])
         return partial(self._encode, tokenizer)
 
@@ -80,9 +80,9 @@ def encode_in_order(
     """Yield each batch with its encoded texts, an array for each side, in order.
 
     Args:
-        encoder: What to encode with.
-        batches: Read ahead as far as keeps the workers busy.
-        workers: Number of processes; with 1 this process does the work, with the threads of the tokenizers library.
+        encoder: The encoder.
+        batches: The batches, read ahead far enough to keep the workers busy.
+        workers: Number of processes; with 1, this process encodes, with the threads of the tokenizers library.
 
     Raises:
         SettingsError: A worker died.
@@ -96,7 +96,7 @@ def encode_in_order(
     waiting: deque = deque()
     try:
         for batch in batches:
-            with uninterrupted():  # a process that is being started when this one ends would say what it lacks
+            with uninterrupted():  # a process still starting when this one ends would print an error
                 waiting.append((batch, pool.submit(_encode, tuple(batch.texts.values()))))
             if len(waiting) >= _WAITING_PER_WORKER * workers:
                 first, future = waiting.popleft()
@@ -114,13 +114,13 @@ def encode_in_order(
 
 
 def _context() -> BaseContext:
-    # Neither way inherits threads or CUDA from this process.
+    # Neither start method inherits threads or CUDA from this process.
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # imported once, not by every worker
-    # Ctrl-C goes to every process of a terminal, and the server would say what it was importing. It inherits what is
-    # blocked here, and so do the workers; the tracker, which it needs, unblocks the signal when it starts.
+    # Ctrl-C goes to every process of a terminal, and the server would print a traceback. The server and the workers
+    # inherit the blocked signal; the tracker, which the server needs, unblocks it when it starts.
     resource_tracker.ensure_running()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -136,13 +136,13 @@ _encode_texts: Callable[[list[str]], np.ndarray]
 def _start_worker(encoder: Encoder) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are enough
     global _encode_texts
     _encode_texts = encoder.open()
 
 
 def _end_with_parent() -> None:
-    # A killed parent cannot end its workers, and they would wait for work forever.
+    # A killed parent cannot end its workers, which would wait for work forever.
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""Which files a setting names: itself one, or those in a folder that are like a glob."""
+"""Finds the files that a setting names: a single file, or those in a folder that match a glob."""
 
 import os
 from collections import Counter
@@ -8,24 +8,23 @@ from pathlib import Path
 from litgpt_moe_ext.data.pipeline.store import MANIFEST, TOKENIZER_DIR
 from litgpt_moe_ext.errors import SettingsError
 
-_KINDS = 5  # that a line about other files names
+_KINDS = 5  # most kinds to name in a message about other files
 _OTHER_FILES = "read other files with TextCorpus, its pattern and field"
 
 
 def find_files(setting: str, path: Path, pattern: str, otherwise: str = _OTHER_FILES) -> list[Path]:
     """Return the files that a setting names: `path` itself, or those below the folder that match a glob, sorted.
 
-    Left out is what has a leading dot or lies in such a folder, and what lies in a prepared corpus.
+    Hidden files, files in hidden folders, and files in prepared corpora are left out.
 
     Args:
-        setting: Its name.
+        setting: Name of the setting.
         path: Its value.
         pattern: The glob.
-        otherwise: What else to do about a folder that has none of them, but to set the setting to another.
+        otherwise: Another remedy for a folder without such files than changing the setting.
 
     Raises:
-        SettingsError: There is nothing at `path`, no file matches, or one is outside of the folder, by a link to it or
-            to a folder above it.
+        SettingsError: `path` does not exist, no file matches, or a link leads outside the folder.
     """
     if path.is_file():
         return [path]
@@ -33,7 +32,7 @@ def find_files(setting: str, path: Path, pattern: str, otherwise: str = _OTHER_F
         raise SettingsError(f"{setting}: {str(path)!r} does not exist; set {setting} to a file or a folder")
     found = [file for file in sorted(matches("pattern", path, pattern)) if file.is_file()]
     _refuse_links_out(setting, path, found)
-    # A cache may lie in the folder of the documents. The corpora in it are not documents.
+    # The cache may be inside the folder of the documents, but its corpora are not documents.
     found = [file for file in found if not _is_hidden(file, path)]
     prepared = _prepared(path, verbose="**" in pattern)
     found = [file for file in found if prepared.isdisjoint(file.parents)]
@@ -46,21 +45,21 @@ def find_files(setting: str, path: Path, pattern: str, otherwise: str = _OTHER_F
 
 
 def matches(setting: str, folder: Path, pattern: str) -> list[Path]:
-    """Return what in a folder matches the glob that a setting holds.
+    """Return the files and folders in a folder that match the glob of a setting.
 
     Raises:
-        SettingsError: It is not a glob, or one of another place.
+        SettingsError: It is not a glob, or refers outside the folder.
     """
     try:
         return list(folder.glob(pattern))
-    except (NotImplementedError, ValueError) as error:  # an absolute pattern, and an empty one
+    except (NotImplementedError, ValueError) as error:  # an absolute or an empty pattern
         raise SettingsError(
             f"{setting}: {pattern!r} must be a glob below {str(folder)!r}, such as '**/*.txt' ({error})"
         ) from error
 
 
 def say_others(path: Path, pattern: str) -> None:
-    """Say which kinds of files in a folder are left out by the default pattern, which the user did not choose."""
+    """Print which kinds of files in a folder the default pattern leaves out, as the user did not choose it."""
     if not path.is_dir():
         return
     files = [file for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path)]
@@ -73,12 +72,12 @@ def say_others(path: Path, pattern: str) -> None:
 
 
 def say_left_out(error: OSError) -> None:
-    """Say which folder cannot be read; `os.walk` would leave it out silently."""
+    """Print which folder cannot be read; `os.walk` would skip it silently."""
     print(f"Skipped {error.filename}, which cannot be read ({error.strerror})", flush=True)
 
 
 def _prepared(path: Path, verbose: bool) -> set[Path]:
-    # The prepared corpora below a folder; may say which folders a search at any depth does not enter.
+    # The prepared corpora below a folder; if verbose, prints which folders a recursive search cannot enter.
     found, root = set(), _root(path)
     for parent, folders, files in os.walk(path, onerror=say_left_out if verbose else None):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -99,7 +98,7 @@ def _is_hidden(file: Path, folder: Path) -> bool:
 
 
 def _refuse_links_out(setting: str, folder: Path, files: Iterable[Path]) -> None:
-    """Raise SettingsError if a link leads to a file out of the folder, or of the hub's cache of a repository."""
+    """Raise SettingsError if a link leads outside the folder, or outside the hub's cache of a repository."""
     root = _root(folder)
     above = {parent: parent.resolve() for parent in {file.parent for file in files}}
     for file in files:
@@ -113,7 +112,7 @@ def _refuse_links_out(setting: str, folder: Path, files: Iterable[Path]) -> None
 
 def _root(folder: Path) -> Path:
     root = folder.resolve()
-    # The hub's cache keeps the content beside the folders of snapshots: repository/blobs, repository/snapshots/commit.
+    # The hub's cache keeps content beside snapshots: repository/blobs, repository/snapshots/commit.
     return next((parent.parent for parent in (root, *root.parents) if parent.name == "snapshots"), root)
 
 

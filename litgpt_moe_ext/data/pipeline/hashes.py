@@ -1,4 +1,4 @@
-"""What files hold, by a hash of it, so that a change is noticed and what was prepared is found again."""
+"""Hashes of files, to notice changes and to find prepared corpora again."""
 
 import json
 import os
@@ -10,17 +10,17 @@ from litgpt_moe_ext.files.checksums import sha256_of
 from litgpt_moe_ext.files.durable import replacing
 
 HASHES = ".file_hashes.json"
-# A file that was written so shortly before it was hashed may be written again without another time of change.
+# A file written so shortly before it was hashed may be written again with the same time of change.
 _SETTLED_SECONDS = 2.0
 
 
 class FileHashes:
     """SHA-256 of files, remembered by path, size and times of change.
 
-    The time of the last change of content can be set, as copying with all times does; that of any change cannot.
+    Copying a file may set its modification time (mtime), but not its change time (ctime), so both are compared.
 
     Args:
-        folder: Where the memory is kept, in a file `HASHES`. It is only a memory: without it, files are read again.
+        folder: Folder of the cache file `HASHES`; without that file, everything is hashed again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -61,7 +61,7 @@ class FileHashes:
         return self._remembered(path, path.stat()) is not None
 
     def save(self) -> None:
-        """Write what was learned. A failure is only reported: the corpus does not need it."""
+        """Write the cache. A failure is only reported, as the corpus does not need it."""
         if not self._changed:
             return
         try:
@@ -77,7 +77,7 @@ class FileHashes:
 
 
 class UnreadFiles(FileHashes):
-    """In place of hashes: no file is read, and each counts as different from all others."""
+    """Replaces hashes by paths: no file is read, and each counts as different from all others."""
 
     def __init__(self) -> None:
         pass

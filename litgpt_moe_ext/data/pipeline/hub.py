@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, or what its library finds elsewhere: cached by it, or as files to stream."""
+"""Datasets that the `datasets` library finds on the Hugging Face hub or elsewhere: cached, or as files to stream."""
 
 import itertools
 from dataclasses import dataclass, field
@@ -21,14 +21,14 @@ _OFFLINE_REMEDY = (
 
 @dataclass(frozen=True)
 class HubSplit:
-    """A split of a data set.
+    """A split of a dataset.
 
     Attributes:
         dataset: Name on the hub, a local folder, or a format together with `data_files`.
         split: The split, or, without streaming, a slice of it such as `train[:1%]`.
-        side: Which side its documents belong to; None: each by itself.
-        arguments: More for `datasets.load_dataset`.
-        trained: Those of the data set to train on, if this one is to validate on.
+        side: Side of its documents; None decides for each document.
+        arguments: Further arguments of `datasets.load_dataset`.
+        trained: The dataset's training split, if this one is for validation.
     """
 
     dataset: str
@@ -38,20 +38,20 @@ class HubSplit:
     trained: str | None = None
 
     def sources(self, text_format: TextFormat, hashes: FileHashes, streaming: bool) -> list[Source]:
-        """Return what to read.
+        """Return the sources of the split.
 
-        With `streaming` the `datasets` library only says which files these are. They are read by our own readers,
-        several times faster than by its streaming, with progress in bytes, and file by file, so that a preparation can
-        continue. Otherwise the library downloads the split into its cache, or finds it there.
+        With `streaming`, the `datasets` library only finds the files. Our own readers read them several times faster
+        than its streaming, with progress in bytes, and file by file, so that a preparation can continue. Otherwise the
+        library downloads the split into its cache, or finds it there.
 
         Args:
-            text_format: How to find the documents; the column is in it.
-            hashes: Of files that turn out to be local.
+            text_format: How to find the documents, including the column.
+            hashes: Hashes of files that are local.
             streaming: Whether to read over the network while encoding.
 
         Raises:
-            SettingsError: The data set cannot be found or loaded, has no such split or column, or cannot be streamed;
-                or rows would train and validate.
+            SettingsError: The dataset cannot be found or loaded, has no such split or column, or cannot be streamed; or
+                the same rows would train and validate.
         """
         return self._streamed(text_format, hashes) if streaming else [self._cached(text_format)]
 

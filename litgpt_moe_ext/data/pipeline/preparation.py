@@ -1,9 +1,9 @@
-"""Preparing a corpus of any size out of sources: tokenizer, shards, manifest.
+"""Preparing a corpus of any size from sources: tokenizer, shards, manifest.
 
 The documents are read as one stream, encoded by several processes and written in order, so the result does not depend
-on their number. Unfinished work is kept in `<root>/.<key>.unfinished`; its state names the document up to which the
-shards hold everything, and the next run with the same key goes on there. The key covers the content of all sources and
-every setting, so nothing stale is ever continued or used. A lock lets one process at a time work on a corpus.
+on the number of processes. Unfinished work is kept in `<root>/.<key>.unfinished`; its state records up to which
+document the shards are complete, and the next run with the same key continues there. The key covers the content of all
+sources and every setting, so stale work is never continued or used. A lock lets only one process work on a corpus.
 """
 
 import hashlib
@@ -48,11 +48,11 @@ from litgpt_moe_ext.files.durable import flush_tree
 from litgpt_moe_ext.machine import count_cores
 from litgpt_moe_ext.wording import counted
 
-# Below this the threads of the tokenizers library are as fast: encoding is 97% of the work, and starting a process
+# Below this size the threads of the tokenizers library are as fast: encoding is 97% of the work, and starting a process
 # takes as long as encoding a megabyte.
 _SMALL_BYTES = 32_000_000
-_NAMED_SOURCES = 100  # in a manifest
-_LARGE_SHARE = 0.3  # of documents that validate; more is seldom intended
+_NAMED_SOURCES = 100  # most sources to name in a manifest
+_LARGE_SHARE = 0.3  # validation share above which it is probably a mistake
 
 _check: ContextVar[Callable[[Path, bool], None] | None] = ContextVar("check", default=None)
 
@@ -62,7 +62,7 @@ def checked_first(check: Callable[[Path, bool], None]) -> Iterator[None]:
     """In the scope, call a function before a corpus is prepared, which may take hours.
 
     Args:
-        check: Given the folder of the corpus, and whether it is there already, raises SettingsError to refuse it.
+        check: Given the folder of the corpus and whether it already exists, raises SettingsError to refuse it.
     """
     token = _check.set(check)
     try:
@@ -72,7 +72,7 @@ def checked_first(check: Callable[[Path, bool], None]) -> Iterator[None]:
 
 
 def only_finished() -> AbstractContextManager[None]:
-    """In the scope, refuse to prepare a corpus that is not there already."""
+    """In the scope, refuse to prepare a corpus that does not exist yet."""
 
     def check(directory: Path, finished: bool) -> None:
         if not finished:
@@ -90,20 +90,20 @@ def prepare_corpus(
     workers: int | None = None,
     verbose: bool = True,
 ) -> Path:
-    """Prepare a corpus unless it is there already, and return its folder `<data_path>/<key>`.
+    """Prepare a corpus unless it already exists, and return its folder `<data_path>/<key>`.
 
     Safe to call from several processes at once (one works, the others wait) and to interrupt at any moment.
 
     Args:
         data_path: Folder of all prepared corpora.
-        sources: What to read, in this order.
-        settings: What else shapes the result.
-        workers: Processes that encode; None takes one per core (a small corpus: one, with a thread per core).
-        verbose: Whether to show progress, and to print a line also when there is nothing to do.
+        sources: Sources to read, in this order.
+        settings: All other settings of the result.
+        workers: Encoding processes; None takes one per core (for a small corpus, one with a thread per core).
+        verbose: Whether to show progress, and to print a line even if there is nothing to do.
 
     Raises:
-        SettingsError: A setting cannot work, a source is damaged, a finished corpus was, or the disk is full. What is
-            done is kept. Or the check of `checked_first` refuses the corpus.
+        SettingsError: A setting cannot work, a source or a finished corpus is damaged, or the disk is full; finished
+            work is kept. Or the check of `checked_first` refuses the corpus.
     """
     settings.check(sources)
     corpus = hashlib.sha256(json.dumps([[source.split, source.identity] for source in sources]).encode()).hexdigest()
@@ -118,7 +118,7 @@ def prepare_corpus(
         return directory
     check_root(directory.parent)
     with only_one(directory, verbose):
-        if read_manifest(directory) is None:  # another process may have finished meanwhile
+        if read_manifest(directory) is None:  # another process may have finished it meanwhile
             if directory.exists():
                 raise SettingsError(
                     f"data_path: {directory} exists but is not a finished corpus (it has no {MANIFEST}); move or "
@@ -133,7 +133,7 @@ def prepare_corpus(
 
 @dataclass(frozen=True)
 class _TextsToLearnFrom:
-    """The documents that a tokenizer is trained on, from the beginning each time."""
+    """The documents that a tokenizer is trained on; every iteration starts at the beginning."""
 
     intake: Intake
     progress: PreparationProgress
@@ -197,13 +197,13 @@ class _Preparation:
             print(f"{share:.0%} of the documents are for validation; to use fewer, set val_count or name other files")
 
     def _begin(self, progress: PreparationProgress) -> None:
-        """Continue what is there, or start with the tokenizer."""
+        """Continue existing work, or start with the tokenizer."""
         if (state := State.load(self.directory)) is None:
             self._start(progress)
         else:
             self.state, tokens = state, state.counts["tokens_train"]
             print(f"Continuing in {self.directory}: {counted(tokens, 'training token')} so far", flush=True)
-        for split in SIDES:  # what was written after the state: its documents come again
+        for split in SIDES:  # drop shards written after the state, whose documents come again
             for late in sorted(self.directory.glob(f"{split}_*.bin"))[self.state.shards[split] :]:
                 late.unlink()
             self._require_tokens(split)

@@ -1,4 +1,4 @@
-"""How far the preparation of a corpus is: a bar in a terminal, a line now and then anywhere else."""
+"""The progress of preparing a corpus: a bar in a terminal, occasional lines elsewhere."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ _LINE_SECONDS = 30.0
 
 
 class PreparationProgress:
-    """Show a stage, the bytes read of all, MB/s and the time that is left; a context manager.
+    """Shows a stage, the bytes read, MB/s and the remaining time; a context manager.
 
     Args:
         total: Bytes to read in a stage; 0 if unknown.
@@ -45,7 +45,7 @@ class PreparationProgress:
             self._bar.stop()
 
     def stage(self, name: str, done: int = 0) -> None:
-        """Begin a stage of which `done` bytes were done before."""
+        """Begin a stage with `done` bytes already done."""
         self._stage, self._started = name, (time.monotonic(), done)
         self._shown = self._started
         if self._bar is not None:
@@ -60,7 +60,7 @@ class PreparationProgress:
             print(self.describe(now, done), file=sys.stderr, flush=True)
 
     def describe(self, now: float, done: int) -> str:
-        """Return the state in words, at a time of `time.monotonic`."""
+        """Return the state as text, at a time of `time.monotonic`."""
         started, before = self._started
         speed = (done - before) / max(now - started, 1e-9)
         words = f"{self._stage}: {done / 1e6:,.0f} MB"

@@ -1,4 +1,4 @@
-"""What shapes a prepared corpus besides its documents."""
+"""The settings of a prepared corpus, besides its documents."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,17 +16,17 @@ VAL_REMEDY = "name files to validate on, raise val_fraction, or try another seed
 
 @dataclass(frozen=True, slots=True)
 class CorpusSettings:
-    """Tokenizer, split and limits; ranges are the corpora's to check (`litgpt_moe_ext.data.corpora`).
+    """Tokenizer, split and limits; the corpora check their ranges (`litgpt_moe_ext.data.corpora`).
 
     Attributes:
         tokenizer: The files of a tokenizer (`litgpt_moe_ext.data.tokenizer.files`), or settings to train one.
         prepend_bos: Whether each document starts with the BOS token; each ends with EOS.
-        val_fraction: Share of the documents of sources without a split that validate, by a hash of their text: equal
-            texts are on the same side.
-        seed: Decides which.
-        counts: How many documents to take at most, the first, by side; None or missing: all.
+        val_fraction: For sources without a split, the share of documents to validate on, chosen by a hash of their
+            text: equal texts are on the same side.
+        seed: Seed of that choice.
+        counts: Maximum number of documents by side, from the first; None or missing: all.
         reading: How the sources were read, as JSON values.
-        tokenizer_bytes: Text to train a tokenizer on; of larger corpora, the beginning of every source is taken.
+        tokenizer_bytes: Bytes of text to train a tokenizer on; of larger corpora, the beginning of every source.
         shard_tokens: Tokens after which a shard is written and an interrupted preparation can continue.
     """
 
@@ -56,7 +56,7 @@ class CorpusSettings:
         return "val" if in_validation(text, self.val_fraction, self.seed) else "train"
 
     def check(self, sources: Sequence[Source]) -> None:
-        """Raise SettingsError if nothing of these sources trains or validates."""
+        """Raise SettingsError if no source can train, or none can validate."""
         splits = {source.split for source in sources}
         if not splits & {"train", None}:
             raise SettingsError(

@@ -1,10 +1,10 @@
-"""Token shard files: written in one form, read in every form that circulates.
+"""Token shard files: written in one format, read in all common formats.
 
-Written is the layout of llm.c's data scripts (https://github.com/karpathy/llm.c, `dev/data`): 256 little-endian int32
-words, of which the first three are magic number, version and token count, then the tokens. A header makes the two ways
-in which raw files go wrong visible: a truncated copy and a wrong integer width.
+They are written in the format of llm.c's data scripts (https://github.com/karpathy/llm.c, `dev/data`): 256
+little-endian int32 words, the first three of which are magic number, version and token count, then the tokens. The header reveals the
+two common faults of raw files: a truncated copy and a wrong integer width.
 
-The bytes of a file tell what it is, not its name:
+The format is recognised by a file's bytes, not its name:
 
 | first bytes               | version | tokens         | written by                       |
 | ------------------------- | ------- | -------------- | -------------------------------- |
@@ -32,7 +32,7 @@ MAX_UINT16_VOCAB = 1 << 16
 _FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
 _EVAL_MAGIC = 20240522  # llm.c's multiple-choice files share the suffix and hold no training text
 _NUMPY_MAGIC = b"\x93NUMPY"
-# Files that end up beside shards, and that would pass for headerless tokens.
+# Files that end up beside shards and would be mistaken for headerless tokens.
 _FOREIGN = {
     b"\x1f\x8b\x08": "gzip",
     b"PK\x03\x04": "a zip archive",
@@ -40,7 +40,7 @@ _FOREIGN = {
     b"\x28\xb5\x2f\xfd": "zstandard",
 }
 _TEXT_SAMPLE = 64
-# So many tokens in a row of which every second one is low are the halves of 4-byte ids: text does not look like that.
+# If every second one of so many consecutive tokens is low, they are halves of 4-byte ids: text does not look like that.
 _WIDE_SAMPLE = 1 << 20
 _WIDE_MINIMUM = 32
 _HIGH_HALVES = 1 << 2  # of ids below 262,144, which no usual vocabulary exceeds
@@ -49,11 +49,11 @@ _SUM_TOKENS = 1 << 11
 
 
 def _is_text(start: bytes) -> bool:
-    # Ids in a row that are all characters would be chance.
+    # Token ids whose bytes are all characters would be a coincidence.
     if len(start) < _TEXT_SAMPLE or any(byte < 32 and byte not in b"\t\n\f\r" for byte in start):
         return False
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(start)  # whose last character may be cut
+        codecs.getincrementaldecoder("utf-8")().decode(start)  # incremental, as the last character may be cut
     except UnicodeDecodeError:
         return False
     return True
@@ -65,7 +65,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def write_shard(path: str | os.PathLike, tokens: np.ndarray, vocab_size: int) -> None:
-    """Write one shard so that `path` either holds all of it or is left as it was.
+    """Write a shard so that `path` either holds all of it or stays unchanged.
 
     Args:
         path: The file to write; an existing one is replaced.
@@ -99,11 +99,11 @@ def write_shard(path: str | os.PathLike, tokens: np.ndarray, vocab_size: int) ->
 
 
 def open_shard(path: str | os.PathLike) -> np.memmap:
-    """Map a shard of any known form into memory, read-only.
+    """Map a shard of any known format into memory, read-only.
 
     Returns:
-        The token ids, shape (N,), dtype uint16 or uint32. Nothing but the header and a sample is read until it is
-        indexed. Its attribute `offset` is the byte at which the tokens start.
+        The token ids, shape (N,), dtype uint16 or uint32. Only the header and a sample are read until the array is
+        indexed. Its attribute `offset` is the byte where the tokens start.
 
     Raises:
         SettingsError: The file cannot be read, is not a shard, is truncated, is empty, has an odd number of
@@ -151,10 +151,10 @@ def open_shard(path: str | os.PathLike) -> np.memmap:
 
 
 def _is_wide(low: np.ndarray, high: np.ndarray) -> bool:
-    """Return whether tokens, those at even places and those at odd ones, are the halves of wider ones.
+    """Return whether the tokens at even and at odd places are the halves of wider ids.
 
-    Of a large vocabulary the lower halves may be anything. Without that, low tokens at all odd places may as well be
-    the labels of a made-up task.
+    With a large vocabulary, the lower halves may be anything. Otherwise, low tokens at all odd places may also be the
+    labels of a synthetic task.
     """
     return not high.any() or (high.max() < _HIGH_HALVES and low.max() >= MAX_UINT16_VOCAB // 2)
 
@@ -162,12 +162,12 @@ def _is_wide(low: np.ndarray, high: np.ndarray) -> bool:
 def scan_shard(tokens: np.memmap, vocab_size: int | None) -> bytes:
     """Read a shard once, refuse ids outside the vocabulary, and return a fingerprint of all of them.
 
-    It costs little beside the reading, since not the tokens are hashed but sums of 2,048 at a time. So it tells what
-    happens to files by accident, but not what somebody makes up.
+    It costs little beyond the reading, because it hashes sums of 2,048 tokens at a time. So it detects accidental
+    changes, but not deliberate ones.
 
     Args:
-        tokens: As from `open_shard`, shape (N,).
-        vocab_size: Entries of the vocabulary; None checks no id.
+        tokens: A result of `open_shard`, shape (N,).
+        vocab_size: Vocabulary size; None does not check ids.
 
     Raises:
         SettingsError: It holds an id outside the vocabulary; the message has file, position and byte.
@@ -216,7 +216,7 @@ def _numpy_header(path: Path, file: BinaryIO) -> tuple[np.dtype, int, int]:
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read_header(file)
-    except Exception as error:  # a damaged header is evaluated as Python, with any error of a parser
+    except Exception as error:  # NumPy parses the header as Python, so damage can raise any parser error
         raise SettingsError(
             f"{path} has a damaged NumPy header, read up to byte {file.tell()} ({error}); prepare or download it again"
         ) from error

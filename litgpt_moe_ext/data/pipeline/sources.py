@@ -1,4 +1,4 @@
-"""Where documents come from: files, URLs, or a data set of the Hugging Face library; one class stands for each."""
+"""Where documents come from: files, URLs, or a dataset of the Hugging Face library, all as one class."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -28,11 +28,11 @@ class Source:
 
     Attributes:
         name: For messages, and to keep sources apart.
-        split: Which side its documents belong to; None: each on its own, by a hash of its text.
+        split: Side of its documents; None decides for each document, by a hash of its text.
         size: Bytes on disk (0 if unknown); for progress.
         identity: Equal for equal content.
         records: Starts reading from the beginning.
-        check: Called when no more is read of it; raises SettingsError if it has another content by now.
+        check: Called after reading; raises SettingsError if the content has changed.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Source:
     check: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
-        """Raise SettingsError if the split is no side."""
+        """Raise SettingsError if the split is unknown."""
         if self.split not in (*SIDES, None):
             sides = ", ".join(map(repr, SIDES))
             raise SettingsError(
@@ -69,15 +69,15 @@ def file_sources(
 
 
 def require_unchanged(file: Path, before: os.stat_result, content: str) -> None:
-    """Refuse a file that was written to while it was read: a corpus is found again by what it was.
+    """Refuse a file that changed while it was read, as the key of the corpus depends on its content.
 
     Args:
-        file: The file, which may be gone by now.
-        before: What the system said of it before it was hashed, perhaps hours ago.
+        file: The file, which may no longer exist.
+        before: Its `stat` result from before it was hashed, perhaps hours ago.
         content: Its SHA-256 (hex).
 
     Raises:
-        SettingsError: It has another content.
+        SettingsError: Its content has changed.
     """
     if not file.exists():
         return
@@ -108,11 +108,10 @@ def split_sources(
 
 
 def remote_sources(urls: Sequence[str], split: Side | None, text_format: TextFormat) -> list[Source]:
-    """Return a source per URL, which is read only as far as its documents are asked for.
+    """Return a source per URL, each read only as far as its documents are needed.
 
     Raises:
-        SettingsError: A file does not exist, its server cannot be reached, or does not say anything by which a change
-            of a file could be noticed.
+        SettingsError: A file does not exist, or its server cannot be reached or gives nothing to notice changes by.
     """
     with ThreadPoolExecutor(_QUESTIONS_AT_ONCE) as pool:
         facts = list(pool.map(remote_facts, urls))
@@ -133,7 +132,7 @@ def dataset_source(dataset: Any, name: str, split: Side | None, text_format: Tex
             f"field: {text_format.field!r} is not a column of {name}; set field to one of {dataset.column_names}"
         )
     texts = dataset.select_columns([text_format.field])
-    # The library knows the bytes of the whole data set, of which this may be a slice.
+    # The library knows only the size of the whole dataset, of which this may be a slice.
     rows = sum(split.num_examples for split in (dataset.info.splits or {}).values())
     size = (dataset.info.dataset_size or 0) * len(dataset) // max(rows, 1)
     return Source(name, split, size, dataset._fingerprint, partial(_rows, texts, name, text_format, size))

@@ -1,9 +1,9 @@
-"""Finished corpora on disk: their key, manifest and shards, and how one is published.
+"""Finished corpora on disk: their key, manifest and shards, and their publication.
 
 A prepared corpus is a folder `<root>/<key>/` with `tokenizer/`, `train_*.bin`, `val_*.bin`, `manifest.json` and
 checksums of them all. The key covers the documents and every setting, so a change of either leads to another folder and
-never to stale tokens. The folder appears by one rename after everything in it is on disk, so whatever is found under
-its final name is complete. A finished folder is never deleted here.
+never to stale tokens. The folder gets its final name by one rename after everything in it is on disk, so a folder of
+that name is complete. Finished folders are never deleted here.
 """
 
 import hashlib
@@ -21,10 +21,10 @@ from litgpt_moe_ext.files import checksums
 from litgpt_moe_ext.files.durable import flush, flush_tree
 from litgpt_moe_ext.files.lock import ProcessLock
 
-FORMAT_VERSION = 3  # part of every key; raise it when the same input would lead to other files
+FORMAT_VERSION = 3  # part of every key; raise it when the same input leads to other files
 TOKENIZER_DIR = "tokenizer"
 MANIFEST = "manifest.json"
-STATE = "state.json"  # how far the preparation of an unfinished corpus is
+STATE = "state.json"  # progress of an unfinished corpus
 
 
 def cache_key(corpus: str, settings: Mapping[str, Any]) -> str:
@@ -33,7 +33,7 @@ def cache_key(corpus: str, settings: Mapping[str, Any]) -> str:
 
 
 def key_of(manifest: Mapping[str, Any]) -> str:
-    """Return the key of a finished corpus, whatever its folder is called by now."""
+    """Return the key of a finished corpus, even if its folder was renamed."""
     version, corpus, settings = (manifest[name] for name in ("format_version", "corpus_sha256", "settings"))
     text = json.dumps({"format": version, "corpus": corpus, "settings": settings}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -42,12 +42,12 @@ def key_of(manifest: Mapping[str, Any]) -> str:
 def in_validation(name: str, val_fraction: float, seed: int) -> bool:
     """Decide by a hash whether a document validates.
 
-    Adding or removing other documents does not move this one, and the share of all documents is about `val_fraction`.
+    Adding or removing other documents does not move this one. About `val_fraction` of all documents validate.
 
     Args:
-        name: What tells the document from others: its text, or its path.
+        name: Identifies the document: its text, or its path.
         val_fraction: Share of all documents.
-        seed: Decides which.
+        seed: Seed of the choice.
     """
     digest = hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") < val_fraction * 2**64
@@ -56,12 +56,12 @@ def in_validation(name: str, val_fraction: float, seed: int) -> bool:
 def unigram_loss(train_counts: np.ndarray, val_counts: np.ndarray) -> float:
     """Return the cross-entropy in nats per token of validation tokens under the frequencies of training tokens.
 
-    Every training count is raised by one (Laplace), so that an id which is missing there does not make it infinite. A
-    model below this value has learned something from context.
+    Every training count is increased by one (Laplace), so that ids missing from training do not make it infinite. A
+    model with a lower loss has learned something from context.
 
     Args:
-        train_counts: How often each id occurs, shape (vocabulary,).
-        val_counts: Likewise.
+        train_counts: Training occurrences of each id, shape (vocabulary,).
+        val_counts: Validation occurrences of each id, shape (vocabulary,).
     """
     smoothed = train_counts + 1.0
     return float(-(val_counts @ np.log(smoothed / smoothed.sum())) / val_counts.sum())
@@ -72,7 +72,7 @@ def write_manifest(directory: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         directory: The corpus.
-        facts: What to record; the sizes of all files are added, but for this one and the state of the preparation.
+        facts: Facts to record; the sizes of all files are added, except of this one and of the preparation's state.
     """
     sizes = {
         path.relative_to(directory).as_posix(): path.stat().st_size
@@ -88,8 +88,8 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     """Return the manifest of a finished corpus, or None if there is no finished corpus.
 
     Raises:
-        SettingsError: The manifest is unreadable, or a file it lists is missing or has another size: somebody changed
-            the folder after it was finished. Or the corpus is another user's, who lets nobody read it.
+        SettingsError: The manifest is unreadable, a listed file is missing or has another size (the folder was changed
+            after it was finished), or the corpus is another user's and not readable.
     """
     path = directory / MANIFEST
     _require_readable(directory, path, directory / checksums.FILE_NAME)
