@@ -1,8 +1,8 @@
 """Token shard files: written in one format, read in all common formats.
 
 They are written in the format of llm.c's data scripts (https://github.com/karpathy/llm.c, `dev/data`): 256
-little-endian int32 words, the first three of which are magic number, version and token count, then the tokens. The header reveals the
-two common faults of raw files: a truncated copy and a wrong integer width.
+little-endian int32 words, the first three of which are magic number, version and token count, then the tokens. The
+header reveals the two common faults of raw files: a truncated copy and a wrong integer width.
 
 The format is recognised by a file's bytes, not its name:
 
