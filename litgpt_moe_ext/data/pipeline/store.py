@@ -28,7 +28,7 @@ STATE = "state.json"  # progress of an unfinished corpus
 
 
 def cache_key(corpus: str, settings: Mapping[str, Any]) -> str:
-    """Return 16 hex digits for a hash of the documents and the settings (JSON values) that shape the result."""
+    """Return a hash, 16 hex digits, of the documents and the settings (JSON values) that determine the result."""
     return key_of({"format_version": FORMAT_VERSION, "corpus_sha256": corpus, "settings": settings})
 
 
@@ -132,7 +132,7 @@ def open_corpus(directory: Path) -> tuple[list[np.memmap], list[np.memmap]]:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a complete folder its final name, after everything in it is on the disk; then it needs no `STATE` any more.
+    """Give a complete folder its final name after everything in it is on disk, and delete its `STATE`.
 
     Args:
         partial: The folder, in the same file system.

@@ -1,7 +1,7 @@
-"""An unfinished corpus: how far it is, who works on it, what a write that failed means, and when it is given up.
+"""Unfinished corpora: their progress, the process that works on them, failed writes, and when they are abandoned.
 
-It goes on as soon as its settings are used again, so it may hold hours of work that somebody wants. It is deleted when
-no process works on it and nothing was written to it for `DAYS`, which costs no more than doing it again.
+Work continues when the settings are used again, so an unfinished corpus may hold hours of wanted work. It is deleted
+only if no process works on it and nothing was written to it for `DAYS`; at worst the work is done again.
 """
 
 import errno
@@ -34,8 +34,8 @@ class State:
     """How much of the stream the shards hold.
 
     Attributes:
-        source: Index of the source to go on with.
-        record: Records of it that are done with.
+        source: Index of the source to continue with.
+        record: Number of its finished records.
         shards: Number of shards by split.
         counts: What the manifest counts.
         first_empty: Where the first empty document was.
@@ -73,7 +73,7 @@ class State:
         return state
 
     def save(self, directory: Path) -> None:
-        """Write this into an unfinished corpus; call it once the shards hold what it says."""
+        """Write the state into an unfinished corpus; call this once the shards hold what it counts."""
         with replacing(directory / STATE) as partial:
             partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
         flush(directory)
@@ -96,11 +96,11 @@ class State:
 
 @contextmanager
 def only_one(directory: Path, verbose: bool) -> Iterator[None]:
-    """Let one process at a time work on a corpus; the others wait, and say so.
+    """Let one process at a time work on a corpus; others wait and print a message.
 
     Args:
         directory: The corpus.
-        verbose: Whether to say so.
+        verbose: Whether to print the message.
     """
     lock = FileLock(directory.with_name(f".{directory.name}{LOCK}"))
     try:
@@ -117,7 +117,7 @@ def only_one(directory: Path, verbose: bool) -> Iterator[None]:
 
 @contextmanager
 def writing(data_path: Path) -> Iterator[None]:
-    """Turn an error of the disk into one that says what to do."""
+    """Turn a disk error into one that says what to do."""
     try:
         yield
     except OSError as error:
@@ -130,13 +130,13 @@ def writing(data_path: Path) -> Iterator[None]:
 
 
 def remove_leftovers(data_path: Path) -> list[Path]:
-    """Delete what was abandoned long ago; what a process works on is locked, and stays.
+    """Delete corpora abandoned long ago; those that a process works on are locked and stay.
 
     Args:
         data_path: Folder of all prepared corpora.
 
     Returns:
-        The unfinished corpora that are gone now.
+        The deleted unfinished corpora.
     """
     before = time.time() - DAYS * 24 * 60 * 60
     for partial in data_path.glob(f"{HASHES}.*.partial"):

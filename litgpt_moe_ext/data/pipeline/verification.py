@@ -1,6 +1,6 @@
-"""Finished corpora that were damaged later, as by a copy that went wrong: shards of the right size with other tokens.
+"""Detects finished corpora that were damaged later, such as by a bad copy: shards of the right size with other tokens.
 
-Each file is compared with its checksum when a corpus is first used in a place, and again after a change of the file.
+Each file is compared with its checksum when a corpus is first used in a location, and again after the file has changed.
 """
 
 import os
@@ -18,12 +18,12 @@ _LARGE_BYTES = 4_000_000_000  # read in some seconds
 def verify(directory: Path, verbose: bool = True) -> None:
     """Compare the files of a finished corpus with their checksums, unless that was done since they last changed.
 
-    What was compared is remembered beside the corpus. Where nothing can be written there, it would have to be done each
-    time, so a line says how to do it by hand.
+    A file beside the corpus records what was compared. If it cannot be written, the comparison would be needed every
+    time, so instead a message says how to do it by hand.
 
     Args:
-        directory: The corpus, whose files are there and have their sizes.
-        verbose: Whether to print what takes long, or is not done.
+        directory: The corpus, whose files exist and have the right sizes.
+        verbose: Whether to print what takes long or is skipped.
 
     Raises:
         SettingsError: A file differs from its checksum.
@@ -33,12 +33,12 @@ def verify(directory: Path, verbose: bool = True) -> None:
 
 
 def verify_shards(directory: Path, shards: Collection[Path], verbose: bool = True) -> None:
-    """Do the same for token shards from elsewhere, if their checksums lie beside them.
+    """Do the same for ready-made token shards, if their checksums lie beside them.
 
     Args:
         directory: The folder of the shards.
-        shards: Those that are to be read; others may be missing.
-        verbose: Whether to print what takes long, or is not done.
+        shards: The shards to read; others may be missing.
+        verbose: Whether to print what takes long or is skipped.
 
     Raises:
         SettingsError: One of them differs from its checksum.
@@ -55,7 +55,7 @@ def verify_shards(directory: Path, shards: Collection[Path], verbose: bool = Tru
 
 
 def _listed(directory: Path, remedy: str) -> dict[Path, str]:
-    if not (directory / checksums.FILE_NAME).is_file():  # as in a corpus that an earlier version has prepared
+    if not (directory / checksums.FILE_NAME).is_file():  # such as a corpus prepared by an earlier version
         return {}
     try:
         return {directory / name: digest for name, digest in checksums.read(directory).items()}

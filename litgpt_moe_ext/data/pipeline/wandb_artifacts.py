@@ -39,7 +39,7 @@ def download(reference: str, artifacts_dir: Path) -> Path:
             artifact = wandb.run.use_artifact(reference, type=ARTIFACT_TYPE)
         else:
             artifact = wandb.Api().artifact(reference, type=ARTIFACT_TYPE)
-        # Not artifact.name, which ends in the alias that was asked for: `latest` will be another version some day.
+        # Not artifact.name, which ends in the requested alias: `latest` will be another version some day.
         name = f"{artifact.name.partition(':')[0]}-{artifact.version}"
         directory = Path(artifact.download(root=str(artifacts_dir / name)))
     except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
@@ -47,7 +47,7 @@ def download(reference: str, artifacts_dir: Path) -> Path:
             f"wandb_dataset: {reference!r} cannot be downloaded ({error}); log in with `wandb login` or set "
             "WANDB_API_KEY, and check that the W&B server can be reached"
         ) from error
-    except Exception as error:  # what comes from wandb's own process has no base that is public
+    except Exception as error:  # errors from wandb's own process have no public base class
         raise SettingsError(
             f"wandb_dataset: {reference!r} cannot be downloaded ({error}); check the reference "
             "(entity/project/name:alias), your access to it, and the network"
@@ -61,7 +61,7 @@ def download(reference: str, artifacts_dir: Path) -> Path:
 
 
 def check_artifact_name(name: str | None) -> None:
-    """Raise SettingsError unless W&B takes the name."""
+    """Raise SettingsError unless W&B accepts the name."""
     if name is None or _NAME.fullmatch(name) is None:
         raise SettingsError(
             f"wandb_artifact: {name!r} must be a name of an artifact; give one of letters, digits, '.', '_' and '-'"
@@ -77,7 +77,7 @@ def log_corpus(directory: Path, name: str, project: str | None = None) -> str:
         project: W&B project; None takes WANDB_PROJECT or W&B's default.
 
     Returns:
-        What to tell the user: where it is, or how to upload what was logged offline.
+        A message for the user: where the artifact is, or how to upload it if it was logged offline.
 
     Raises:
         SettingsError: The name is wrong, or W&B cannot be reached.
@@ -87,7 +87,7 @@ def log_corpus(directory: Path, name: str, project: str | None = None) -> str:
     check_artifact_name(name)
     manifest = read_manifest(directory)
     try:
-        # Otherwise it would be the run that the process has already, and end it.
+        # Otherwise `init` would return the process's existing run, and this would end it.
         with wandb.init(project=project, job_type="data_prep", reinit="create_new") as run:
             artifact = wandb.Artifact(name, type=ARTIFACT_TYPE, metadata=manifest)
             artifact.add_dir(str(directory))

@@ -1,4 +1,4 @@
-"""Compressed files, read as streams within a limit on how much may come out of them."""
+"""Compressed files, read as streams with a limit on their uncompressed size."""
 
 import bz2
 import gzip
@@ -11,12 +11,12 @@ from litgpt_moe_ext.errors import SettingsError
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _SHORT_FORMS = {".tgz": ".tar.gz", ".tbz2": ".tar.bz2", ".txz": ".tar.xz", ".tzst": ".tar.zst"}
-_CHUNK_BYTES = 1 << 16  # small, so that little is lost before a damage
-_FREE_BYTES = 100 << 20  # so much may come out of any file
+_CHUNK_BYTES = 1 << 16  # small, so that little is lost before a damaged part
+_FREE_BYTES = 100 << 20  # uncompressed size that any file may have
 
 
 def split_compression(name: str) -> tuple[str, str]:
-    """Return a lower-case file name without the suffix of a compression, and that suffix or the empty string."""
+    """Return a lower-case file name without its compression suffix, and that suffix or the empty string."""
     for short, long in _SHORT_FORMS.items():
         if name.endswith(short):
             name = name.removesuffix(short) + long
@@ -25,13 +25,13 @@ def split_compression(name: str) -> tuple[str, str]:
 
 
 def decompress(raw: BinaryIO, suffix: str, where: str, max_expansion: float) -> io.BufferedReader:
-    """Return what is in a compressed file, as a stream.
+    """Return the content of a compressed file as a stream.
 
     Args:
         raw: The compressed file, at its beginning.
         suffix: One of `COMPRESSIONS`.
-        where: What to call the file in error messages.
-        max_expansion: How many times its own size may come out of it; the first 100 MiB are free.
+        where: Name of the file in error messages.
+        max_expansion: Maximum ratio of uncompressed to compressed size, beyond the first 100 MiB.
     """
     stream = _OPENERS[suffix](raw)
     return io.BufferedReader(_Limited(stream, raw.tell, where, max_expansion), _CHUNK_BYTES)
@@ -52,9 +52,9 @@ _OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
 
 
 class _Limited(io.RawIOBase):
-    """A stream that refuses to give much more than went in.
+    """A stream that refuses to expand its input too much.
 
-    A text shrinks to a third or a tenth; a file made to fill the disk or the memory, to a thousandth.
+    Text compresses to a third or a tenth; a file made to fill disk or memory, to a thousandth.
     """
 
     def __init__(self, stream: Any, consumed: Callable[[], int], where: str, max_expansion: float) -> None:
@@ -69,7 +69,7 @@ class _Limited(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         data = self._stream.read(len(buffer))
-        if not (data or self._consumed()):  # which some of the libraries read as nothing
+        if not (data or self._consumed()):  # some of the libraries read this as empty
             raise EOFError("it is empty")
         buffer[: len(data)] = data
         self._given += len(data)

@@ -1,4 +1,4 @@
-"""The documents of a file, wherever it is and whatever its form."""
+"""The documents of a local or remote file in any supported format."""
 
 import io
 import lzma
@@ -80,7 +80,7 @@ def documents(path: Path | str, text_format: TextFormat) -> Iterator[Record]:
 
 @contextmanager
 def _open(path: Path | str) -> Iterator[tuple[Any, int]]:
-    """Give a file and its size."""
+    """Yield a file and its size."""
     if is_url(path):
         remote = RemoteFile(str(path))
         with io.BufferedReader(remote, CHUNK_BYTES) as raw:

@@ -1,4 +1,4 @@
-"""Documents in JSON: objects one a line, or one list of objects."""
+"""Documents in JSON: one object per line, or one list of objects."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from litgpt_moe_ext.errors import SettingsError
 
 # Parsing a list takes about 5 bytes of memory for each of its bytes, a fortieth of what encoding a document takes.
 _LIST_BYTES = 40
-_HALVES = re.compile("[\ud800-\udfff]")  # of surrogate pairs, which are no characters
+_HALVES = re.compile("[\ud800-\udfff]")  # halves of surrogate pairs, which are not characters
 
 
 def read_json_lines(file: OpenFile, text_format: TextFormat) -> Iterator[Record]:

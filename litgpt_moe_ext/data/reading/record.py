@@ -1,4 +1,4 @@
-"""What reading a file takes and gives, and what readers of all kinds share."""
+"""The input and output of reading files, and helpers shared by all readers."""
 
 import io
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from litgpt_moe_ext.machine import memory_bytes
 CHUNK_BYTES = 1 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _USUAL_MEMORY = 16 << 30
-# Memory for a byte of a document: encoding takes 160 bytes of it (measured).
+# Bytes of memory per byte of a document: encoding takes 160 (measured).
 _ENCODING_BYTES = 200
 
 
@@ -20,8 +20,8 @@ class Record(NamedTuple):
 
     Attributes:
         text: The document; may be empty.
-        place: Where it is, for messages: `byte 1234` (of the uncompressed file), `row 12` or `item 12`.
-        position: Bytes of the file (as it is on disk) that have been read so far; for progress.
+        place: Its location, for messages: `byte 1234` (of the uncompressed file), `row 12` or `item 12`.
+        position: Bytes of the file on disk read so far; for progress.
         member: Name of the file inside an archive.
     """
 
@@ -37,10 +37,10 @@ class TextFormat:
 
     Attributes:
         field: Name of the JSON key or the column that holds the text.
-        separator: What ends a document in a plain text file; None makes each file one document. A line end in it
-            matches those of every style. White space around separated documents is dropped.
-        invalid_utf8: `error`, or `replace` to put U+FFFD in the place of what is not UTF-8.
-        max_expansion: How many times its own size may come out of a compressed file.
+        separator: End of a document in plain text files; None makes each file one document. A line end in it matches
+            any style. White space around separated documents is dropped.
+        invalid_utf8: `error`, or `replace` to replace invalid bytes with U+FFFD.
+        max_expansion: Maximum ratio of uncompressed to compressed size.
     """
 
     field: str = "text"
@@ -50,7 +50,7 @@ class TextFormat:
 
     @property
     def errors(self) -> str:
-        """What Python's decoders call `invalid_utf8`."""
+        """`invalid_utf8` as the argument `errors` of Python's decoders."""
         return "strict" if self.invalid_utf8 == "error" else "replace"
 
     def decode(self, content: bytes | bytearray, where: str, offset: int = 0) -> str:
@@ -58,8 +58,8 @@ class TextFormat:
 
         Args:
             content: The bytes.
-            where: What to call the file in error messages.
-            offset: Where in it they begin.
+            where: Name of the file in error messages.
+            offset: Position of the bytes in the file.
 
         Raises:
             SettingsError: They are not UTF-8, and `invalid_utf8` is `error`.
@@ -79,10 +79,10 @@ class OpenFile:
 
     Attributes:
         stream: Its content, decompressed.
-        name: Its lower-case name without the suffix of a compression; says how to read it.
-        where: What to call it in error messages.
-        position: Tells how many bytes of the file on disk have been read.
-        start: Bytes of a byte-order mark that were skipped.
+        name: Its lower-case name without compression suffix, which determines the format.
+        where: Its name in error messages.
+        position: Returns how many bytes of the file on disk have been read.
+        start: Length of the skipped byte-order mark.
     """
 
     stream: io.BufferedReader
@@ -92,14 +92,14 @@ class OpenFile:
     start: int = 0
 
     def read_chunk(self) -> bytes:
-        """Return the next bytes; none at the end."""
+        """Return the next bytes; empty at the end."""
         return self.stream.read(CHUNK_BYTES)
 
     def read_whole(self, most: int) -> bytes:
-        """Return all that is left.
+        """Return all remaining bytes.
 
         Raises:
-            SettingsError: It is more than `most` bytes.
+            SettingsError: There are more than `most` bytes.
         """
         chunks, size = [], 0
         while chunk := self.read_chunk():
@@ -110,7 +110,7 @@ class OpenFile:
         return b"".join(chunks)
 
     def refuse_zeros(self, content: bytes | bytearray, offset: int) -> None:
-        """Raise SettingsError if there is a zero among bytes that begin at byte `offset`: no text has one."""
+        """Raise SettingsError for a zero byte, which no text has; `offset` is the position of `content`."""
         if b"\x00" in content:
             raise SettingsError(
                 f"{self.where} is not text: byte {offset + content.index(0)} is zero; leave it out, or convert it to "
@@ -118,7 +118,7 @@ class OpenFile:
             )
 
     def too_long(self, offset: int, most: int) -> SettingsError:
-        """Return the error for a document of more than `most` bytes that begins at byte `offset`."""
+        """Return the error for a document of more than `most` bytes that starts at byte `offset`."""
         return SettingsError(
             f"{self.where} has more than {most} bytes in one piece from byte {offset} on, too many to encode in the "
             "memory of this machine; cut it into documents (plain text with separator, JSON as one object a line)"
@@ -126,5 +126,5 @@ class OpenFile:
 
 
 def largest_document() -> int:
-    """Return how many bytes of text can be encoded at once in the memory of this machine."""
+    """Return how many bytes of text this machine's memory allows to encode at once."""
     return (memory_bytes() or _USUAL_MEMORY) // _ENCODING_BYTES

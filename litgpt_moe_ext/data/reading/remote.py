@@ -1,4 +1,4 @@
-"""Files behind URLs, read in pieces and never as a whole: whatever `fsspec` knows, among it `hf://` and `https://`."""
+"""Files behind URLs of any kind that `fsspec` supports, such as `hf://` and `https://`, read in pieces."""
 
 import io
 import time
@@ -11,12 +11,12 @@ from litgpt_moe_ext.errors import SettingsError
 _BLOCK_BYTES = 8 << 20
 _ATTEMPTS = 5
 _FIRST_PAUSE_SECONDS = 1.0
-# What servers call the fingerprint of a file's content.
+# Servers' names for the fingerprint of a file's content.
 _FINGERPRINTS = ("ETag", "etag", "Content-MD5", "Digest")
 
 
 def is_url(path: object) -> bool:
-    """Return whether something names a file behind a URL rather than one on a disk."""
+    """Return whether a path is a URL rather than a local file."""
     return "://" in str(path)
 
 
@@ -26,12 +26,12 @@ def name_of(url: str) -> str:
 
 
 class RemoteFile(io.RawIOBase):
-    """A file behind a URL that can be read at any position; only what is read is transferred, in blocks.
+    """A file behind a URL that can be read at any position, transferring only the blocks that are read.
 
-    A read that fails is tried again a few times with growing pauses, as the connection may come back.
+    A failed read is retried a few times with growing pauses.
 
     Args:
-        url: Where it is.
+        url: The URL.
 
     Attributes:
         size: Bytes of the file.
@@ -46,7 +46,7 @@ class RemoteFile(io.RawIOBase):
         system, path = _system_of(url)
         try:
             self._file = system.open(path, "rb", block_size=_BLOCK_BYTES)
-        except Exception as error:  # each kind of server has errors of its own
+        except Exception as error:  # each kind of server has its own errors
             raise _unreachable(url, error) from error
         if not getattr(self._file, "size", None):
             raise SettingsError(
@@ -66,7 +66,7 @@ class RemoteFile(io.RawIOBase):
         for attempt in range(_ATTEMPTS):
             try:
                 return self._file.read(size)
-            except ValueError as error:  # a server that ignores the range it was asked for
+            except ValueError as error:  # a server that ignores the requested range
                 raise SettingsError(
                     f"{self.url} cannot be streamed ({error}); download the file and name the local copy"
                 ) from error
@@ -103,13 +103,12 @@ class RemoteFile(io.RawIOBase):
 
 
 def remote_facts(url: str) -> tuple[int, str]:
-    """Return the size of a file in bytes, and what identifies its content, without reading it.
+    """Return the size of a file in bytes and an identity of its content, without reading it.
 
-    Of files that the Hugging Face hub keeps as LFS the identity is their SHA-256.
+    For LFS files on the Hugging Face hub, the identity is their SHA-256.
 
     Raises:
-        SettingsError: It does not exist, the server cannot be reached, or does not say anything by which a change
-            could be noticed.
+        SettingsError: It does not exist, or the server cannot be reached or gives nothing to notice changes by.
     """
     system, path = _system_of(url)
     try:
@@ -141,7 +140,7 @@ def _system_of(url: str) -> tuple[Any, str]:
 
 
 def _unreachable(url: str, error: Exception) -> SettingsError:
-    # fsspec reports whatever goes wrong with HTTP as a missing file; what it was is the cause.
+    # fsspec reports any HTTP error as a missing file; the cause is the real error.
     cause = error.__cause__ or error
     if isinstance(error, FileNotFoundError) and (cause is error or getattr(cause, "status", None) == 404):
         return SettingsError(f"{url} does not exist; check the address")

@@ -14,7 +14,7 @@ _PARQUET_ROWS = 1024
 
 
 def read_csv(file: OpenFile, text_format: TextFormat) -> Iterator[Record]:
-    """Yield a document for every row of a table whose first row has the names of the columns; none without one."""
+    """Yield a document for every row of a table after its first row, the column names; none if it is empty."""
     csv.field_size_limit(largest_document())  # instead of the csv module's 128 KiB
     text = io.TextIOWrapper(file.stream, "utf-8", text_format.errors, newline="")
     rows = csv.reader(text, delimiter="\t" if file.name.endswith(".tsv") else ",", strict=True)
@@ -65,7 +65,7 @@ def read_parquet(file: OpenFile, size: int, text_format: TextFormat) -> Iterator
             kind = table.schema_arrow.field(_find_column(file, table.schema_arrow.names, text_format)).type
             if pa.types.is_dictionary(kind):  # as of a pandas column of categories
                 kind = kind.value_type
-            # The last is that of a column without any text.
+            # `null` is the type of a column without any text.
             if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
                 raise SettingsError(
                     f"{file.where} has {kind} in column {text_format.field!r} where text belongs; set field to a text "
@@ -74,7 +74,7 @@ def read_parquet(file: OpenFile, size: int, text_format: TextFormat) -> Iterator
             rows = max(table.metadata.num_rows, 1)
             for batch in table.iter_batches(_PARQUET_ROWS, columns=[text_format.field]):
                 done = size * (row + len(batch)) // rows
-                # With a dot in its name, a part of a nested column may be called the same.
+                # If its name has a dot, a part of a nested column may have the same name.
                 column = batch.column(_find_column(file, batch.schema.names, text_format))
                 for text in texts_of(column, f"{file.where}: row", row, text_format):
                     yield Record(text or "", f"row {row}", done)
@@ -94,13 +94,13 @@ def _find_column(file: OpenFile, names: list[str], text_format: TextFormat) -> i
 
 
 def texts_of(column: Any, where: str, first_row: int, text_format: TextFormat) -> list[Any]:
-    """Return the texts of an Arrow column, and what else it may hold.
+    """Return the values of an Arrow column, decoding bytes as text.
 
     Args:
         column: The column.
-        where: What to call it in error messages, before the number of a row.
+        where: Its name in error messages, before the row number.
         first_row: Number of its first row.
-        text_format: What to do about bytes that are not UTF-8.
+        text_format: How to treat bytes that are not UTF-8.
 
     Raises:
         SettingsError: A text is not UTF-8, and `invalid_utf8` is `error`.

@@ -1,4 +1,4 @@
-"""Whether this installation can run a recipe: what is there, and what it means.
+"""Checks whether this installation can run a recipe.
 
-Each check is a function of what it looks at; none of them trains, downloads or compiles anything.
+Each check is a function of what it examines; none of them trains, downloads or compiles anything.
 """

@@ -25,7 +25,7 @@ def compiling(recipe: Recipe) -> Finding:
 
 
 def kernels(recipe: Recipe) -> Iterator[Finding]:
-    """Yield what a run of the recipe would say about its kernels, or what it would refuse."""
+    """Yield what a run of the recipe would report about its kernels, or would refuse."""
     from litgpt_moe_ext.attention.kernels.own import EAGER
     from litgpt_moe_ext.meta.models import meta_model
     from litgpt_moe_ext.training.callbacks.kernel_report import attention_line, experts_line
@@ -48,10 +48,10 @@ def kernels(recipe: Recipe) -> Iterator[Finding]:
 
 
 def precision(wanted: str | None) -> Finding:
-    """Return whether this device has the number format of a recipe.
+    """Return whether this device supports the precision of a recipe.
 
     Args:
-        wanted: Its `precision`.
+        wanted: The recipe's `precision`.
     """
     import torch
 
@@ -105,7 +105,7 @@ def graphs(recipe: Recipe, device_type: str) -> Finding:
     from litgpt_moe_ext.training.parallel.facts import STRATEGIES
     from litgpt_moe_ext.training.steps.cuda_graphs import Conditions, decide
 
-    facts = STRATEGIES.get(recipe.strategy, STRATEGIES["auto"])  # an unknown one is a problem of its own
+    facts = STRATEGIES.get(recipe.strategy, STRATEGIES["auto"])  # another check reports an unknown one
     world_size = processes(recipe) * recipe.num_nodes
     conditions = Conditions(device_type, facts, world_size, compiles(recipe, device_type), recipe.config)
     try:

@@ -1,4 +1,4 @@
-"""All that the doctor looks at, in the order of its page."""
+"""All checks of the doctor, in the order of its page."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 
 def examine(recipe: Recipe | None, settings: "AbstractContextManager[Settings] | None" = None) -> list[Finding]:
-    """Look at the installation, and at what a recipe asks of it.
+    """Check the installation, and whether it meets the needs of a recipe.
 
     Args:
-        recipe: The recipe; None looks at the installation alone.
-        settings: Gives the same as a run reads it, for the checks with which it begins.
+        recipe: The recipe; None checks only the installation.
+        settings: Yields the recipe's settings as a run reads them, for the run's first checks.
     """
     findings = [*installation.versions(), *installation.devices(), *installation.links_here()]
     if recipe is None:
         return [*findings, installation.compiler(), *installation.kernels(), computing.precision(None)]
     of_recipe: list[Finding] = []
     for finding in _of_recipe(recipe, settings):
-        # A kernel that is not there is in the way of counting memory as well. Of settings it is said where they stand.
+        # Report once: a missing kernel also prevents counting memory, and findings on settings also give their place.
         if not any(f"{other.text} (".startswith(f"{finding.text} (") for other in of_recipe):
             of_recipe.append(finding)
     return [*findings, *of_recipe]

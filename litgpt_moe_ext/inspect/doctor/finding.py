@@ -1,4 +1,4 @@
-"""What the doctor says of one thing that it has looked at."""
+"""A finding of the doctor."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +11,7 @@ class Finding:
     """One line of the page.
 
     Attributes:
-        topic: What was looked at.
+        topic: What was checked.
         verdict: `problem` keeps the recipe from running; `note` is worth knowing.
         text: What was found, and what it means.
     """

@@ -1,4 +1,4 @@
-"""What is installed, and what this machine computes with."""
+"""The installed software, and this machine's devices."""
 
 import importlib.metadata
 import platform
@@ -8,7 +8,7 @@ from litgpt_moe_ext.inspect.doctor.finding import Finding
 
 
 def versions() -> Iterator[Finding]:
-    """Yield the versions of what is installed."""
+    """Yield the versions of installed packages."""
     from litgpt_moe_ext.host.seams import TESTED_LITGPT
 
     names = ("litgpt-moe-ext", "litgpt", "torch", "lightning", "transformers", "lm-eval")
@@ -61,7 +61,7 @@ def links(matrix: str | None) -> list[Finding]:
     """Return what the connections of several GPUs mean for training on them.
 
     Args:
-        matrix: What `nvidia-smi topo -m` prints; None where it does not run.
+        matrix: Output of `nvidia-smi topo -m`; None if it does not run.
     """
     from litgpt_moe_ext.training.parallel import topology
 
@@ -69,7 +69,7 @@ def links(matrix: str | None) -> list[Finding]:
 
 
 def links_here() -> list[Finding]:
-    """Return the same of this machine."""
+    """Return the same for this machine."""
     import torch
 
     from litgpt_moe_ext.training.parallel import topology

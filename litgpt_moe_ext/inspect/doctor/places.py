@@ -1,4 +1,4 @@
-"""The places that a recipe names: those of the data and the tokenizer, and where a run would write."""
+"""Checks of the paths in a recipe: data, tokenizer, and output directory."""
 
 import importlib
 import os
@@ -14,11 +14,11 @@ from litgpt_moe_ext.recipe_files import is_trusted
 
 
 def data(recipe: Recipe, found: Sequence[Finding]) -> Iterator[Finding]:
-    """Yield whether the data are there, or can be prepared.
+    """Yield whether the data exist or can be prepared.
 
     Args:
         recipe: The recipe.
-        found: About its settings, which may have named what is wrong with its data already.
+        found: Findings about its settings, which may already include problems of the data.
     """
     given = recipe.settings.get("data")
     if not given:
@@ -62,7 +62,7 @@ def _imported(class_path: str) -> Any:
 
 
 def _places(recipe: Recipe, class_path: str, made: Any, arguments: dict[str, Any]) -> Finding:
-    # Whatever is no text is a problem of the settings.
+    # The check of settings reports values that are not strings.
     arguments = {name: value for name, value in arguments.items() if isinstance(value, str)}
     for name in ("source_path", "tokenizer_dir"):
         if (source := arguments.get(name)) is not None and not Path(source).exists():
@@ -83,16 +83,16 @@ def tokenizer(recipe: Recipe, found: Sequence[Finding]) -> Iterator[Finding]:
 
     Args:
         recipe: The recipe.
-        found: About its settings and its data, which may have a tokenizer of their own.
+        found: Findings about its settings and its data, which may have their own tokenizer.
     """
     from litgpt_moe_ext.training.inputs import open_tokenizer
 
     directory = recipe.settings.get("tokenizer_dir")
     if directory is None:
-        # It may be what the settings or the data have a problem with.
+        # The settings or the data may already have a problem with the tokenizer.
         if not any(finding.verdict == "problem" and finding.topic in ("settings", "data") for finding in found):
             yield Finding("tokenizer", "good", "the data's own, if any")
-    elif Path(directory).is_dir():  # or else the settings have a problem
+    elif Path(directory).is_dir():  # otherwise the check of settings reports it
         try:
             open_tokenizer(Path(directory), recipe.config.padded_vocab_size or 0)
         except (OSError, ValueError) as error:
@@ -102,7 +102,7 @@ def tokenizer(recipe: Recipe, found: Sequence[Finding]) -> Iterator[Finding]:
 
 
 def out_dir(recipe: Recipe) -> Iterator[Finding]:
-    """Yield what keeps a run from writing where the recipe wants it to."""
+    """Yield what keeps a run from writing to the recipe's output directory."""
     from litgpt_moe_ext.training.inputs import check_own
 
     out_dir = out_dir_of(recipe)
@@ -116,7 +116,7 @@ def out_dir(recipe: Recipe) -> Iterator[Finding]:
 
 
 def existing(path: Path, is_there: Callable[[Path], bool] = os.path.lexists) -> Path:
-    """Return a path, or if nothing is there, not even a link to nothing, the innermost folder on the way to it."""
+    """Return a path if it exists (a dangling link does), or else its innermost existing parent."""
     return next(place for place in (path.absolute(), *path.absolute().parents) if is_there(place))
 
 

@@ -1,4 +1,4 @@
-"""Whether a run has room in memory and on the disk."""
+"""Checks of memory and disk space for a run."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ def memory(recipe: Recipe) -> Iterator[Finding]:
     cuda = torch.cuda.is_available()
     precision = recipe.precision or default_precision(accelerator_here())
     if precision not in PRECISIONS or recipe.sequence_length > recipe.config.block_size:
-        return  # problems of their own
+        return  # reported by other checks
     per_node = processes(recipe)
     knobs = recipe.settings.get("distributed") or {}
     offload = bool(knobs.get("cpu_offload") or knobs.get("offload_optimizer"))
@@ -77,9 +77,9 @@ def disk(recipe: Recipe) -> Finding:
     _, dtype, _ = computing(recipe)
     try:
         remembered = state_ratio(recipe.optimizer, dtype)
-    except SettingsError:  # a problem of its own
+    except SettingsError:  # reported by another check
         remembered = 2
-    # Parameters and what the optimizer remembers of each, and an average of the weights in float32.
+    # Parameters, the optimizer's state for each, and an average of the weights in float32.
     size = dtype.itemsize * (1 + remembered) + (4 if recipe.averages else 0)
     checkpoint = size * count_parameters(recipe.config, recipe.tie_embeddings).total
     text = f"a training checkpoint takes about {checkpoint / 2**30:.2f} GiB, {free / 2**30:.1f} GiB are free in {place}"

@@ -24,7 +24,7 @@ def computing(recipe: Recipe) -> "tuple[torch.device, torch.dtype, torch.autocas
 
     accelerator = accelerator_here()
     usual = default_precision(accelerator)
-    # What is no precision is a problem of the settings.
+    # The check of settings reports an unknown precision.
     dtype, autocast = PRECISIONS.get(recipe.precision or usual, PRECISIONS[usual])
     return torch.device(accelerator), dtype, torch.autocast(accelerator, autocast, enabled=autocast is not None)
 

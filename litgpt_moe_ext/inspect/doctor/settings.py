@@ -1,4 +1,4 @@
-"""What a run would say of the settings of a recipe before it trains, and of what it would start from."""
+"""Checks that a run would make of its settings and its start before training."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 
 def unread(checkpoint: Path) -> Finding:
-    """Return why nothing is said of the settings that a checkpoint was trained with."""
+    """Return why a checkpoint's settings are not checked."""
     file = checkpoint / "hyperparameters.yaml"
     return Finding("settings", "note", f"those of a checkpoint are not checked; `doctor {file}` checks them")
 
 
 def settings_together(recipe: Recipe, reading: "AbstractContextManager[Settings]") -> Iterator[Finding]:
-    """Yield what a run would say of the settings.
+    """Yield what a run would report about the settings.
 
     Args:
         recipe: The recipe.
-        reading: Gives the same as a run reads it; its errors, and those of its scope, are what the run would say.
+        reading: Yields the settings as a run reads them; its errors, and those within its scope, are the run's.
     """
     from litgpt_moe_ext.config.features import unlearned_routers
 
@@ -57,7 +57,7 @@ def _checked(recipe: Recipe, settings: "Settings") -> "Plan":
     if offers(data, "check_shards") and data.data_path.is_dir():
         data.check_shards()
     source = getattr(data, "source_path", None)
-    if offers(data, "check_sources") and (source is None or source.exists()):  # or else the data have a problem
+    if offers(data, "check_sources") and (source is None or source.exists()):  # otherwise the check of data reports it
         data.check_sources()
     return plan
 

@@ -1,4 +1,4 @@
-"""From a checkpoint and a text to figures about its experts, as plain data for reports."""
+"""Statistics about the experts of a checkpoint on a text, as plain data for reports."""
 
 import ast
 import math
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from litgpt import Tokenizer
 
 LEAST_EXPECTED = 5
-"""Visits that must be expected of a cell for its colour to mean something: the usual rule for counts in tables."""
+"""Least expected visits of a cell for its colour to be meaningful: the usual rule for counts in tables."""
 ENOUGH_VISITS = 100
-"""Visits per expert at which chance alone moves a load by no more than a fifth in 19 of 20 cases."""
+"""Visits per expert at which chance alone changes a load by at most a fifth in 19 of 20 cases."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _analyse_layer(layer: LayerRouting, tokens: ClassifiedTokens, tokenizer: "To
 
 
 def compare(first: Sequence[LayerRouting], second: Sequence[LayerRouting]) -> list[dict[str, Any]]:
-    """Return how far two checkpoints route the same tokens alike, layer by layer.
+    """Return the agreement of two checkpoints' routing of the same tokens, layer by layer.
 
     Raises:
         SettingsError: If they differ in their MoE layers.
@@ -164,7 +164,7 @@ def compare(first: Sequence[LayerRouting], second: Sequence[LayerRouting]) -> li
 
 
 def require_same_tokenizer(directories: Sequence[Path], tokenizers: "Sequence[Tokenizer]") -> None:
-    """Raise SettingsError unless all checkpoints read text as the same tokens."""
+    """Raise SettingsError unless all checkpoints tokenize text alike."""
     first, second = directories[0], directories[-1]
     if processor_of(tokenizers[0]).to_str() != processor_of(tokenizers[-1]).to_str():
         raise SettingsError(

@@ -23,7 +23,7 @@ from litgpt_moe_ext.moe.router import Router, Routing
 
 @dataclass
 class LayerRouting:
-    """What one router decided for a text.
+    """The decisions of one router for a text.
 
     Attributes:
         layer: Number of the layer among all layers of the model.
@@ -107,11 +107,11 @@ class RoutingRecorder:
         return [recording.layer for recording in self._recordings]
 
     def keep(self, keep_BT: Tensor | None) -> None:
-        """Say which tokens of the following forward passes count, for example those that are not padding."""
+        """Set which tokens of the following forward passes count, for example those that are not padding."""
         self._keep_BT = keep_BT
 
     def take(self) -> list[LayerRouting]:
-        """Return what was recorded, in order of depth, and start again with nothing."""
+        """Return the recorded routing in order of depth, and clear the record."""
         taken = [recording.take() for recording in self._recordings]
         for recording in self._recordings:
             recording.weights.clear(), recording.experts.clear(), recording.entropy.clear()
@@ -133,7 +133,7 @@ def record_routing(
         advance: Called with the number of tokens done after each forward pass.
 
     Raises:
-        SettingsError: If the model has no MoE layers, or does not know a token.
+        SettingsError: If the model has no MoE layers, or a token is unknown to it.
     """
     check_ids(model, chain.from_iterable(texts))
     recorder = RoutingRecorder(model)
@@ -151,7 +151,7 @@ def record_routing(
 
 
 def _reader_of(mlp: nn.Module) -> Callable[..., tuple[Routing, Tensor | None]] | None:
-    """Return what turns output and inputs of a layer's gate into its routing and scores, or None for a dense layer."""
+    """Return a function from a gate's output and inputs to its layer's routing and scores; None for a dense layer."""
     gate = getattr(mlp, "gate", None)
     if isinstance(gate, Router):
         return lambda routing, x_TD, _n_sequence, _real_T, ids: (routing, gate.scores(x_TD, ids))

@@ -1,4 +1,4 @@
-"""The expert analysis as one HTML page that needs nothing else, as pictures, and as JSON."""
+"""The expert analysis as a self-contained HTML page, as pictures, and as JSON."""
 
 import html
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What the routing of a text says about the experts. Pure functions.
+"""Statistics of the experts from the routing of a text, as pure functions.
 
 Shape legend: N tokens, K chosen experts per token, E experts, C classes of tokens, V different token ids.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def expert_load(experts_NK: Tensor, n_expert: int) -> Tensor:
-    """Return the tokens that visit each expert, (E,), int64."""
+    """Return the number of tokens that visit each expert, (E,), int64."""
     return torch.bincount(experts_NK.flatten(), minlength=n_expert)
 
 
@@ -30,14 +30,14 @@ def coactivation(experts_NK: Tensor, n_expert: int) -> Tensor:
 
 
 def coactivation_lift(pairs_EE: Tensor, least: float = 0.0) -> Tensor:
-    """Return how often a pair is visited over how often it would be if only the loads counted, (E, E), float64.
+    """Return each pair's visits relative to those expected from the loads alone, (E, E), float64.
 
     A pair is expected in proportion to the product of its loads, scaled so that the expectations of all pairs sum to
     the number of pairs. The diagonal, and pairs with an expert without tokens, are nan.
 
     Args:
         pairs_EE: As from `coactivation`.
-        least: Pairs of which fewer are expected are nan as well.
+        least: Pairs with fewer expected visits are nan as well.
     """
     load_E = pairs_EE.diagonal().double()
     off_EE = ~torch.eye(len(pairs_EE), dtype=torch.bool)
@@ -65,7 +65,7 @@ def lift(counts_CE: Tensor, least: float = 0.0) -> Tensor:
 
     Args:
         counts_CE: As from `class_counts`.
-        least: Cells in which fewer visits are expected are nan as well.
+        least: Cells with fewer expected visits are nan as well.
     """
     counts_CE = counts_CE.double()
     expected_CE = torch.outer(counts_CE.sum(dim=1), counts_CE.sum(dim=0)) / counts_CE.sum()
@@ -90,8 +90,8 @@ class SpecificToken(NamedTuple):
     Attributes:
         id: Token id.
         count: How often it visits the expert.
-        share: Of its occurrences, how many visit the expert.
-        score: Log-likelihood ratio G^2 of token and expert (Dunning 1993): how sure it is that they belong together.
+        share: Fraction of its occurrences that visit the expert.
+        score: Log-likelihood ratio G^2 of token and expert (Dunning 1993): how certain their association is.
     """
 
     id: int
@@ -146,8 +146,8 @@ class Agreement(NamedTuple):
     Attributes:
         same: Mean share of a token's K experts that are the same by number; for two checkpoints of one run.
         matched: The same after renumbering the second router's experts to agree best; for two runs.
-        chance: What `matched` would be if both chose by their loads alone.
-        matching: Number of the second router's expert that goes with each of the first's.
+        chance: Value of `matched` if both chose by their loads alone.
+        matching: Number of the second router's expert that corresponds to each of the first's.
         overlap_EE: Tokens that visit expert i of the first and expert j of the second.
     """
 
@@ -159,7 +159,7 @@ class Agreement(NamedTuple):
 
 
 def agreement(first_NK: Tensor, second_NK: Tensor, n_expert: int) -> Agreement:
-    """Compare the choices of two routers with as many experts, for the same tokens."""
+    """Compare the choices of two routers with the same number of experts, for the same tokens."""
     n, k = first_NK.shape
     visits = [torch.zeros(n, n_expert, dtype=torch.float64).scatter_(1, e, 1.0) for e in (first_NK, second_NK)]
     overlap_EE = visits[0].t() @ visits[1]

@@ -27,7 +27,7 @@ def with_experts(model: GPT, tokens: Iterator[int]) -> Iterator[Written]:
 
     Args:
         model: The model that writes.
-        tokens: What it writes, from `litgpt_moe_ext.evaluation.streaming.stream`.
+        tokens: Its output, from `litgpt_moe_ext.evaluation.streaming.stream`.
 
     Yields:
         The tokens with their experts.

@@ -1,1 +1,1 @@
-"""Training runs from their logs."""
+"""Reading and drawing training runs from their logs."""

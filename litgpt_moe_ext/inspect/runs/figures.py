@@ -26,7 +26,7 @@ def curves_figure(runs: Sequence[RunLog]) -> Figure:
             axes.grid(alpha=0.25, linewidth=0.5)
         for i, run in enumerate(runs):
             color = f"C{i % 10}"
-            # Runs that are alike lie on top of each other: those below are wider.
+            # Similar runs overlap, so lower lines are wider.
             width = 1.1 + 0.9 * min(len(runs) - 1 - i, 2)
             for axes, (tokens, values) in zip(
                 panels.flat,

@@ -1,4 +1,4 @@
-"""Training runs as they are read from their csv logs."""
+"""Training runs, read from their CSV logs."""
 
 import csv
 import math
@@ -24,21 +24,21 @@ class RunLog:
 
     Attributes:
         name: Name of the run.
-        columns: By metric one float for each log line, nan where the line lacks it, infinity where it has nan; lines
-            are in the order of `total_tokens`.
+        columns: By metric, one float per log line: nan if the line lacks it, infinity if it has nan. Lines are in the
+            order of `total_tokens`.
     """
 
     name: str
     columns: dict[str, np.ndarray]
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return tokens and values of the lines that have the metric `name`; both empty where none has."""
+        """Return tokens and values of the lines that have the metric `name`; both empty if none has."""
         values = self.columns.get(name, np.array([]))
         there = ~np.isnan(values)
         return self.columns[TOKENS][: len(values)][there], values[there]
 
     def tokens_per_second(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return tokens and training speed: as logged, or by the time of an iteration, which leaves validation out."""
+        """Return tokens and training speed: as logged, or from the iteration time, which excludes validation."""
         if "tokens_per_second" in self.columns:
             return self.series("tokens_per_second")
         if not {"iter", "iter_time"} <= set(self.columns):
@@ -62,16 +62,16 @@ class RunLog:
 
 
 def load_run(directory: Path, name: str | None = None) -> RunLog:
-    """Read the logs of a run: its wide table, or what LitGPT's own csv logger wrote, put together if it was resumed.
+    """Read the logs of a run: its wide table, or the merged parts of LitGPT's own CSV logs.
 
-    Where a later part of LitGPT's logs repeats steps of an earlier one, the later counts.
+    If a later part of LitGPT's logs repeats steps of an earlier one, the later counts.
 
     Args:
         directory: The run's `out_dir`.
-        name: What to call the run. Default: the name of the directory.
+        name: Name of the run. Default: the name of the directory.
 
     Raises:
-        SettingsError: If there are no csv logs, they cannot be read, or do not say how many tokens had been seen.
+        SettingsError: If there are no CSV logs, they cannot be read, or they lack token counts.
     """
     paths = [directory / WIDE_FILE]
     if not paths[0].is_file():
@@ -113,7 +113,7 @@ def distinct_names(directories: Sequence[Path]) -> list[str]:
 
 
 def _read(path: Path) -> list[dict[str, float]]:
-    # LitGPT's own lines of validation have no count of tokens: they are those of the training line before.
+    # LitGPT's validation lines have no token count: use that of the preceding training line.
     rows: list[dict[str, float]] = []
     tokens = math.nan
     try:
@@ -130,7 +130,7 @@ def _read(path: Path) -> list[dict[str, float]]:
 
 
 def _number(text: str | list[str] | None) -> float | None:
-    # What is behind the last column is a list. A loss that is no number stands in the file as nan, which is a gap here.
+    # Values beyond the last column are a list. A nan in the file becomes infinity, as nan here means a gap.
     try:
         number = float(text) if isinstance(text, str) else None
     except ValueError:

@@ -1,4 +1,4 @@
-"""The learning rate over a training that has not begun."""
+"""The planned learning rates of a training."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -23,8 +23,8 @@ def planned_rates(settings: Settings, name: ScheduleName) -> list[float]:
     """Return the learning rate of every optimizer step of a training, from the code that the training runs.
 
     Args:
-        settings: Of the run.
-        name: Shape of the schedule, in place of the recipe's.
+        settings: Settings of the run.
+        name: Name of the schedule, instead of the recipe's.
 
     Raises:
         SettingsError: If the training has no step, or needs its data to know the length of the warm-up.
@@ -64,7 +64,7 @@ def schedule_figure(rates: Mapping[str, Sequence[float]]) -> Figure:
         figure = Figure(figsize=(6, 3.2), layout="constrained")
         axes = figure.subplots()
         for i, (name, values) in enumerate(rates.items()):
-            # Curves may lie on top of each other for most of their length.
+            # Different line styles, as curves may mostly overlap.
             axes.plot(range(1, len(values) + 1), values, _STYLES[i % len(_STYLES)], linewidth=1.3, label=name)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("learning rate")
