@@ -111,7 +111,7 @@ def _is_unread(stream: TextIO) -> bool:
         if not any(event & select.POLLERR for _, event in pipe.poll(0)):
             return False
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    except (AttributeError, OSError, ValueError):  # Windows has no poll; what stands in for a stream has no descriptor
+    except (AttributeError, OSError, ValueError):  # Windows has no poll; a replaced stream has no descriptor
         return False
     return True
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def add_position_embedding(model: GPT) -> None:
-    """Give a model `transformer.wpe`, an embedding of `block_size` positions, if its configuration asks for one."""
+    """Give a model with learned positions `transformer.wpe`, an embedding of `block_size` positions."""
     config = _config(model)
     if config.position_embedding == "learned":
         model.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)

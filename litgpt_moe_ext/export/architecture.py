@@ -45,7 +45,7 @@ class Architecture:
     vllm: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Find facts that are misspelt."""
+        """Check the spelling of facts."""
         assert self.can.keys() | self.vllm.keys() <= {fact.name for fact in fields(Facts)}, self
 
     def lacks(self, facts: Facts) -> list[str]:

@@ -1,7 +1,7 @@
 """FLOPs that torch's FLOP counter misses: in MoE layers, grouped products and the `flash-attn` package.
 
 LitGPT 0.5.13 measures the FLOPs of a training step on a meta copy of the model before it trains. Its own `LLaMAMoE`
-asks `torch.where` which tokens go to which expert, which meta tensors cannot answer: `litgpt pretrain` with
+uses `torch.where` to find the tokens of each expert, which fails on meta tensors: `litgpt pretrain` with
 `LLaMAMoE` dies with "The register_meta function for torch.nonzero() raises unimplemented by default". Assuming that
 every entry is nonzero avoids the crash but counts every expert for every token. Here, on meta tensors only, the layer
 does the work of the active experts: each token passes through `n_expert_per_token` of them.

@@ -19,7 +19,7 @@ class FixedRouter(Router):
         return Rule("even", self.top_k) if type(self).choose is FixedRouter.choose else None
 
     def given(self, x_TD: Tensor, ids: TokenIds | None = None) -> tuple[Given, None]:
-        """Return what `rank` returns."""
+        """Return the result of `rank` as the fused kernels' input."""
         return Given(self.rank(x_TD, ids).contiguous()), None
 
     def choose(self, x_TD: Tensor, ids: TokenIds | None = None) -> Choice:
@@ -29,7 +29,7 @@ class FixedRouter(Router):
         return Choice(torch.full(experts_TK.shape, 1 / self.top_k, dtype=dtype, device=x_TD.device), experts_TK)
 
     def scores(self, x_TD: Tensor, ids: TokenIds | None = None) -> None:
-        """Return None: there are none."""
+        """Return None: the router has no scores."""
 
     def rank(self, x_TD: Tensor, ids: TokenIds | None) -> Tensor:
         """Return a number for each token and expert, (T, E); the K highest of a token are chosen."""

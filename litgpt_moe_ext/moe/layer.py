@@ -80,7 +80,7 @@ class FeedForward(LLaMAMLP):
 
 
 class MoE(nn.Module):
-    """Routed experts plus, if the configuration asks for them, shared experts that every token visits.
+    """Routed experts plus, if configured, shared experts that every token visits.
 
     `y = sum over chosen experts of gate * expert(x) + shared(x)` (DeepSeekMoE, arXiv:2401.06066, equation 9; the
     residual connection is LitGPT's). With `shared_expert_gate` the shared part is multiplied by `sigmoid(x w)`, as in

@@ -25,7 +25,7 @@ class StepShares:
 
     Forward passes repeated by activation checkpointing run within a backward pass and are not counted.
 
-    The counts of a step are added up in place, so that passes which were captured as CUDA graphs go on adding to them.
+    Counts are added in place, so that passes captured as CUDA graphs keep adding to them.
     """
 
     def __init__(self) -> None:

@@ -231,7 +231,7 @@ class LitGPTMoEMLP(nn.Module):
 
 
 class LitGPTMoERouter(nn.Module):
-    """Chooses K experts per token and weighs them; float32 whatever the model's type."""
+    """Chooses K experts per token and their weights; float32 whatever the model's type."""
 
     def __init__(self, config):
         super().__init__()
@@ -410,7 +410,7 @@ class LitGPTMoEModel(LitGPTMoEPreTrainedModel):
         return_dict=None,
         **kwargs,
     ):
-        """Return the last hidden states (B, T, D), the cache if one is used, and hidden states of all layers if asked.
+        """Return the last hidden states (B, T, D), the cache if used, and all layers' hidden states if requested.
 
         The cache has either name in every version. Other arguments are for the attention of a serving engine.
         """

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def parse(module: ModuleType, loader: Any) -> ast.Module | None:
-    """Return the syntax tree of a module, or None where there is no source."""
+    """Return the syntax tree of a module, or None if it has no source."""
     source = loader.get_source(module.__name__) if hasattr(loader, "get_source") else None
     return None if source is None else ast.parse(source)
 

@@ -5,7 +5,7 @@ kernel clears every page again: 44 ms for 100 MB where 4 ms suffice. Stacked exp
 training step allocates their gradients anew. If glibc is told to keep freed memory (`mallopt`, malloc.h), the second
 step reuses the memory of the first.
 
-Switches itself off where there is no glibc, and where the user has made a choice (`MALLOC_*` variables, or
+Switches itself off without glibc, and if the user has chosen settings (`MALLOC_*` variables, or
 `GLIBC_TUNABLES`, see mallopt(3)).
 """
 

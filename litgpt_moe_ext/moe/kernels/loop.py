@@ -60,7 +60,7 @@ def _each(weights: ExpertWeights) -> list[ExpertWeights]:
 
 
 def _expert(x_ND: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
-    # Here the weights are those of one expert.
+    # `weights` are those of one expert.
     a_NF = hidden.activation(F.linear(x_ND, weights.up_EGD, weights.up_bias_EG))
     if len(x_ND) and not x_ND.is_meta and (keep_NF := hidden.dropout_mask(len(x_ND), a_NF)) is not None:
         a_NF = a_NF * keep_NF

@@ -46,7 +46,7 @@ def _kernels() -> Any:
 
 
 def _products(weight_ED: Tensor) -> tuple[Tensor, Tensor]:
-    # The weights in float32, and the products of their rows in the precision of torch's settings.
+    # The precision of the product follows torch's settings.
     weight_ED = weight_ED.float()
     return weight_ED, weight_ED @ weight_ED.t()
 

@@ -95,20 +95,20 @@ def expert_down(call: Down) -> Tensor:
 
 def _backward(call: Down, needs: Any, dy_TD: Tensor) -> dict[str, Tensor | None]:
     # The addend has the dtype of the sum.
-    found = {"added_TD": dy_TD if needs.added_TD else None}
+    gradient_of = {"added_TD": dy_TD if needs.added_TD else None}
     dy_TD, plan = dy_TD.to(call.h_RG.dtype).contiguous(), (call.rows_R, call.ends_E)
     if needs.h_RG or needs.gates_TK or needs.weight_EDF:
-        found["h_RG"], a_RF, dgates_TK = _activation_gradients(call, dy_TD)
+        gradient_of["h_RG"], a_RF, dgates_TK = _activation_gradients(call, dy_TD)
         if needs.weight_EDF:
             dtype, engine = call.weight_EDF.dtype, call.engine
             outer = OuterProduct(dy_TD, a_RF, *plan, gather_left=True, dtype=dtype, engine=engine)
-            found["weight_EDF"] = weight_gradient(call.weight_EDF, outer)
+            gradient_of["weight_EDF"] = weight_gradient(call.weight_EDF, outer)
         if call.bias_ED is not None:
             dgates_TK = dgates_TK + _bias_share(dy_TD, call.bias_ED, call.experts_TK)
-        found["gates_TK"] = dgates_TK.to(call.gates_TK.dtype)
+        gradient_of["gates_TK"] = dgates_TK.to(call.gates_TK.dtype)
     if needs.bias_ED and call.bias_ED is not None:
-        found["bias_ED"] = sum_rows(RowSum(dy_TD, call.gates_TK, *plan, call.bias_ED.dtype, call.engine))
-    return found
+        gradient_of["bias_ED"] = sum_rows(RowSum(dy_TD, call.gates_TK, *plan, call.bias_ED.dtype, call.engine))
+    return gradient_of
 
 
 def _activation_gradients(call: Down, dy_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

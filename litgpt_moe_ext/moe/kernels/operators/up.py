@@ -67,10 +67,10 @@ def _backward(call: Up, needs: Any, dh_RG: Tensor) -> dict[str, Tensor | None]:
     dh_RG = dh_RG.contiguous()
     if needs.x_TD and goes_aside(call.x_TD):
         with gradients(call.x_TD):
-            found = _parameter_gradients(call, needs, dh_RG)
-        found["x_TD"] = _token_gradient(call, dh_RG)
+            gradient_of = _parameter_gradients(call, needs, dh_RG)
+        gradient_of["x_TD"] = _token_gradient(call, dh_RG)
         join()
-        return found
+        return gradient_of
     dx_TD = _token_gradient(call, dh_RG) if needs.x_TD else None
     return {"x_TD": dx_TD, **_parameter_gradients(call, needs, dh_RG)}
 
@@ -84,14 +84,14 @@ def _token_gradient(call: Up, dh_RG: Tensor) -> Tensor:
 
 
 def _parameter_gradients(call: Up, needs: Any, dh_RG: Tensor) -> dict[str, Tensor | None]:
-    found, plan = {}, (call.rows_R, call.ends_E)
+    gradient_of, plan = {}, (call.rows_R, call.ends_E)
     if needs.weight_EGD:
         x_TD, dtype = call.x_TD.to(call.dtype), call.weight_EGD.dtype
         outer = OuterProduct(dh_RG, x_TD, *plan, gather_left=False, dtype=dtype, engine=call.engine)
-        found["weight_EGD"] = weight_gradient(call.weight_EGD, outer)
+        gradient_of["weight_EGD"] = weight_gradient(call.weight_EGD, outer)
     if needs.bias_EG and call.bias_EG is not None:
-        found["bias_EG"] = sum_rows(RowSum(dh_RG, None, *plan, call.bias_EG.dtype, call.engine))
-    return found
+        gradient_of["bias_EG"] = sum_rows(RowSum(dh_RG, None, *plan, call.bias_EG.dtype, call.engine))
+    return gradient_of
 
 
 expert_up.set_gradient(_backward)

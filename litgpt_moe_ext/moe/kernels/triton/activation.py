@@ -28,7 +28,7 @@ class _Hidden(NamedTuple):
     width: Any
 
 
-class _Found(NamedTuple):
+class _Outputs(NamedTuple):
     # Gradients of the fields of `_Hidden` and of the gate values; `a` as in `Gradients`. The last two are None without
     # gate values.
     x: Any
@@ -80,8 +80,8 @@ def activate_backward(h_RG: Tensor, da_RF: Tensor, gates: Gates, activation: Any
         torch.empty_like(h_RG), torch.empty_like(da_RF), torch.empty_like(gates.gates_TK, dtype=torch.float32)
     )
     x, up, *_ = _parts(gradients.h_RG, activation)
-    found = _Found(x, up, gradients.a_RF, gradients.gates_TK)
-    _go_back((_parts(h_RG, activation), da_RF, gates, mask, found), activation)
+    outputs = _Outputs(x, up, gradients.a_RF, gradients.gates_TK)
+    _go_back((_parts(h_RG, activation), da_RF, gates, mask, outputs), activation)
     return gradients
 
 
@@ -97,7 +97,7 @@ def glu_backward(da_TF: Tensor, gate: Tensor, up_TF: Tensor | None, activation: 
     dgate, dup_TF = torch.empty_like(gate), None if up_TF is None else torch.empty_like(up_TF)
     x, up, *_ = _gate_and_up(dgate, dup_TF, activation)
     hidden = _gate_and_up(gate, up_TF, activation)
-    _go_back((hidden, da_TF, Gates(None, None), Mask(), _Found(x, up, None, None)), activation)
+    _go_back((hidden, da_TF, Gates(None, None), Mask(), _Outputs(x, up, None, None)), activation)
     return dgate, gate.new_empty(0) if dup_TF is None else dup_TF
 
 
@@ -216,7 +216,7 @@ def _activate(hidden, a, mask, FORM: constexpr):
 
 
 @triton.jit
-def _activate_backward(hidden, da, gates, mask, found, FORM: constexpr):
+def _activate_backward(hidden, da, gates, mask, outputs, FORM: constexpr):
     row_M = tl.program_id(0) * FORM.rows + tl.arange(0, FORM.rows)
     live_M = row_M < hidden.rows
     choice_M, gate_M1 = row_M, tl.full((FORM.rows, 1), 1.0, tl.float32)
@@ -230,17 +230,17 @@ def _activate_backward(hidden, da, gates, mask, found, FORM: constexpr):
         factor_MN = _factor(mask, at_MN, inside_MN)
         value_MN, times_MN = value_of(x_MN, FORM), factor_of(up_MN, FORM)
         da_MN = tl.load(da + at_MN, mask=inside_MN, other=0.0).to(tl.float32)
-        if found.a is not None:
+        if outputs.a is not None:
             a_MN = value_MN * times_MN * factor_MN
             dot_MN += a_MN * da_MN
-            tl.store(found.a + at_MN, (a_MN * gate_M1).to(da.dtype.element_ty), mask=inside_MN)
+            tl.store(outputs.a + at_MN, (a_MN * gate_M1).to(da.dtype.element_ty), mask=inside_MN)
         da_MN = da_MN * gate_M1 * factor_MN
         dx_MN = da_MN * times_MN * _slope_of(x_MN, FORM)
-        tl.store(found.x + of_MN, dx_MN.to(da.dtype.element_ty), mask=inside_MN)
+        tl.store(outputs.x + of_MN, dx_MN.to(da.dtype.element_ty), mask=inside_MN)
         if FORM.gated:
             dup_MN = da_MN * value_MN
             if FORM.kind == "clamped_silu":
                 dup_MN = tl.where(tl.abs(up_MN) > 7.0, 0.0, dup_MN)
-            tl.store(found.up + of_MN, dup_MN.to(da.dtype.element_ty), mask=inside_MN)
+            tl.store(outputs.up + of_MN, dup_MN.to(da.dtype.element_ty), mask=inside_MN)
     if gates.rows_R is not None:
-        tl.store(found.gates + choice_M, tl.sum(dot_MN, 1), mask=live_M)
+        tl.store(outputs.gates + choice_M, tl.sum(dot_MN, 1), mask=live_M)
