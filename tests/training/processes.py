@@ -42,12 +42,13 @@ class Training:
     """
 
     def __init__(self, *arguments: str | Path, environment: dict[str, str] | None = None) -> None:
-        pipe = Path(tempfile.mkdtemp()) / "output"
-        os.mkfifo(pipe)
-        self._process = CONTEXT.Process(target=_train, args=(str(pipe), [str(a) for a in arguments], environment or {}))
-        self._process.start()
-        self.pid = self._process.pid
-        self.stdout = open(pipe, encoding="utf-8")  # noqa: SIM115
+        with tempfile.TemporaryDirectory() as folder:
+            pipe, command_line = f"{folder}/output", [str(argument) for argument in arguments]
+            os.mkfifo(pipe)
+            self._process = CONTEXT.Process(target=_train, args=(pipe, command_line, environment or {}))
+            self._process.start()
+            self.pid = self._process.pid
+            self.stdout = open(pipe, encoding="utf-8")  # noqa: SIM115  once the process has opened it, too
 
     @property
     def returncode(self) -> int | None:
