@@ -3,8 +3,8 @@
     python benchmarks/attention.py            # all tables, under five minutes
     python benchmarks/attention.py --rounds 5 # quicker, noisier
 
-Contenders of one table run in turn, round by round and every other round backwards, and a cell is the median over the
-rounds of a ratio within a round: other users of the machine disturb both sides of it. Nothing is asserted.
+The contenders of a table take turns, every other round in reverse order. A cell is the median over the rounds of a
+ratio within a round, so that other users of the machine disturb both sides of it. Nothing is asserted.
 """
 
 import argparse
@@ -42,7 +42,7 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """PyTorch's attention, without sinks: what everything is compared with."""
+    """PyTorch's attention, without sinks: the baseline of every comparison."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=SCALE)
 
 
@@ -80,7 +80,7 @@ def ratios(calls: dict[str, Callable[[], None]], rounds: int) -> tuple[float, di
     """Time calls in turn.
 
     Returns:
-        Median milliseconds of the first one, and for the others the median over rounds of their time by its time.
+        Median milliseconds of the first, and for each other call the median over rounds of its time over the first's.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
@@ -101,7 +101,7 @@ def ratios(calls: dict[str, Callable[[], None]], rounds: int) -> tuple[float, di
 
 
 def contenders(T: int) -> dict[str, Attend]:
-    """Return everything that is compared with `sdpa` at T tokens."""
+    """Return the contenders to compare with `sdpa` at T tokens."""
     sinks = torch.zeros(H, requires_grad=True)
     found = {
         "sinks": contender(sinks),
@@ -118,7 +118,7 @@ def contenders(T: int) -> dict[str, Attend]:
 def print_attention(rounds: int) -> None:
     """Print ratios to SDPA."""
     names = list(contenders(2048))
-    # The written-out softmax would take most of the time of the table.
+    # The eager softmax would take most of the table's time.
     skipped = {512: (), 2048: ("eager sinks",)}
     print("## Ratio of time to `F.scaled_dot_product_attention(is_causal=True, enable_gqa=True)`\n")
     print("| T | dtype | pass | SDPA, ms | " + " | ".join(names) + " |")
@@ -166,7 +166,7 @@ filled part of the cache once, and cannot be beaten by more than the limit witho
 def read_once(tensors: list[torch.Tensor]) -> None:
     """Read every number of some tensors."""
     for x in tensors:
-        # As float32, whatever the type: adding up bfloat16 takes longer than reading it.
+        # As float32 for any dtype: summing bfloat16 takes longer than reading it.
         x.view(torch.float32).sum()
 
 
@@ -192,7 +192,7 @@ def print_decoding(rounds: int) -> None:
                 for name, layer in layers.items():
                     layer.to(dtype).eval()
                     layer.kv_cache = layer.build_kv_cache(B, S, d, dtype=dtype)
-                    # Memory that has never been written is one page of zeros, which is read from the first-level cache.
+                    # Memory never written to is a single page of zeros, read from the L1 cache.
                     layer.kv_cache.k.normal_(), layer.kv_cache.v.normal_()
                     calls[name] = partial(layer, x, cos, sin, mask, position, S)
                 cache = layers["sinks"].kv_cache
@@ -208,7 +208,7 @@ def peak_mebibytes(name: str) -> float:
     T = 2048
     attend = {"sdpa": sdpa, **contenders(T)}[name]
     inputs, dout = make_inputs(T, torch.float32, True), torch.randn(1, H, T, d)
-    # A small call first, so that what the libraries keep for themselves does not count.
+    # A small call first, so that memory kept by the libraries does not count.
     small = make_inputs(64, torch.float32, True)
     run_training(sdpa, small, dout[:, :, :64])
     before = _peak_after_reset()
@@ -217,7 +217,7 @@ def peak_mebibytes(name: str) -> float:
 
 
 def _peak_after_reset() -> int:
-    # The imports needed more than the process holds now; Linux forgets that peak when asked to.
+    # The imports had a higher peak than now; have Linux reset it.
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmHWM")

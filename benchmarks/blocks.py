@@ -1,11 +1,11 @@
-"""Times of the experts' products by the size of their blocks, from which `moe/kernels/triton/tiles.py` chooses.
+"""Times of the experts' products by block size, to fill the tables of `moe/kernels/triton/tiles.py`.
 
     python benchmarks/blocks.py                       # on a card, some minutes; blocks.json and Markdown
     python benchmarks/blocks.py --tokens 2048 --only weights
 
-For each product of five layers: the block of the tables, and the fastest of those tried, microseconds of a launch out
-of twenty in a CUDA graph. Gradients of weights are written, or added to others. Send what it finds on a card that the
-tables know nothing of.
+For each product of five layers: the tables' block and the fastest blocks tried, in microseconds of a launch out of
+twenty in a CUDA graph. Gradients of weights are written, or added to others. Please send results for cards that the
+tables lack.
 
 Shape legend: T tokens, D model width, F hidden width of one expert, E experts, K chosen experts per token.
 """
@@ -50,7 +50,7 @@ TRIED = {
 
 
 class Fixed:
-    """Stands in for the tables, and remembers what these would have chosen.
+    """Replaces the tables, and records what they would have chosen.
 
     Args:
         tiles: The tables' entry.
@@ -72,7 +72,7 @@ class Fixed:
 
 @contextlib.contextmanager
 def blocks(module: Any, tile: Tile | None) -> Iterator[list[Fixed]]:
-    """Let a module's launches take one block, in this scope; yields what was taken."""
+    """Within the scope, have a module's launches use one block; yield the blocks used."""
     original, taken = module.tiles_for, []
 
     def tiles_for(*arguments: Any) -> tuple[Fixed, str]:
@@ -88,7 +88,7 @@ def blocks(module: Any, tile: Tile | None) -> Iterator[list[Fixed]]:
 
 
 def make_plan(T: int, E: int, K: int, device: str) -> Plan:
-    """Return an uneven routing, by which the fullest expert has about three times the tokens of the emptiest."""
+    """Return an uneven routing: the fullest expert has about three times the tokens of the emptiest."""
     generator = torch.Generator().manual_seed(0)
     chances_E = torch.rand(E, generator=generator) + 0.5
     experts_TK = torch.multinomial(chances_E.expand(T, E), K, generator=generator).to(device)
@@ -146,14 +146,14 @@ def compile_block(job: tuple[str, int, torch.dtype, str, Tile]) -> None:
     module = {"rows": rows, "weights": weights}[kind]
     for of_kind, call in products(layer, T, "cuda", dtype).values():
         if of_kind == kind:
-            # A block that does not fit is left out when it is measured.
+            # A block that does not fit is skipped when measuring.
             with contextlib.suppress(Exception), blocks(module, tile):
                 call()
     torch.cuda.synchronize()
 
 
 def measure(kind: str, call: Callable[[], Tensor]) -> dict[str, Any]:
-    """Return the time by the tables' block, and by each that fits, the fastest first."""
+    """Return the time with the tables' block and with each block that fits, the fastest first."""
     module = {"rows": rows, "weights": weights}[kind]
     with blocks(module, None) as taken:
         ours = microseconds(call)

@@ -1,4 +1,4 @@
-"""Preparing and reading tokens, side by side with litdata: `uv run python benchmarks/data.py`.
+"""Preparing and reading tokens, compared with litdata: `uv run python benchmarks/data.py`.
 
 Preparation: the standard library's source, as one JSON lines file per part, encoded with the same tokenizer; the median
 of three turns, by one process with a thread per core, and by a process per core, whose start is part of it. Reading:
@@ -35,7 +35,7 @@ PARTS = 4
 
 
 def write_parts(folder: Path, megabytes: float) -> list[Path]:
-    """Writes about so much text as JSON lines, divided among `PARTS` files."""
+    """Write about this much text as JSON lines, divided among `PARTS` files."""
     left, texts = megabytes * 1e6, []
     for source in PythonStdlib().sources(FileHashes(folder)):
         texts += [record.text for record in source.records()]
@@ -49,7 +49,7 @@ def write_parts(folder: Path, megabytes: float) -> list[Path]:
 
 
 def encode_for_litdata(path: str, tokenizer_dir: str):
-    """Yields the tokens of each document, as an input of `litdata.optimize`."""
+    """Yield the tokens of each document, as an input of `litdata.optimize`."""
     import torch
 
     tokenizer = open_for_documents(tokenizer_dir)
@@ -58,7 +58,7 @@ def encode_for_litdata(path: str, tokenizer_dir: str):
 
 
 def prepare_with_litdata(paths: list[Path], folder: Path, tokenizer_dir: Path, workers: int) -> None:
-    """Prepares the same documents with litdata, in folders of its own."""
+    """Prepare the same documents with litdata, in its own folders."""
     os.environ["DATA_OPTIMIZER_CACHE_FOLDER"] = str(folder / "cache")
     os.environ["DATA_OPTIMIZER_DATA_CACHE_FOLDER"] = str(folder / "data_cache")
     from litdata import optimize
@@ -76,7 +76,7 @@ def prepare_with_litdata(paths: list[Path], folder: Path, tokenizer_dir: Path, w
 
 
 def batches_per_second(loader, seconds: float) -> float:
-    """Returns how many batches a second an iteration gives, epochs following each other."""
+    """Return the batches per second of an iteration over consecutive epochs."""
     count, started = 0, time.perf_counter()
     while True:
         for _ in loader:
@@ -87,7 +87,7 @@ def batches_per_second(loader, seconds: float) -> float:
 
 
 def loaders(ours: Path, theirs: Path, block_size: int, batch_size: int) -> dict:
-    """Returns both training loaders over the same tokens."""
+    """Return both training loaders over the same tokens."""
     from litdata.streaming import StreamingDataLoader, StreamingDataset, TokensLoader
 
     from litgpt_moe_ext.data import PreparedCorpus

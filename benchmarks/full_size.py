@@ -3,9 +3,9 @@
     python benchmarks/full_size.py                              # code-moe-60m and gpt-moe-fineweb, half an hour
     python benchmarks/full_size.py --recipes code-moe-60m --steps 20
 
-Corpora and tokenizers come from Python's standard library, in the files and with the schema that the recipes expect
-(CodeParrot's `.json.gz`; `.bin` shards of GPT-2 tokens) and with as many entries of the vocabulary as that much text
-yields. Everything else is the recipe, but for the batch, the number of steps and float32.
+Corpora and tokenizers are made from Python's standard library, in the files and schema that the recipes expect
+(CodeParrot's `.json.gz`; `.bin` shards of GPT-2 tokens), with as large a vocabulary as that much text yields.
+Everything else is as in the recipe, except the batch, the number of steps and float32.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def code_parrot(folder: Path) -> None:
 
 
 def fineweb(folder: Path) -> None:
-    """Write shards of GPT-2's form, end-of-text before every document, and their tokenizer."""
+    """Write shards like GPT-2's, with end-of-text before every document, and their tokenizer."""
     texts = prose()
     tokenizer_dir = folder / "data" / "tokenizers" / "gpt2"
     train_bpe(texts, BPESettings(50257, ["<|endoftext|>"]), tokenizer_dir)

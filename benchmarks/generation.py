@@ -3,9 +3,9 @@
     python benchmarks/generation.py                 # about two minutes on two cores
     python benchmarks/generation.py --dtype bfloat16
 
-The size follows from what is known of it: 8 experts of which a token visits 2, with ReLU and four times the width,
-learned positions for 1080 tokens, a vocabulary of 2048. 30 layers of width 256 with tied embeddings have 134.6M; with
-rotary positions and an output layer of its own, as here, it is 134.9M.
+The size follows from its known properties: 8 experts of which each token visits 2, with ReLU and four times the width,
+learned positions for 1080 tokens, a vocabulary of 2048. 30 layers of width 256 with tied embeddings have 134.6M
+parameters; with rotary positions and a separate output layer, as here, 134.9M.
 """
 
 import argparse
@@ -41,7 +41,7 @@ NANOGPT_MOE = {
     "n_expert_per_token": 2,
     "moe_intermediate_size": 1024,
 }
-# Of the same shape, but with the activation that LLaMAMoE has.
+# The same shape, but with LLaMAMoE's activation.
 SWIGLU = {**NANOGPT_MOE, "name": "the same with SwiGLU", "mlp_activation": "swiglu", "n_layer": 10}
 
 

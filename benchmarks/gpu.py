@@ -1,13 +1,13 @@
-"""Everything of this package that a card decides, in one command and under eight minutes on any NVIDIA card.
+"""All measurements of this package that need a card, in one command and under eight minutes on any NVIDIA card.
 
     python benchmarks/gpu.py                      # Markdown on the screen, and gpu-<card>.json
     python benchmarks/gpu.py --only experts steps
     python benchmarks/gpu.py --device cpu --tiny  # the same code at toy sizes, to see that it runs
 
-Each table is a module of `gpu_tables/`, which says what it measures. Contenders take turns on the same data; a cell is
-a median. What fails, or does not fit into memory or time, is left out, and says so; each table has its share of the
-time, and an error ends no more than its table, in a new process if the card is lost to this one. The file, which is
-written anew after every row, holds card, versions and clocks; send it along with what you report.
+Each table is a module of `gpu_tables/`, which describes what it measures. Contenders take turns on the same data; a
+cell is a median. Measurements that fail, or exceed memory or time, are left out with a message. Each table has its
+share of the time, and an error ends only its table; if this process has lost the card, the rest runs in a new one. The
+file is rewritten after every row and holds card, versions and clocks; please attach it to reports.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The MoE layer against others' (LitGPT, Hugging Face), other ways to compute it, the limit, and dense layers.
+"""The MoE layer against other libraries' (LitGPT, Hugging Face), other implementations, the limit, and dense layers.
 
     python benchmarks/moe_layer.py                      # all tables, about ten minutes on one core
     python benchmarks/moe_layer.py --precision medium   # float32 products as `torch.set_float32_matmul_precision` says
@@ -13,9 +13,9 @@
 | dense       | LitGPT's `LLaMAMLP` of the width of K experts: equal active work without routing          |
 | limit       | the matrix products of the active rows alone, evenly spread over the experts              |
 
-Everything is measured interleaved in one process, on one thread, in CPU time of the process (other users of the machine
-disturb it less than wall-clock time), with new tokens and a new routing for every call, as in training. Each contender
-first sees a number of routings: the libraries compile code for the sizes of matrices they meet, and a training run
+Everything is measured interleaved in one process, on one thread, in CPU time of the process (which other users of the
+machine disturb less than wall-clock time), with new tokens and a new routing for every call, as in training. Each
+contender first sees a number of routings, because the libraries compile code for each matrix size, and a training run
 meets the same sizes again. The layers without padding keep meeting new ones. The allocator keeps large blocks for all
 of them, as it does whenever our layer trains on a CPU (`litgpt_moe_ext.moe.kernels.allocator`).
 
@@ -93,7 +93,7 @@ SIZES = [
 
 
 class BareProducts(nn.Module):
-    """The limit: the matrix products of the active rows, evenly spread, on memory that is there already."""
+    """The limit: the matrix products of the active rows, evenly spread, on preallocated memory."""
 
     def __init__(self, size: Size, dtype: torch.dtype) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ def contenders(size: Size, dtype: torch.dtype) -> dict[str, nn.Module]:
 
 
 def fresh_tokens(size: Size, dtype: torch.dtype) -> Tensor:
-    """Return tokens around a random centre, so that each time other experts are more popular."""
+    """Return tokens around a random centre, so that different experts are popular each time."""
     return (torch.randn(1, size.T, size.D) + 0.3 * torch.randn(size.D)).to(dtype)
 
 
@@ -169,7 +169,7 @@ def measure(size: Size, dtype: torch.dtype, backward: bool, rounds: int, warmup:
         for name, layer in layers.items():
             if turn < warmup and name != "ours" and turn % 8:
                 continue
-            # As an optimizer with `zero_grad(set_to_none=True)` leaves it.
+            # As after an optimizer's `zero_grad(set_to_none=True)`.
             layer.zero_grad()
             x.grad = None
             if backward:
@@ -246,7 +246,7 @@ def print_training_step(rounds: int, batch: int = 8, length: int = 256) -> None:
 def whole_batch(
     size: Size, dtype: torch.dtype, backward: bool, arguments: argparse.Namespace
 ) -> tuple[str, dict[str, float]]:
-    # Without new sizes to compile for, float32 by BLAS needs no long warm-up.
+    # float32 by BLAS compiles nothing for new sizes, so it needs no long warm-up.
     fixed = dtype == torch.float32 and arguments.precision == "highest"
     warmup = 2 if fixed else arguments.warmup if backward else arguments.warmup // 3
     return f"{size.name} {short(dtype)}", measure(size, dtype, backward, arguments.rounds, warmup)

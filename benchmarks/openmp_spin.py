@@ -1,11 +1,10 @@
-"""What spinning OpenMP threads cost when another program wants a core.
+"""The cost of spinning OpenMP threads when another program uses a core.
 
     uv run python benchmarks/openmp_spin.py
 
-Trains the quickstart's model for a few steps in fresh processes, with the default of the OpenMP runtime, with the
-spin count that `run_train.py` sets and with threads that never spin; each on the machine as it is and beside busy
-processes on half of the cores. Prints milliseconds per step (median) and the ratio to the default on the free
-machine, interleaved.
+Trains the quickstart's model for a few steps in fresh processes, with the OpenMP runtime's default, with the spin count
+of `run_train.py`, and with threads that never spin, each with and without busy processes on half of the cores. The
+measurements are interleaved. Prints milliseconds per step (median) and the ratio to the default without busy processes.
 """
 
 import contextlib

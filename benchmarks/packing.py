@@ -1,8 +1,8 @@
-"""How long rows of packed documents take to gather: `uv run python benchmarks/packing.py [--before CHECKOUT]`.
+"""The time to gather rows of packed documents: `uv run python benchmarks/packing.py [--before CHECKOUT]`.
 
 Processor time per batch of 8 rows, documents of random lengths, one thread. `--before` names a second checkout of the
-repository (with an environment of its own in `.venv`); both then take turns, each turn in a process of its own, and the
-table shows the median of the ratios. Prints a Markdown table.
+repository, with its own environment in `.venv`; both then take turns, each turn in its own process, and the table shows
+the median of the ratios. Prints a Markdown table.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def measure() -> dict[str, float]:
 
 def measured_in(checkout: Path) -> dict[str, float]:
     """Return the same for the package of a checkout."""
-    # A script's own folder, not the present one, is where Python looks for packages first.
+    # Python looks for packages first in the script's folder, not in the working directory.
     code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import runpy; runpy.run_path(sys.argv[1], run_name='turn')"
     command = [str(checkout / ".venv/bin/python"), "-c", code, str(checkout), __file__]
     return json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)

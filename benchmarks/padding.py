@@ -1,10 +1,10 @@
-"""What padding does to the balance of experts: routed as text, as it was before, and left out.
+"""The effect of padding on the balance of experts: routed like text, as in earlier versions, or left out.
 
     python benchmarks/padding.py            # about 4 minutes of CPU time; the load of the machine changes no figure
 
-A small model is trained on the functions of Python's standard library, a byte a token and a function a row, so that
-about half of all tokens are padding. Over the last steps, what the routers log is compared with how the real tokens of
-the same batches spread over the experts.
+A small model is trained on the functions of Python's standard library, one byte per token and one function per row, so
+that about half of all tokens are padding. Over the last steps, the balance that the routers log is compared with that
+of the real tokens of the same batches.
 """
 
 import argparse
@@ -33,14 +33,14 @@ OBSERVED = 100  # steps at the end
 
 
 class Observed(NamedTuple):
-    """What the last steps of a run show.
+    """Measurements over the last steps of a run.
 
     Attributes:
         logged_L: MaxVio of each layer by the routers' own records, mean over steps.
         real_L: The same over real tokens only.
         idle_L: Experts of each layer with at most 1 % of the real tokens of all observed steps.
         loss: Mean training loss, in nats per real byte.
-        padding: Share of all tokens.
+        padding: Padding as a share of all tokens.
     """
 
     logged_L: list[float]

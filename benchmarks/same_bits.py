@@ -1,4 +1,4 @@
-"""How often a GPU repeats the bits of gradients of attention, embedding and RMSNorm: python benchmarks/same_bits.py.
+"""How often a GPU reproduces gradients of attention, embedding and RMSNorm bit for bit: python benchmarks/same_bits.py.
 
 The shapes are the quickstart's (4 heads of 32 that share 2, width 128), at 256 tokens and at 2,048.
 """
@@ -18,7 +18,7 @@ HEADS, GROUPS, HEAD_SIZE, WIDTH, VOCABULARY = 4, 2, 32, 128, 2048
 
 
 def main() -> None:
-    """Print how many repetitions have the bits of the first."""
+    """Print how many repetitions equal the first bit for bit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=20)
     repetitions = parser.parse_args().repetitions
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def attention(kernel: SDPBackend, batch: int, length: int) -> Gradients:
-    """Return what computes the gradients of queries, keys and values with one kernel."""
+    """Return a function that computes the gradients of queries, keys and values with one kernel."""
     groups = GROUPS if kernel is SDPBackend.CUDNN_ATTENTION else HEADS  # only cuDNN's shares heads itself
     q, k, v, upstream = (
         torch.randn(batch, heads, length, HEAD_SIZE, device="cuda", dtype=torch.bfloat16)
@@ -56,7 +56,7 @@ def attention(kernel: SDPBackend, batch: int, length: int) -> Gradients:
 
 
 def embedding() -> Gradients:
-    """Return what computes the gradient of a table whose rows are read often."""
+    """Return a function that computes the gradient of a table whose rows are read often."""
     table = torch.randn(VOCABULARY, WIDTH, device="cuda", requires_grad=True)
     ids = torch.randint(50, (8, 256), device="cuda")
     upstream = torch.randn(8, 256, WIDTH, device="cuda")
@@ -64,7 +64,7 @@ def embedding() -> Gradients:
 
 
 def rms_norm() -> Gradients:
-    """Return what computes the gradients of the normalized and of their weights."""
+    """Return a function that computes the gradients of the inputs and of the weights."""
     x, weight = (torch.randn(*shape, device="cuda", requires_grad=True) for shape in ((2048, WIDTH), (WIDTH,)))
     upstream = torch.randn_like(x)
     return lambda: torch.autograd.grad(F.rms_norm(x, (WIDTH,), weight), (x, weight), upstream)

@@ -1,12 +1,11 @@
 """How long commands take to start, as a multiple of `import torch`: `python benchmarks/startup.py [--before CHECKOUT]`.
 
-Every command runs in a process of its own, in turns with `import torch`; what is compared is the processor time of
-the process (user and system), the least of the rounds, which a busy machine disturbs least. `--before` names a second
-checkout of the repository, with an environment of its own in `.venv`, that is measured in the same turns. Prints a
-Markdown table.
+Every command runs in its own process, in turns with `import torch`. The table compares the processor time of the
+process (user and system), as the minimum over rounds, which a busy machine disturbs least. `--before` names a second
+checkout of the repository, with its own environment in `.venv`, to measure in the same turns. Prints a Markdown table.
 
-`--training` trains the quickstart for one step in each checkout first, and then measures commands that train or load a
-model as well: the same step once more, with its validation and checkpoint left out, and `perplexity`.
+`--training` first trains the quickstart for one step in each checkout, and then also measures commands that train or
+load a model: the same step again, without validation and checkpoint, and `perplexity`.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# Arguments to the environment's Python, by what the table calls them.
+# Arguments of the environment's Python, by their name in the table.
 COMMANDS = {
     "`import torch`": ["-c", "import torch"],
     "`import litgpt.pretrain`": ["-c", "import litgpt.pretrain"],
@@ -61,7 +60,7 @@ TRAINING = {
 
 
 def checkout_at(name: str) -> Path:
-    """Return a checkout of the repository with an environment of its own."""
+    """Return a checkout of the repository with its own environment."""
     path = Path(name).resolve()
     if not (path / ".venv" / "bin" / "python").exists():
         raise argparse.ArgumentTypeError(f"{path} has no .venv/bin/python; run `uv sync` there")
@@ -79,7 +78,7 @@ def prepare(checkout: Path) -> None:
 
 def processor_seconds(checkout: Path, arguments: list[str]) -> float:
     """Run the command and return the processor time it took."""
-    # What an earlier round wrote would be refused, or moved aside.
+    # Files of an earlier round would be refused, or moved aside.
     (checkout / "out" / "startup-twin.yaml").unlink(missing_ok=True)
     if "--out_dir" in arguments:
         shutil.rmtree(checkout / "out" / "startup", ignore_errors=True)
@@ -89,7 +88,7 @@ def processor_seconds(checkout: Path, arguments: list[str]) -> float:
     result = subprocess.run(
         [python, *arguments], cwd=checkout, env=environment, capture_output=True, text=True, check=False
     )
-    # `doctor` says with 1 that a recipe does not fit this machine.
+    # `doctor` exits with 1 if a recipe does not fit this machine.
     if result.returncode not in (0, 1) or "Traceback" in result.stderr:
         raise SystemExit(f"{checkout}: {arguments} failed:\n{result.stderr[-2000:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

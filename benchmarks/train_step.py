@@ -1,18 +1,18 @@
-"""Whole training steps: the plugin against LitGPT's `LLaMAMoE` of the same shape and a dense twin, and what hooks cost.
+"""Whole training steps: the plugin against LitGPT's `LLaMAMoE` of the same shape and a dense twin; the cost of hooks.
 
     python benchmarks/train_step.py                                  # everything, in less than 8 minutes on two cores
     python benchmarks/train_step.py --parts steps --recipes configs/quickstart.yaml --rounds 30
     python benchmarks/train_step.py --parts hooks
 
 Part `steps`: LitGPT's step (forward, loss, backward, clipping, optimizer), eager and compiled. The contenders take
-turns in one process on the same tokens, and ratios are medians over turns, so that what else the machine does weighs on
-all alike. `LLaMAMoE` has LitGPT's attention and no bias that balances its experts; the dense twin has as many active
-parameters in its MLPs.
+turns in one process on the same tokens, and ratios are medians over turns, so that other load on the machine affects
+all alike. `LLaMAMoE` has LitGPT's attention and no balancing bias; the dense twin has as many active parameters in its
+MLPs.
 
-Part `hooks`: whole runs on random tokens. "hooks" is the CPU time of the main thread in everything that this package
-does around LitGPT's loop (callbacks, schedule, signals, limits, all of logging) as a share of the steps' CPU time,
-which other programs do not change much. The last line compares steps of `litgpt pretrain` and of `run_train.py`, in
-runs that take turns.
+Part `hooks`: whole runs on random tokens. "hooks" is the main thread's CPU time in everything that this package adds to
+LitGPT's loop (callbacks, schedule, signals, limits, all logging) as a share of the steps' CPU time, which other
+programs hardly affect. The last line compares steps of `litgpt pretrain` and of `run_train.py`, in runs that take
+turns.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# As `run_train.py` does, for threads that do not stand in the way of other programs; must come before torch.
+# As in `run_train.py`, so that threads do not hinder other programs; must come before torch.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
@@ -56,16 +56,16 @@ from litgpt_moe_ext.training.run import run as run_ours  # noqa: E402
 from litgpt_moe_ext.training.settings import EvalArgs, Settings, TrainArgs  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-# Batches that two cores can do in seconds, in place of the recipes' own.
+# Batches that two cores can process in seconds, instead of the recipes' own.
 BATCHES = {"quickstart": (8, 256), "code-moe-60m": (1, 1024)}
-# What LitGPT's classes do not have, or have in a slower form that would be unfair to compare with.
+# Settings that LitGPT's classes lack, or implement more slowly, which would be an unfair comparison.
 GROUPS = ("n_expert_groups", "n_topk_groups", "n_topk_scores_per_group", "rope_adjustments")
 EXPERTS = ("n_expert", "n_expert_per_token", "n_shared_expert", "moe_intermediate_size", "norm_topk_prob")
 
 
 @dataclass
 class Recipe:
-    """The model of a recipe, and the batch that it is measured with, (B, T)."""
+    """The model of a recipe, and the batch size to measure it with, (B, T)."""
 
     path: Path
     batch: tuple[int, int] = field(init=False)
@@ -176,7 +176,7 @@ def compare_steps(recipe: Recipe, modes: list[bool], warmup: int, rounds: int) -
 
 
 class Clocked(IterableDataset):
-    """Batches of random tokens, (B, T + 1), that note the time whenever one is asked for."""
+    """Batches of random tokens, (B, T + 1), that record the time of every request."""
 
     def __init__(self, batch: tuple[int, int], vocabulary: int) -> None:
         self._batch, self._vocabulary = batch, vocabulary
@@ -196,7 +196,7 @@ class Clocked(IterableDataset):
 
 
 class Unordered(DataLoader):
-    """A loader of random tokens, of which a resumed run may begin with any."""
+    """A loader of random tokens, with no position to resume."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -227,7 +227,7 @@ class RandomTokens(DataModule):
 
 
 class HookClock:
-    """Adds up the CPU time of the main thread in what this package does around LitGPT's loop."""
+    """Adds up the main thread's CPU time in what this package adds to LitGPT's loop."""
 
     def __init__(self) -> None:
         self.total, self._depth = 0.0, 0
@@ -248,7 +248,7 @@ class HookClock:
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            # A hook may call another; the outer one counts.
+            # A hook may call another; only the outer one counts.
             self._depth += 1
             started = time.thread_time()
             try:
@@ -296,7 +296,7 @@ def run(recipe: Recipe, ours: bool, steps: int, log_interval: int, warmup: int) 
 
 
 def _litgpt_pretrain(config: Config, arguments: dict[str, Any]) -> None:
-    # As `litgpt.pretrain.setup` does, which writes its hyperparameters by parsing the command line again.
+    # As in `litgpt.pretrain.setup`, which itself would write its hyperparameters by parsing the command line again.
     fabric = L.Fabric(devices=1, loggers=[CSVLogger(arguments["out_dir"] / "logs", flush_logs_every_n_steps=1)])
     save, litgpt.pretrain.save_checkpoint = litgpt.pretrain.save_checkpoint, lambda *_args: None
     try:

@@ -28,7 +28,7 @@ class StopWhenGood(Callback):
     """End the training when the validation loss has fallen to a value.
 
     Args:
-        loss: Validation loss that is low enough.
+        loss: Validation loss at which to stop.
     """
 
     loss: float

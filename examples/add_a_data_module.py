@@ -1,8 +1,8 @@
 """How to add a data module: a corpus of your own, as one class.
 
-This one makes a document of every chapter of Markdown books. What it inherits: a tokenizer of your choice, the
-preparation (in several processes, continued after an interruption, kept under a key of content and settings), a share
-that validates, packing, exact resume. Name it in a recipe, here on top of the quickstart, and say where it is:
+This one makes a document of every chapter of Markdown books. It inherits: a tokenizer of your choice, preparation (in
+several processes, continued after an interruption, kept under a key of content and settings), a validation share,
+packing, exact resume. Name it in a recipe, here on top of the quickstart, and put its folder on the Python path:
 
     data:
       class_path: add_a_data_module.Chapters
@@ -28,7 +28,7 @@ from litgpt_moe_ext.data.reading.record import Record, TextFormat
 
 @dataclass(kw_only=True)
 class Chapters(DocumentCorpus):
-    """Chapters of Markdown books: a document begins at each heading of the first level."""
+    """Chapters of Markdown books: a document begins at each first-level heading."""
 
     source_path: Path
     """Folder with the books."""

@@ -1,4 +1,4 @@
-"""A hook of mkdocs: measured results, which live beside their benchmarks, as a page of the reference."""
+"""A mkdocs hook that adds the measured results, kept beside their benchmarks, as a page of the reference."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ _BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 def on_files(files: Files, config: dict) -> Files:
     """Add `benchmarks/RESULTS.md` and its pictures to the pages."""
-    # Pages of the site are named as from the repository: ../docs/how-to/study.md.
+    # The file links to pages of the site by their path in the repository: ../docs/how-to/study.md.
     results = (_BENCHMARKS / "RESULTS.md").read_text(encoding="utf-8").replace("](../docs/", "](../")
     files.append(File.generated(config, "reference/results.md", content=results))
     for picture in _BENCHMARKS.rglob("*.png"):

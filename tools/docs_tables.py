@@ -1,6 +1,6 @@
 """Write the generated tables of the documentation: `uv run python tools/docs_tables.py [--check]`.
 
-A page has a table between `<!-- table: NAME -->` and `<!-- end of table -->`. It stands in the file, so that pages read
+A page has a table between `<!-- table: NAME -->` and `<!-- end of table -->`. Tables are committed, so that pages read
 the same in a repository browser and on the site; with `--check`, a page that would change is an error.
 """
 
@@ -27,7 +27,7 @@ def model_config() -> str:
 
 
 def settings() -> str:
-    """Return every key of a recipe but `model_config`."""
+    """Return every key of a recipe except `model_config`."""
     from litgpt_moe_ext.training.settings import Settings, field_table
 
     return _table(
@@ -101,7 +101,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """Return a page with its tables made anew."""
+    """Return a page with its tables regenerated."""
     for place in _PLACE.finditer(text):
         if _MARK.search(place["table"]):
             raise ValueError(f"the table {place['name']} does not end before the next")
@@ -111,7 +111,7 @@ def filled(text: str) -> str:
 
 
 def main() -> int:
-    """Write all pages, or with `--check` say which would change."""
+    """Write all pages, or with `--check` print which would change."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a page would change")
     check = parser.parse_args().check

@@ -1,9 +1,9 @@
-"""Everything that needs a card, in order and within a time, into one folder: the tests, then the benchmark.
+"""Runs everything that needs a card, tests first, then the benchmark, within a time limit, into one folder.
 
     python tools/on_a_card.py --minutes 13 --out card
 
-For a card that is there for a short time only. Nothing is downloaded. Each part has a limit of its own, after which
-the next begins; what was measured until then is in the folder:
+For a card that is available only for a short time. Nothing is downloaded. Each part has its own time limit, after which
+the next begins; the folder keeps everything measured by then:
 
 - `report.md`: what ran, for how long and how it ended, and all tables.
 - `report.json`: the same, with card, versions and clocks.
@@ -23,17 +23,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Of the time; the benchmark has what the tests leave.
+# Share of the time; the benchmark gets what the tests leave.
 TESTS_SHARE = 0.5
-# Between asking a part to end and killing it, seconds.
+# Seconds between asking a part to end and killing it.
 PATIENCE = 10
 OUT_OF_TIME = "out of time"
-# Of a part, until it ends in another way.
+# Result of a part until it ends in another way.
 BEGUN = {"seconds": 0, "ended": "interrupted"}
 
 
 def run(part: dict[str, object], command: list[str], seconds: float, folder: Path) -> None:
-    """Run a part with its output on the screen and in a file, at most for `seconds`, and write into it how it ended."""
+    """Run a part for at most `seconds`, with its output on the screen and in a file, and record in it how it ended."""
     start, name = time.monotonic(), part["part"]
     part["command"] = command
     log = folder / f"{name}.txt"
@@ -57,7 +57,7 @@ def run(part: dict[str, object], command: list[str], seconds: float, folder: Pat
 
 
 def _end(process: subprocess.Popen) -> None:
-    # With its children: workers of the tests hold the card, too.
+    # With its children, as the tests' workers also hold the card.
     for kind in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, kind)
@@ -88,7 +88,7 @@ def report(parts: list[dict[str, object]], figures: dict) -> str:
 
 
 def main() -> int:
-    """Run both parts, and return the exit status: 1 if one has failed, but not for what there was no time for."""
+    """Run both parts and return the exit status: 1 if one failed, but not if time ran out."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=13.0, help="for all of it")
     parser.add_argument("--out", type=Path, default=Path("card"), help="folder for what is found")
