@@ -1,4 +1,4 @@
-"""The tables of `benchmarks/gpu.py`, a module each, whose `rows` measures and yields them one after the other.
+"""The tables of `benchmarks/gpu.py`, a module each, whose `rows` measures and yields the rows one by one.
 
 `measuring/` has the clock, the card and the report, `contenders/` what is measured in more than one table.
 
@@ -7,5 +7,5 @@ Shape legend of all: T tokens, D model width, F hidden width of one expert, E ex
 
 import litgpt_moe_ext
 
-# Before LitGPT is imported by any of them.
+# Before any of them imports LitGPT.
 litgpt_moe_ext.register()

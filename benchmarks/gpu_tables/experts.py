@@ -11,7 +11,7 @@ from gpu_tables.measuring.bench import Bench, ratio
 
 
 def rows(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Measure both passes, the fastest of our backends against others', and how long the host takes to start them."""
+    """Measure both passes, our fastest backend against others' layers, and how long the host takes to launch them."""
     for T in (64,) if bench.tiny else (16384, 2048, 65536):
         for size in sizes(bench.tiny):
             x = torch.randn(1, T, size.D, device=bench.device, dtype=bench.dtype).requires_grad_()

@@ -1,4 +1,4 @@
-"""Gradients of first projections that come to another's: added by the product, and by autograd after it."""
+"""Accumulated gradients of first projections: added by the product itself, or by autograd after it."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

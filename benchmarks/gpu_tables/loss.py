@@ -73,14 +73,14 @@ def _loss_and_gradient(loss: Callable[[Tensor], Tensor], head: nn.Linear, x_TD: 
 
 
 def _products(x_TD: Tensor, weight_VD: Tensor, grad_TV: Tensor) -> None:
-    """Multiply as an output head does in both passes, and nothing else."""
+    """Compute only the products of an output head's passes."""
     x_TD @ weight_VD.t()
     grad_TV @ weight_VD
     grad_TV.t() @ x_TD
 
 
 def _peak_mb(call: Callable[[], object], bench: Bench) -> float | None:
-    """Return how much memory a call needs beside what is there, MB; None without a card, or if it fails."""
+    """Return the additional memory of a call in MB; None without a card, or if it fails."""
     if not bench.is_cuda:
         return None
     try:

@@ -1,4 +1,4 @@
-"""The memory of a training step that `litgpt-moe doctor` predicts, and what it takes."""
+"""The memory of a training step: predicted by `litgpt-moe doctor`, and measured."""
 
 import contextlib
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def rows(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def _measured_gib(recipe: Recipe, bench: Bench) -> float | None:
-    """Return the peak of two steps; None if there is too little."""
+    """Return the peak memory of two steps; None if memory does not suffice."""
     torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(torch.OutOfMemoryError):
         trainee = Trainee(recipe.settings, bench, recipe.batches(bench.device, accumulation=1))

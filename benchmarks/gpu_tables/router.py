@@ -1,4 +1,4 @@
-"""Routers by the fused kernels and by torch's operators, which start some forty kernels."""
+"""Routers by the fused kernels and by torch's operators, which launch some forty kernels."""
 
 import itertools
 from collections.abc import Iterator

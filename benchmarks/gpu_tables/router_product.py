@@ -1,4 +1,4 @@
-"""A router's product by the package's kernel and by torch, and the error of the gradient of its weights."""
+"""A router's product by the package's kernel and by torch, and the error of its weights' gradient."""
 
 import itertools
 from collections.abc import Callable, Iterator

@@ -33,7 +33,7 @@ def _measured(bench: Bench, names: tuple[str, ...], of: tuple[str, ...] = RECIPE
         for name in names:
             if bench.budget.is_spent:
                 return
-            # What the last model kept is not this one's.
+            # Memory kept by the last model must not count for this one.
             bench.free_memory()
             try:
                 figures = _step_figures(bench, recipe, name)
@@ -64,7 +64,7 @@ def _step_figures(bench: Bench, recipe: Recipe, name: str) -> dict[str, Any]:
     (time_ms,) = bench.medians(call).values()
     device_ms = None
     if time_ms and how.startswith("graphs"):
-        # Of a small model's step the host takes longer than the device.
+        # The step of a small model takes longer on the host than on the device.
         (device_ms,) = bench.medians(call, ahead=True).values()
     n_row = recipe.accumulation * recipe.micro_batch
     flops = n_row * count_flops(trainee.config, recipe.length, training=True)

@@ -73,7 +73,7 @@ def normalize(arguments: Sequence[str], default_config: Path) -> list[str]:
 
 
 def annotations(types: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the type of every setting of the first level.
+    """Return the type of every top-level setting.
 
     Args:
         types: Of the settings whose types are LitGPT's.
@@ -141,7 +141,7 @@ def read_given(arguments: Sequence[str], default_config: Path, types: Mapping[st
             if is_whole:
                 given.tree.pop(name, None)
             given.add_flag(name, model)
-        elif name != "dense_twin":  # which concerns all the others together
+        elif name != "dense_twin":  # applied last, as it depends on all others
             given.add_text(name, text, known)
         # Flags that follow are read as what the class takes.
         _complete_data_module(given.tree)
@@ -152,7 +152,7 @@ def read_given(arguments: Sequence[str], default_config: Path, types: Mapping[st
 
 
 def _read_model(text: str) -> tuple[Any, bool]:
-    # Fields of a model as YAML, or where a whole one is: a checkpoint directory, or the file in it.
+    # Fields of a model as YAML, or the path of a whole one: a checkpoint directory, or the file in it.
     value = load_value(text, f"model_config: {text!r}")
     if not isinstance(value, str):
         return value, False
@@ -185,7 +185,7 @@ def _make_dense(given: Given, by: str, own_out_dir: bool) -> None:
 
 
 def parse(given: Given, types: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return the parser and what it makes of the settings: a namespace of plain data, checked by type.
+    """Return the parser and the parsed settings, a namespace of plain data checked by type.
 
     Raises:
         SettingsError: If a name is unknown or a value of a wrong type.
@@ -195,7 +195,7 @@ def parse(given: Given, types: Mapping[str, Any]) -> tuple[Any, Any]:
     parser, known = build_parser(types), annotations(types)
     refuse_first(wrong_nulls(given.tree, known))
     try:
-        # Without a value jsonargparse looks for a class; and it puts what it makes of dictionaries in their place.
+        # Given null, jsonargparse would look for a class. A copy, as it replaces dictionaries in place.
         tree = {key: deepcopy(value) for key, value in given.tree.items() if key != "data" or value is not None}
         parsed = parser.parse_object(tree)
     except (jsonargparse.ArgumentError, TypeError) as error:
@@ -246,7 +246,7 @@ def _make_config(values: dict[str, Any]) -> Any:
     check_ranges(values, "model_config.")
     try:
         return Config(**values)
-    except (ValueError, AssertionError) as error:  # how LitGPT and this package judge the fields of a model
+    except (ValueError, AssertionError) as error:  # raised by LitGPT and this package for wrong model fields
         name = str(error).partition(":")[0].partition(".")[0]
         separator = "." if name in Config.__dataclass_fields__ else ": "
         raise SettingsError(f"model_config{separator}{error or 'LitGPT refuses these fields'}") from error
@@ -254,7 +254,7 @@ def _make_config(values: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def settings_of(arguments: Sequence[str], default_config: Path = Path("configs/quickstart.yaml")) -> Iterator[Settings]:
-    """Give the settings that a command line means; an error about them in the scope has their names and places.
+    """Yield the settings of a command line; errors about them in the scope give their full names and places.
 
     Args:
         arguments: Without the program's name.
@@ -270,6 +270,6 @@ def settings_of(arguments: Sequence[str], default_config: Path = Path("configs/q
 
 
 def read_settings(arguments: Sequence[str], default_config: Path = Path("configs/quickstart.yaml")) -> Settings:
-    """Return the settings of `settings_of`, for those who make no checks of their own."""
+    """Return the settings of `settings_of`, for callers that make no further checks."""
     with settings_of(arguments, default_config) as settings:
         return settings

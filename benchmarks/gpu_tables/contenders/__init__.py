@@ -1,1 +1,1 @@
-"""What is measured in more than one table: layers, recipes and the training of their models."""
+"""Contenders of more than one table: layers, recipes and the training of their models."""

@@ -71,7 +71,7 @@ def make_layer(size: Size, bench: Bench, backend: str) -> nn.Module:
 
 
 def make_router(D: int, E: int, **settings: Any) -> nn.Module:
-    """Return the router of a layer whose two chosen experts do not matter."""
+    """Return the router of a layer whose width and default of two chosen experts do not matter."""
     gate = SharedExpertMoE(Size("", D, 32, E, 2).config("SharedExpertMoE", **settings)).gate
     gate.reset_parameters()
     return gate
@@ -86,7 +86,7 @@ def _hugging_face_layer(size: Size) -> nn.Module:
     config = MixtralConfig(hidden_size=size.D, intermediate_size=size.F, **names)
     config._experts_implementation = "grouped_mm"
     layer = MixtralSparseMoeBlock(config)
-    # A layer without its model is not initialized, and would route by what its memory held before.
+    # A layer without its model is not initialized, and would route by garbage in its memory.
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.02)
     return layer

@@ -50,7 +50,7 @@ class Trainee:
             ActivationCheckpointing("selective").on_before_setup(model)
         self.autocast = partial(torch.autocast, bench.device.type, bench.dtype)
         if how == "compiled":
-            # Otherwise the sizes of the next recipe would be taken for ones that change from step to step.
+            # Otherwise the compiler would assume that the next recipe's sizes change from step to step.
             torch._dynamo.reset()
         self.model = torch.compile(model) if how == "compiled" else model
         self.loss = self.plain_loss

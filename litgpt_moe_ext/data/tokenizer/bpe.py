@@ -23,7 +23,7 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S
 
 @dataclass(frozen=True, slots=True)
 class BPESettings:
-    """What a BPE tokenizer is trained for.
+    """Settings for training a BPE tokenizer.
 
     Attributes:
         vocab_size: Upper bound on the number of entries; a small text may offer fewer merges.
@@ -136,7 +136,7 @@ def _train_on_characters(texts: Iterable[str], settings: BPESettings) -> Tokeniz
     trainer = trainers.BpeTrainer(
         vocab_size=free,
         special_tokens=list(settings.special_tokens),
-        # Without it the trainer leaves to chance which of equally frequent characters it takes.
+        # Otherwise the trainer chooses randomly among equally frequent characters.
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
         show_progress=False,

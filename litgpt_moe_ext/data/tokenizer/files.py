@@ -1,4 +1,4 @@
-"""Bringing a ready-made tokenizer into a corpus: as the few files that a tokenizer directory consists of."""
+"""Importing a ready-made tokenizer into a corpus, as the few files of a tokenizer directory."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ def read_tokenizer(directory: str | os.PathLike, setting: str = "tokenizer_dir")
 
     Args:
         directory: The folder.
-        setting: What the user has named it by, for the error.
+        setting: The setting that named it, for errors.
 
     Returns:
         Contents by file name, among them `tokenizer.json`.

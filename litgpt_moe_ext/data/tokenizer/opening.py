@@ -1,4 +1,4 @@
-"""Opening tokenizers, and asking for the special tokens and the size of their vocabulary."""
+"""Opening tokenizers, and finding their special tokens and vocabulary size."""
 
 import json
 import os
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from litgpt.tokenizer import Tokenizer as LitGPTTokenizer
 
 LARGEST_VOCABULARY = 1 << 24
-# Special tokens in words, and what does not work without one.
+# Names of special tokens, and what does not work without one.
 _CONSEQUENCES = {
     "eos": ("end-of-sequence", "documents cannot be kept apart"),
     "bos": ("beginning-of-sequence", "none can be put before a document"),
@@ -49,7 +49,7 @@ def parse_tokenizer(content: bytes, name: str) -> Tokenizer:
 
     Args:
         content: The file.
-        name: What to call it in error messages.
+        name: Its name in error messages.
 
     Raises:
         SettingsError: It is damaged.
@@ -61,7 +61,7 @@ def parse_tokenizer(content: bytes, name: str) -> Tokenizer:
 
 
 def _for_any_length(tokenizer: Tokenizer) -> Tokenizer:
-    # Whoever saved it last may have cut or padded texts.
+    # The saved tokenizer may truncate or pad texts.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -98,7 +98,7 @@ def open_as_litgpt(directory: Path) -> "LitGPTTokenizer":
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """Return one more than the highest id, which with gaps between the ids is more than the number of tokens.
+    """Return one more than the highest id; if ids have gaps, this exceeds the number of tokens.
 
     Raises:
         SettingsError: The highest id is so large that no model has an embedding for it.
@@ -115,7 +115,7 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 
 
 def same_ids(directory: Path, other: Path) -> bool:
-    """Return whether an id that two tokenizers have is the same token in both; True where one has no tokenizer.json.
+    """Return whether every id that two tokenizers share is the same token in both; True if one has no tokenizer.json.
 
     Raises:
         SettingsError: A tokenizer is damaged.
@@ -131,7 +131,7 @@ def same_ids(directory: Path, other: Path) -> bool:
 
 
 def vocabulary_size_of(tokenizer: "LitGPTTokenizer") -> int:
-    """Return the same of LitGPT's tokenizer, whichever library it has opened a file with.
+    """Return the same for LitGPT's tokenizer, of either library.
 
     Raises:
         SettingsError: The highest id is so large that no model has an embedding for it.
