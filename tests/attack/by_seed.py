@@ -20,12 +20,14 @@ def try_seeds(description: str, count: int, attack: Callable[[int, Path], Iterat
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     found: collections.Counter[str] = collections.Counter()
-    for seed in range(given.seed, given.seed + given.count):
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                found.update(attack(seed, Path(folder) / "attack"))
-            except Exception as error:
-                found["FAILED"] += 1
-                print(f"{seed}: {type(error).__name__}: {str(error)[-3000:]}", flush=True)
-    for what, number in sorted(found.items()):
-        print(f"| {what} | {number} |")
+    try:
+        for seed in range(given.seed, given.seed + given.count):
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    found.update(attack(seed, Path(folder) / "attack"))
+                except Exception as error:
+                    found["FAILED"] += 1
+                    print(f"{seed}: {type(error).__name__}: {str(error)[-3000:]}", flush=True)
+    finally:  # also after Ctrl-C
+        for what, number in sorted(found.items()):
+            print(f"| {what} | {number} |")
