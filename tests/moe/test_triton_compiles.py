@@ -382,6 +382,12 @@ def test_products_move_16_bytes_at_a_time_and_use_tensor_cores(monkeypatch, capa
         assert not {"b8", "b16"} & set(READS.findall(code)), name
 
 
+def test_sums_over_experts_read_all_rows_at_once(monkeypatch):
+    compiler = Compiler(monkeypatch, (8, 6))
+    engine.combine(torch.empty(16, 256, dtype=torch.bfloat16), torch.empty(4, 4), 4, torch.bfloat16)
+    assert not re.search(r"\bbra\b", compiler.kernels[0][1].asm["ptx"])
+
+
 @pytest.mark.parametrize("columns_first", [False, True], ids=["rows", "columns"])
 def test_operands_of_more_than_2_31_elements_are_counted_in_64_bits(monkeypatch, columns_first):
     """However they lie in memory before they are copied."""

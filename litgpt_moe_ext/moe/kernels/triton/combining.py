@@ -19,8 +19,14 @@ from litgpt_moe_ext.moe.kernels.triton.common import block_of, constexpr
 
 class _Sizes(NamedTuple):
     n_token: Any
-    top_k: Any
     width: Any
+
+
+class _Form(NamedTuple):
+    # With K constant, all rows of a token are under way at once.
+    top_k: int
+    rows: int
+    columns: int
 
 
 def combine(
@@ -37,23 +43,22 @@ def combine(
     """
     n_row, width = y_RD.shape
     y_TD = y_RD.new_empty(n_token, width, dtype=dtype)
-    block = block_of(width)
-    sizes = _Sizes(n_token, n_row // max(n_token, 1), width)
-    grid = (ceil_div(n_token, block[0]), ceil_div(width, block[1]))
+    form = _Form(n_row // max(n_token, 1), *block_of(width))
+    grid = (ceil_div(n_token, form.rows), ceil_div(width, form.columns))
     added_TD = None if added_TD is None else added_TD.contiguous()
-    launch(_combine, grid, (y_RD, gates_TK, added_TD, y_TD, sizes, block), warps=4)
+    launch(_combine, grid, (y_RD, gates_TK, added_TD, y_TD, _Sizes(n_token, width), form), warps=4)
     return y_TD
 
 
 @triton.jit
-def _combine(y, gates, added, out, sizes, BLOCK: constexpr):
-    token_M = (tl.program_id(0) * BLOCK[0] + tl.arange(0, BLOCK[0])).to(tl.int64)
-    d_N = tl.program_id(1) * BLOCK[1] + tl.arange(0, BLOCK[1])
+def _combine(y, gates, added, out, sizes, FORM: constexpr):
+    token_M = (tl.program_id(0) * FORM.rows + tl.arange(0, FORM.rows)).to(tl.int64)
+    d_N = tl.program_id(1) * FORM.columns + tl.arange(0, FORM.columns)
     live_M = token_M < sizes.n_token
     inside_MN = live_M[:, None] & (d_N < sizes.width)[None, :]
-    sum_MN = tl.full((BLOCK[0], BLOCK[1]), 0.0, tl.float32)
-    for k in range(sizes.top_k):
-        choice_M = token_M * sizes.top_k + k
+    sum_MN = tl.full((FORM.rows, FORM.columns), 0.0, tl.float32)
+    for k in tl.static_range(FORM.top_k):
+        choice_M = token_M * FORM.top_k + k
         y_MN = y + choice_M[:, None] * sizes.width + d_N[None, :]
         part_MN = tl.load(y_MN, mask=inside_MN, other=0.0).to(tl.float32)
         if gates is not None:
