@@ -388,6 +388,15 @@ def test_sums_over_experts_read_all_rows_at_once(monkeypatch):
     assert not re.search(r"\bbra\b", compiler.kernels[0][1].asm["ptx"])
 
 
+def test_gradients_of_weights_mask_one_operand(monkeypatch):
+    compiler = Compiler(monkeypatch, (8, 6))
+    sum_outer_products(torch.bfloat16, "even", gather_left=False, add=False)
+    # How many bytes are copied and not set to zero: one number for all copies of an operand that has no mask.
+    kept = re.findall(r"cp\.async\.cg\.shared\.global .*?, 0x10, (\S+);", compiler.kernels[0][1].asm["ptx"])
+    assert len(kept) == 24
+    assert max(map(kept.count, kept)) == 4
+
+
 @pytest.mark.parametrize("columns_first", [False, True], ids=["rows", "columns"])
 def test_operands_of_more_than_2_31_elements_are_counted_in_64_bits(monkeypatch, columns_first):
     """However they lie in memory before they are copied."""

@@ -31,6 +31,8 @@ from litgpt_moe_ext.moe.kernels.triton.tiles import Work
 class _Form(NamedTuple):
     gather_left: bool
     gather_right: bool
+    even_out: bool
+    even_in: bool
     precision: str
     wide: bool
     add: bool
@@ -47,7 +49,8 @@ def sum_outer_products(outer: Outer, dtype: torch.dtype, total_EOI: Tensor | Non
     tile = tiles.for_weights(Work(plan.n_expert, plan.rows.size(0), n_out, n_in, processors_of(left.device)), add)
     left_rows, right_rows = rows_of(left), rows_of(right)
     wide = max(left_rows.reach, right_rows.reach) >= 2**31
-    form = _Form(gather_left, gather_right, precision, wide, add, plan.top_k)
+    even = n_out % tile.out == 0, n_in % tile.inner == 0
+    form = _Form(gather_left, gather_right, *even, precision, wide, add, plan.top_k)
     grid = (ceil_div(n_out, tile.out) * ceil_div(n_in, tile.inner), plan.n_expert)
     arguments = (left_rows, right_rows, stack_of(sum_EOI), plan, form, tile)
     launch(_sum_outer_products, grid, arguments, tile.warps, tile.stages)
@@ -57,6 +60,14 @@ def sum_outer_products(outer: Outer, dtype: torch.dtype, total_EOI: Tensor | Non
 @triton.jit
 def _choice(plan, row_M, end):
     return tl.load(plan.rows + row_M, mask=row_M < end, other=0)
+
+
+@triton.jit
+def _near_choice(plan, row_M, first, end):
+    # That of the expert's last row past its rows; an expert without rows has none to read. Narrow before threads
+    # exchange it.
+    near_M = tl.minimum(row_M, end - 1)
+    return tl.load(plan.rows + near_M, mask=near_M >= first, other=0).to(tl.int32)
 
 
 @triton.jit
@@ -76,18 +87,22 @@ def _sum_outer_products(left, right, out, plan, FORM: constexpr, TILE: constexpr
     sum_NK = tl.full((TILE.out, TILE.inner), 0.0, tl.float32)
     # Where the rows of the next step are is looked up one step ahead: loads that wait for a load of the same step would
     # not be started early.
-    next_M = _choice(plan, first + tl.arange(0, TILE.rows), end)
+    next_M = _near_choice(plan, first + tl.arange(0, TILE.rows), first, end)
     for start in range(first, end, TILE.rows):
         row_M = start + tl.arange(0, TILE.rows)
-        live_M = row_M < end
+        # Rows past the expert's last are zeros on the left, so on the right they may be the last, without a mask.
+        live_M, near_M = row_M < end, tl.minimum(row_M, end - 1)
         token_M = token_of(next_M, FORM.top_k)
-        next_M = _choice(plan, row_M + TILE.rows, end)
-        left_M = (token_M if FORM.gather_left else row_M).to(WORD)
-        right_M = (token_M if FORM.gather_right else row_M).to(WORD)
+        next_M = _near_choice(plan, row_M + TILE.rows, first, end)
+        left_M = (token_M if FORM.gather_left else near_M).to(WORD)
+        right_M = (token_M if FORM.gather_right else near_M).to(WORD)
         left_NM = left.data + left_M[None, :] * left.stride + o_N[:, None]
         right_MK = right.data + right_M[:, None] * right.stride + i_K[None, :]
-        a_NM = tl.load(left_NM, mask=live_M[None, :] & (o_N < out.n_out)[:, None], other=0.0)
-        b_MK = tl.load(right_MK, mask=live_M[:, None] & (i_K < out.n_in)[None, :], other=0.0)
+        # Masks of columns only where a block may reach beyond the matrix.
+        inside_NM = live_M[None, :] if FORM.even_out else live_M[None, :] & (o_N < out.n_out)[:, None]
+        a_NM = tl.load(left_NM, mask=inside_NM, other=0.0)
+        inside_MK = live_M[:, None] & (i_K < out.n_in)[None, :]
+        b_MK = tl.load(right_MK) if FORM.even_in else tl.load(right_MK, mask=inside_MK, other=0.0)
         sum_NK = dot(a_NM, b_MK, sum_NK, FORM)
     out_NK = out.data + expert.to(tl.int64) * out.stride_e
     out_NK = out_NK + o_N.to(tl.int64)[:, None] * out.stride_o + i_K[None, :]
