@@ -150,7 +150,7 @@ def test_stops_before_the_weights_are_lost(recipe, tmp_path, monkeypatch, capsys
 def test_skips_and_goes_on(recipe, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, {6, 7})
     assert train("--config", recipe(train={"save_interval": 1}), "--anomaly.on_nonfinite", "skip") == 0
-    assert "step 6 is left out" in capsys.readouterr().out
+    assert "step 6 is skipped" in capsys.readouterr().out
     before, after, later = (weights_of(tmp_path / "out" / f"step-{step:08d}") for step in (5, 7, 8))
     assert all(torch.equal(before[name], after[name]) for name in before), "balancing bias included"
     assert not all(torch.equal(after[name], later[name]) for name in after)

@@ -369,7 +369,7 @@ class TestResharding:
         assert convert_position(self.state(6, 2, 2), 1, 4) == self.state(6, 1, 4)
         assert convert_position(self.state(6, 2, 2), 2, 1) == self.state(12, 2, 1)
         assert convert_position({"other": 1}, 2, 1) == {"other": 1}
-        with pytest.raises(ValueError, match="makes batches of 8; the checkpoint stands after 12 sequences"):
+        with pytest.raises(ValueError, match="makes batches of 8, but the checkpoint stopped after 12 sequences"):
             convert_position(self.state(6, 2, 1), 8, 1)
 
     @pytest.mark.parametrize(("batch_size", "world_size"), [(1, 2), (2, 1)])
