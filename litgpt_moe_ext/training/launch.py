@@ -102,7 +102,7 @@ def launch(plan: Plan) -> Iterator[Launched]:
 
 def _connect(plan: Plan, reporter: Reporter) -> Launched:
     settings, knobs = plan.settings, plan.settings.distributed
-    started, accelerator = started_processes(os.environ), accelerator_here()
+    started, accelerator = started_processes(os.environ, settings.num_nodes), accelerator_here()
     devices, num_nodes = _size(settings, started)
     processes = devices * num_nodes
     check_batch(plan.train.global_batch_size, plan.train.micro_batch_size, processes)

@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.wording import counted
 
 _LAUNCHER_PID = "LITGPT_MOE_EXT_LAUNCHER_PID"
 _LOOK_EVERY = 1.0  # seconds
+_BY_HAND = "the environment (RANK, WORLD_SIZE)"
 
 
 class Processes(NamedTuple):
@@ -30,30 +30,25 @@ class Processes(NamedTuple):
     nodes: int
 
 
-def started_processes(environment: Mapping[str, str]) -> Processes | None:
+def started_processes(environment: Mapping[str, str], num_nodes: int = 1) -> Processes | None:
     """Return the processes that a launcher has started already, or None if the run starts its own.
 
     Args:
         environment: Environment variables; those of torchrun (or set by hand) and of SLURM are recognised.
+        num_nodes: The run's number of nodes, for variables set by hand without LOCAL_WORLD_SIZE.
 
     Raises:
-        SettingsError: If the variables contradict each other or are incomplete.
+        SettingsError: If the variables contradict each other, are incomplete, or are no numbers.
     """
     shell = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")  # as Lightning sees it
     if "SLURM_NTASKS" in environment and "RANK" not in environment and not shell:
-        tasks, nodes = int(environment["SLURM_NTASKS"]), int(environment.get("SLURM_NNODES", 1))
-        return _even("SLURM", tasks, int(environment.get("SLURM_NTASKS_PER_NODE", tasks // nodes)))
+        return _started_by_slurm(environment)
     given = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in environment]
     # Fabric sets LOCAL_RANK and WORLD_SIZE, but not RANK, for the processes that it starts.
     if "RANK" not in given and ("LOCAL_RANK" in given or environment.get("WORLD_SIZE", "1") == "1"):
         return None
-    missing = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - set(environment)
-    if missing:
-        raise SettingsError(
-            f"environment: {', '.join(given)} set but not {', '.join(sorted(missing))}; set all of RANK, LOCAL_RANK, "
-            "WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or none"
-        )
-    world = int(environment["WORLD_SIZE"])
+    _require(environment, given, ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    world = _number(environment, "WORLD_SIZE")
     port = environment["MASTER_PORT"]
     if world > 1 and not (port.isdecimal() and 1 <= int(port) <= 65535):
         # torch's first process would listen on any free port, while the others try this one.
@@ -61,21 +56,68 @@ def started_processes(environment: Mapping[str, str]) -> Processes | None:
             f"environment: MASTER_PORT: {port!r} is not a port at which {world} processes can meet; give torchrun "
             "--standalone (one node) instead of --master_port, or set a free port from 1 to 65535"
         )
-    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "RANK and WORLD_SIZE"
-    return _even(launcher, world, int(environment.get("LOCAL_WORLD_SIZE", world)))
+    if "LOCAL_WORLD_SIZE" in environment:
+        per_node = _number(environment, "LOCAL_WORLD_SIZE")
+        num_nodes = _quotient("WORLD_SIZE", world, "LOCAL_WORLD_SIZE", per_node)
+    else:
+        per_node = _quotient("WORLD_SIZE", world, "num_nodes", num_nodes)
+    _check_rank(environment, "RANK", world)
+    _check_rank(environment, "LOCAL_RANK", per_node)
+    return Processes("torchrun" if "TORCHELASTIC_RUN_ID" in environment else _BY_HAND, per_node, num_nodes)
 
 
-def _even(launcher: str, world: int, per_node: int) -> Processes:
-    if per_node < 1 or world % per_node:
+def _started_by_slurm(environment: Mapping[str, str]) -> Processes:
+    _require(environment, ["SLURM_NTASKS"], ("SLURM_PROCID", "SLURM_LOCALID"))
+    tasks = _number(environment, "SLURM_NTASKS")
+    # A step may have fewer nodes than its job.
+    name = "SLURM_STEP_NUM_NODES" if "SLURM_STEP_NUM_NODES" in environment else "SLURM_NNODES"
+    nodes = _number(environment, name) if name in environment else 1
+    per_node = _quotient("SLURM_NTASKS", tasks, name, nodes)
+    if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in environment:  # Lightning insists on it
         raise SettingsError(
-            f"environment: {launcher} says {counted(world, 'process')}, {per_node} on each node; that is uneven"
+            f"environment: SLURM_NTASKS: {tasks} without SLURM_NTASKS_PER_NODE; give sbatch and srun "
+            f"--ntasks-per-node={per_node} instead of --ntasks"
         )
-    return Processes(launcher, per_node, world // per_node)
+    _check_rank(environment, "SLURM_PROCID", tasks)
+    _check_rank(environment, "SLURM_LOCALID", per_node)
+    return Processes("SLURM", per_node, nodes)
+
+
+def _require(environment: Mapping[str, str], given: list[str], needed: tuple[str, ...]) -> None:
+    if missing := sorted(set(needed) - set(environment)):
+        *first, last = dict.fromkeys((*given, *needed))
+        raise SettingsError(
+            f"environment: {', '.join(given)} set but not {', '.join(missing)}; set all of {', '.join(first)} and "
+            f"{last}, or none"
+        )
+
+
+def _number(environment: Mapping[str, str], name: str, least: int = 1) -> int:
+    value = environment[name]
+    if not (value.isascii() and value.isdecimal() and int(value) >= least):
+        raise SettingsError(f"environment: {name}: {value!r} must be a whole number from {least}")
+    return int(value)
+
+
+def _quotient(name: str, processes: int, by: str, divisor: int) -> int:
+    quotient, rest = divmod(processes, divisor)
+    if rest:
+        raise SettingsError(
+            f"environment: {name}: {processes} is not a multiple of {by}: {divisor}; every node needs the same number "
+            "of processes"
+        )
+    return quotient
+
+
+def _check_rank(environment: Mapping[str, str], name: str, ranks: int) -> None:
+    # The other processes would wait for the right one until the timeout.
+    if (rank := _number(environment, name, least=0)) >= ranks:
+        raise SettingsError(f"environment: {name}: {rank} must be from 0 to {ranks - 1}")
 
 
 def cluster_plugins(processes: Processes | None) -> list[Any]:
     """Return Fabric's plugin for variables set by hand, which Fabric does not detect."""
-    if processes is None or processes.started_by != "RANK and WORLD_SIZE":
+    if processes is None or processes.started_by != _BY_HAND:
         return []
     from lightning.fabric.plugins.environments import TorchElasticEnvironment
 

@@ -29,7 +29,7 @@ from litgpt_moe_ext.training.parallel.strategies import make_strategy
 from litgpt_moe_ext.training.settings import DistributedArgs, StrategyName
 from litgpt_moe_ext.training.start import sequences_and_steps_ahead
 from tests.runs import PATIENCE, ROOT, RUN_TRAIN, logged, run_command, weights_of
-from tests.training.processes import free_port, train_in_ranks
+from tests.training.processes import Training, free_port, train_in_ranks
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--nnodes=1"]
 
@@ -106,7 +106,7 @@ def test_shards_go_on_from_a_checkpoint_of_a_fused_optimizer(recipe, tmp_path, m
 
 @pytest.mark.slow
 def test_launchers(recipe, tmp_path):
-    """torchrun, and processes with the variables set by hand, give the run of `devices: 2`. One of them speaks."""
+    """Processes of torchrun, of SLURM and of hand-set variables give the run of `devices: 2`. One of them speaks."""
     train = {"max_tokens": 2 * 128, "micro_batch_size": 2}
 
     def file(name: str, devices: int | str) -> Path:
@@ -117,7 +117,17 @@ def test_launchers(recipe, tmp_path):
         output = run_command(*command, "--config", given).stdout
         assert output.count("step 2/2 |") == output.count(f"saved {tmp_path / given.stem / 'final'}") == 1
     train_in_ranks(2, "--config", file("by_hand", "auto"))
-    for name in ("torchrun", "by_hand"):
+    started, port = {}, str(free_port())
+    for rank in ("0", "1"):
+        slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+        place = {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, environment, nodes in (("slurm", {**slurm, "SLURM_NODEID": "0"}, 1), ("two_nodes", place, 2)):
+            arguments = ("--config", file(name, "auto"), f"--num_nodes={nodes}")
+            started[name, rank] = Training(*arguments, environment=environment)
+    for process in started.values():
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+    for name in ("torchrun", "by_hand", "slurm", "two_nodes"):
         assert logged(tmp_path / name, "loss") == logged(tmp_path / "own", "loss")
 
 
@@ -269,21 +279,44 @@ class TestStartedProcesses:
         assert started_processes(environment) == ("torchrun", 2, 2)
 
     def test_by_hand(self):
-        assert started_processes(self.HAND) == ("RANK and WORLD_SIZE", 4, 1)
-        assert started_processes({**self.HAND, "LOCAL_WORLD_SIZE": "2"}) == ("RANK and WORLD_SIZE", 2, 2)
+        name = "the environment (RANK, WORLD_SIZE)"
+        assert started_processes(self.HAND) == (name, 4, 1)
+        assert started_processes({**self.HAND, "LOCAL_WORLD_SIZE": "2"}) == (name, 2, 2)
+        assert started_processes(self.HAND, num_nodes=2) == (name, 2, 2)
 
     def test_slurm(self):
-        job = {"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "train"}
-        assert started_processes(job) == ("SLURM", 4, 2)
+        job = {"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NAME": "train"}
+        task = {**job, "SLURM_PROCID": "7", "SLURM_LOCALID": "3"}
+        assert started_processes(task) == ("SLURM", 4, 2)
+        # `srun --nodes=1 --ntasks=2` in a job of two nodes, which keeps what the job was asked for
+        step = {**task, "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
+        assert started_processes({**step, "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}) == ("SLURM", 2, 1)
         for name in ("bash", "interactive"):  # srun --pty, salloc
             assert started_processes({**job, "SLURM_JOB_NAME": name}) is None, "an interactive shell starts nothing"
+        with pytest.raises(SettingsError, match="SLURM_NTASKS: 3 is not a multiple of SLURM_NNODES: 2"):
+            started_processes({**task, "SLURM_NTASKS": "3"})
+        with pytest.raises(SettingsError, match="SLURM_NTASKS set but not SLURM_LOCALID, SLURM_PROCID"):
+            started_processes(job)
+        with pytest.raises(SettingsError, match="SLURM_NTASKS: 8 without SLURM_NTASKS_PER_NODE; .*-per-node=4"):
+            started_processes({name: value for name, value in task.items() if name != "SLURM_NTASKS_PER_NODE"})
+
+    @pytest.mark.parametrize("value", ["", "x", "-1", "1.5", "²", "4"])
+    @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID"])
+    def test_values_that_are_no_numbers(self, name, value):
+        """A rank that does not exist would keep the others waiting for the one that is missing."""
+        slurm = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+        environment = slurm if name.startswith("SLURM") else self.HAND
+        if value == "4" and "SIZE" in name:
+            return
+        with pytest.raises(SettingsError, match=f"environment: {name}: '?{value}'? must be "):
+            started_processes({**environment, name: value})
 
     @pytest.mark.parametrize("port", ["0", "", "-1", "65536", "http"])
     def test_no_port(self, port):
         """`torchrun --master_port 0` sets 0, where the processes would wait for each other for ever."""
         with pytest.raises(ValueError, match=f"MASTER_PORT: '{port}' is not a port .* --standalone"):
             started_processes({**self.HAND, "MASTER_PORT": port})
-        assert started_processes({**self.HAND, "RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": port})
+        assert started_processes({**self.HAND, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": port})
 
     def test_who_tells_fabric_of_the_processes(self):
         """It finds torchrun's and SLURM's by itself, and would start its own beside those of variables set by hand."""
@@ -307,8 +340,10 @@ class TestStartedProcesses:
             ValueError, match="environment: WORLD_SIZE set but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT, RANK"
         ):
             started_processes({"WORLD_SIZE": "2"})
-        with pytest.raises(ValueError, match="4 processes, 3 on each node"):
+        with pytest.raises(ValueError, match="WORLD_SIZE: 4 is not a multiple of LOCAL_WORLD_SIZE: 3"):
             started_processes({**self.HAND, "LOCAL_WORLD_SIZE": "3"})
+        with pytest.raises(ValueError, match="WORLD_SIZE: 4 is not a multiple of num_nodes: 3"):
+            started_processes(self.HAND, num_nodes=3)
 
 
 class TestMakeStrategy:
