@@ -124,9 +124,8 @@ def _connect(plan: Plan, reporter: Reporter) -> Launched:
         fabric.print("This Mac's GPU (MPS) is not used: nothing here was ever run on one. Training uses the CPU.")
     if accelerator == "cuda" and devices > 1:
         _report_topology(fabric)
-    if started is None and devices > 1:
-        end_together()
     if processes > 1:
+        end_together(started)
         end_at_once_on_termination()
     with _connection_errors(knobs.timeout_minutes):
         fabric.launch()

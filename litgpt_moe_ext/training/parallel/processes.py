@@ -3,7 +3,8 @@
 Processes are started by the run itself (through Fabric), by torchrun, by SLURM, or by hand. Fabric's first process
 starts the others of its node, and is killed within seconds if one of them fails. But if the first process is killed,
 the others wait until `distributed.timeout_minutes` are over, and one that is still importing starts to wait only then.
-So here each of them watches its parent. (torchrun and SLURM watch the processes that they start.)
+So here each of them watches its parent. torchrun ends its processes too, unless it is killed itself: they watch it as
+well. (SLURM ends whatever a job has left.)
 """
 
 import ctypes
@@ -19,6 +20,7 @@ from litgpt_moe_ext.errors import SettingsError
 
 _LAUNCHER_PID = "LITGPT_MOE_EXT_LAUNCHER_PID"
 _LOOK_EVERY = 1.0  # seconds
+_TORCHRUN = "torchrun"
 _BY_HAND = "the environment (RANK, WORLD_SIZE)"
 
 
@@ -63,7 +65,7 @@ def started_processes(environment: Mapping[str, str], num_nodes: int = 1) -> Pro
         per_node = _quotient("WORLD_SIZE", world, "num_nodes", num_nodes)
     _check_rank(environment, "RANK", world)
     _check_rank(environment, "LOCAL_RANK", per_node)
-    return Processes("torchrun" if "TORCHELASTIC_RUN_ID" in environment else _BY_HAND, per_node, num_nodes)
+    return Processes(_TORCHRUN if "TORCHELASTIC_RUN_ID" in environment else _BY_HAND, per_node, num_nodes)
 
 
 def _started_by_slurm(environment: Mapping[str, str]) -> Processes:
@@ -131,18 +133,21 @@ def started_by_fabric() -> bool:
     return by_fabric and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
-def end_together() -> None:
+def end_together(started: Processes | None) -> None:
     """Make child processes end soon after this one, or this one soon after its parent.
 
     Call it in every process before Fabric launches. It has no effect on Windows, where a process keeps its parent's id
     after the parent has ended.
+
+    Args:
+        started: The processes that a launcher has started already.
     """
-    if started_by_fabric():
-        parent = int(os.environ[_LAUNCHER_PID])
+    if started is None and not started_by_fabric():
+        os.environ[_LAUNCHER_PID] = str(os.getpid())
+    elif started is None or started.started_by == _TORCHRUN:
+        parent = int(os.environ[_LAUNCHER_PID]) if started is None else os.getppid()
         die_with_parent(parent)
         threading.Thread(target=_watch, args=(parent,), daemon=True, name="launcher-watch").start()
-    else:
-        os.environ[_LAUNCHER_PID] = str(os.getpid())
 
 
 def die_with_parent(parent: int) -> None:

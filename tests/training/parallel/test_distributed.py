@@ -173,6 +173,29 @@ def test_one_of_two_dies(recipe, victim, stopped):
 
 
 @pytest.mark.slow
+def test_torchrun_is_killed(recipe):
+    """It cannot end its processes then; they end by themselves."""
+    file = recipe(
+        train={"max_tokens": 1_000_000 * 128, "save_interval": 1_000_000}, eval={"interval": 1_000_000}, devices="auto"
+    )
+    torchrun = [*TORCHRUN, "--nproc_per_node=2", f"--master_port={free_port()}", RUN_TRAIN[1], "--config", str(file)]
+    launcher = subprocess.Popen(torchrun, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    workers = []
+    try:
+        assert any(line.startswith("step 3/") for line in launcher.stdout)
+        workers = children_of(launcher.pid)
+        assert len(workers) == 2
+        launcher.kill()
+        assert wait_until_gone(workers) == []
+    finally:
+        launcher.kill()
+        for pid in workers:
+            if Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal.SIGKILL)
+        launcher.communicate()
+
+
+@pytest.mark.slow
 def test_first_dies_before_the_processes_connect(recipe):
     """The second is still importing when its parent is killed; it ends instead of waiting for ten minutes."""
     first = subprocess.Popen([*RUN_TRAIN, "--config", str(recipe(devices=2))], stdout=subprocess.DEVNULL, cwd=ROOT)
