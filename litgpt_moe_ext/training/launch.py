@@ -95,7 +95,9 @@ def launch(plan: Plan) -> Iterator[Launched]:
             if settings.logger_name == "wandb":
                 launched.fabric.add_callback(wandb_run.WandbRun(logger))
             wide = logger if isinstance(logger, WideTable) else None
+            # Before the reporter: a step that has been shown is in the table, even if the run is killed then.
             launched.fabric.add_callback(MetricsTable(plan.out_dir, plan.tokens_per_step, wide, launched.fabric))
+            launched.fabric.add_callback(reporter)
         stack.push(lambda _kind, error, _trace: reporter.close(launched.fabric.step, error))
         yield launched
 
@@ -129,8 +131,6 @@ def _connect(plan: Plan, reporter: Reporter) -> Launched:
         end_at_once_on_termination()
     with _connection_errors(knobs.timeout_minutes):
         fabric.launch()
-    if fabric.is_global_zero:  # known only after the launch
-        fabric.add_callback(reporter)
     return Launched(plan, fabric, reporter, devices, num_nodes)
 
 

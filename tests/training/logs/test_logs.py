@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from litgpt_moe_ext.software import software
+from litgpt_moe_ext.training.callbacks.progress import Reporter
 from litgpt_moe_ext.training.logs import metrics
 from litgpt_moe_ext.training.logs.metrics import COLUMNS, MetricsTable, grouped
 from litgpt_moe_ext.training.logs.table import StepTable
@@ -70,6 +71,22 @@ def test_one_row_per_step_over_a_resume(recipe, tmp_path, capsys):
     resumed = (out / "train.log").read_text().removeprefix(lines)
     assert resumed != lines
     assert resumed.count(f"Code: {software()}\n") == 1
+
+
+def test_a_step_that_is_shown_is_in_the_tables(recipe, tmp_path, monkeypatch):
+    """Whoever kills the run after reading the line of a step finds its row."""
+    show, shown = Reporter.on_logged, []
+
+    def on_logged(self, metrics):
+        if "loss" in metrics:
+            rows = [rows_of(tmp_path / "out" / name)[-1]["step"] for name in ("metrics.csv", "metrics-wide.csv")]
+            assert rows == [str(metrics["step"])] * 2
+            shown.append(metrics["step"])
+        show(self, metrics)
+
+    monkeypatch.setattr(Reporter, "on_logged", on_logged)
+    assert train("--config", recipe(train={"max_tokens": 4 * 128})) == 0
+    assert shown == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
