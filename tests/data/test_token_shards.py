@@ -147,6 +147,31 @@ def test_the_first_validates_where_no_name_says_so(tmp_path):
     assert [path.name for path in train] == ["shard_2.bin", "shard_10.bin", "shard_10²3.bin"]
 
 
+@pytest.mark.parametrize(
+    ("names", "val"),
+    [
+        ("retrieval_1 retrieval_2 retrieval_3", "retrieval_1"),
+        ("retrieval_train_1 retrieval_train_2 retrieval_val_1", "retrieval_val_1"),
+        ("evalTrain1 evalVal1", "evalVal1"),
+        ("eval_train eval_valid", "eval_valid"),
+        ("textTRAIN textVAL", "textVAL"),
+        ("texttest texttrain textval", "textval"),
+        ("constraints_1 web_1 web_2 validation_1", "validation_1"),
+    ],
+)
+def test_words_in_other_words_do_not_count(tmp_path, names, val):
+    write(tmp_path, {f"{name}.bin": 20 for name in names.split()})
+    found = TokenShards(tmp_path).find_shards()
+    assert [path.stem for path in found[1]] == [val]
+    assert [path.stem for path in found[0]] == [name for name in names.split() if name not in (val, "texttest")]
+
+
+def test_only_names_of_validation(tmp_path):
+    write(tmp_path, {"val_1.bin": 20, "val_2.bin": 20})
+    with pytest.raises(ValueError, match="no train shards: it has 2 files .* those with val in their .* train_pattern"):
+        TokenShards(tmp_path).prepare_data()
+
+
 def test_patterns(tmp_path):
     write(tmp_path, {"a0.bin": 20, "a1.bin": 20, "b.bin": 20})
     train, val = TokenShards(tmp_path, train_pattern="a*.bin", val_pattern="b*").find_shards()

@@ -19,6 +19,8 @@ from litgpt_moe_ext.field_types import NonNegativeInt, PositiveInt, check_fields
 from litgpt_moe_ext.wording import counted
 
 SUFFIXES = (".bin", ".npy")
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
+_TRAIN, _VAL = ("train", "training"), ("val", "valid", "validation")
 
 
 @dataclass
@@ -33,10 +35,11 @@ class TokenShards(ShardModule):
     data_path: Path
     """Folder of the shards."""
     train_pattern: str | None = None
-    """Glob of the training files in the folder. Default: files with `train` in their names, or else all but the
-    validation files."""
+    """Glob of the training files in the folder. Default: files with the word `train` in their names, or else
+    all but the validation files."""
     val_pattern: str | None = None
-    """Glob of the validation files in the folder. Default: files with `val` in their names, or else the first file."""
+    """Glob of the validation files in the folder. Default: files with the word `val` in their names, or else the
+    first file."""
     vocab_size: PositiveInt | None = None
     """Vocabulary size of the shards' tokenizer; every id is checked against it. Default: the model's."""
     train_count: PositiveInt | None = None
@@ -92,7 +95,7 @@ class TokenShards(ShardModule):
         if not folder.is_dir():
             raise SettingsError(f"data_path: {str(folder)!r} is not a folder; set data_path to a folder of shards")
         shards = _natural_order(path for path in folder.iterdir() if path.suffix in SUFFIXES)
-        named = {word: [path for path in shards if word in path.name.lower()] for word in ("train", "val")}
+        named = {words[0]: _named(shards, words) for words in (_TRAIN, _VAL)}
         if self.val_pattern is not None:
             val = _natural_order(matches("val_pattern", folder, self.val_pattern))
         else:
@@ -110,7 +113,8 @@ class TokenShards(ShardModule):
                 else:
                     remedy = (
                         did_you_mean_inside(folder, f"{split[:3]}*.bin")
-                        or "; it needs two or more, of which the first validates"
+                        or "; it needs two or more, of which those with val in their names validate, or else the "
+                        f"first. Rename them, or set {setting}"
                     )
                 raise SettingsError(f"data_path: {str(folder)!r} has no {split} shards: it has {there}{remedy}")
         if both := set(train) & set(val):
@@ -148,6 +152,19 @@ class TokenShards(ShardModule):
     def corpus_id(self) -> str:
         """A hash of the names, lengths and tokens of the training shards."""
         return self._corpus_id
+
+
+def _named(shards: Sequence[Path], words: Sequence[str]) -> list[Path]:
+    """Return the shards with one of the words in their names: `web_val`, `webVal`, but not `evaluation`.
+
+    If there are none, those with a word that ends in the first one count (`webval`), unless these are all shards
+    (`retrieval_1`, `retrieval_2`).
+    """
+    names = {path: [word.lower() for word in _WORD.findall(path.stem)] for path in shards}
+    if found := [path for path, name in names.items() if set(words) & set(name)]:
+        return found
+    found = [path for path, name in names.items() if any(word.endswith(words[0]) for word in name)]
+    return found if len(found) < len(shards) else []
 
 
 def _natural_order(paths: Iterable[Path]) -> list[Path]:

@@ -223,7 +223,8 @@ def _numpy_header(path: Path, file: BinaryIO) -> tuple[np.dtype, int, int]:
     if len(shape) != 1 or dtype not in (np.dtype("<u2"), np.dtype("<u4")):
         raise SettingsError(
             f"{path} holds an array of shape {shape} and dtype {dtype}; a token shard is one-dimensional, uint16 or "
-            "uint32; convert it: numpy.save(path, array.astype(numpy.uint16).ravel())"
+            "uint32; convert it: numpy.save(path, array.astype(numpy.uint16).ravel()), or numpy.uint32 for ids "
+            "above 65535"
         )
     if shape[0] == 0:
         raise SettingsError(f"{path} is empty: its header counts 0 tokens; prepare or download it again")
