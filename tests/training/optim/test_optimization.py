@@ -14,7 +14,7 @@ from litgpt_moe_ext.training.callbacks.anomalies import GradientGuard
 from litgpt_moe_ext.training.control import TrainingStopped
 from litgpt_moe_ext.training.settings import AnomalyArgs, EmaArgs
 from tests.models import moe_config, randomize
-from tests.runs import logged, train, validation_fell_by, weights_of
+from tests.runs import ROOT, logged, train, validation_fell_by, weights_of
 
 MUON = "litgpt_moe_ext.training.optim.muon.MuonAdamW"
 
@@ -141,6 +141,8 @@ def test_stops_before_the_weights_are_lost(recipe, tmp_path, monkeypatch, capsys
     assert "Stopped: in step 6 the gradient norm is nan" in error or "the gradient norm is inf" in error
     assert "anomaly.on_nonfinite skip" in error
     saved = torch.load(tmp_path / "out" / "anomalies" / "step-00000006-rank-0.pt", weights_only=True)
+    page = (ROOT / "docs" / "how-to" / "resume.md").read_text()
+    assert [key for key in saved if f"`{key}`" not in page] == []
     assert (saved["step"], saved["iteration"], len(saved["batches"])) == (5, 10, 2)
     assert saved["data"]["position"] == 10
     assert saved["batches"][0].shape == (2, 33)

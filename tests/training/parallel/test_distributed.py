@@ -1,5 +1,6 @@
 """Two and four real processes over gloo: the same training as one, under every strategy that runs on CPUs."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
+import litgpt.pretrain
 import numpy as np
 import pytest
 import torch
@@ -28,7 +30,7 @@ from litgpt_moe_ext.training.parallel.processes import cluster_plugins, started_
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
 from litgpt_moe_ext.training.settings import DistributedArgs, StrategyName
 from litgpt_moe_ext.training.start import sequences_and_steps_ahead
-from tests.runs import PATIENCE, ROOT, RUN_TRAIN, logged, run_command, weights_of
+from tests.runs import PATIENCE, ROOT, RUN_TRAIN, logged, run_command, train, weights_of
 from tests.training.processes import Training, free_port, train_in_ranks
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--nnodes=1"]
@@ -287,6 +289,30 @@ def test_a_signal_to_one_of_two(recipe, tmp_path, name, status):
     assert wait_until_gone([second]) == []
     assert output.count(f"Stopped by {name}, saved as {tmp_path / 'out' / 'step-0'}") == 1
     assert len(list((tmp_path / "out").glob("step-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("ends", "status"), [("of itself", 0), ("by a signal", 143), ("by a setting", 2), ("by an error", None)]
+)
+def test_the_process_group_is_destroyed(recipe, monkeypatch, ends, status):
+    """Else the next training in this process would join it, and NCCL's threads would outlive the run."""
+    validate = litgpt.pretrain.validate
+
+    def end(*args, **kwargs):
+        if not torch.distributed.is_initialized():  # a single process has no group of its own
+            torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        if ends == "by a signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif ends == "by a setting":
+            raise SettingsError("wrong")
+        elif ends == "by an error":
+            raise RuntimeError("wrong")
+        return validate(*args, **kwargs)
+
+    monkeypatch.setattr(litgpt.pretrain, "validate", end)
+    with contextlib.nullcontext() if status is not None else pytest.raises(RuntimeError, match="wrong"):
+        assert train("--config", recipe(train={"max_tokens": 2 * 128})) == status
+    assert not torch.distributed.is_initialized()
 
 
 class TestStartedProcesses:
