@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -72,11 +72,10 @@ def exit_status(run: Callable[[], int | None], interrupted: str = "") -> int:
         print(interrupted or f"Stopped by {name}.", file=sys.stderr, flush=True)
         return 128 + number
 
-    with interruptible(end), _any_text():
+    with _streams(), interruptible(end), _any_text():
         try:
             status = run() or 0
-            if sys.stdout is not None:
-                sys.stdout.flush()  # while an error has one line
+            sys.stdout.flush()  # while an error has one line
             return status
         except (KeyboardInterrupt, Terminated, Exception) as error:
             if number := interruption_behind(error):
@@ -114,6 +113,21 @@ def _is_unread(stream: TextIO) -> bool:
     except (AttributeError, OSError, ValueError):  # Windows has no poll; a replaced stream has no descriptor
         return False
     return True
+
+
+@contextmanager
+def _streams() -> Iterator[None]:
+    """Replace, in the scope, streams that whoever started the process has closed (`>&-`), as some daemons do.
+
+    Otherwise the next files to be opened would get their numbers, and libraries would write into them.
+    """
+    with ExitStack() as opened:
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            if getattr(sys, name) is None:
+                stream = opened.enter_context(open(os.devnull, mode, encoding="utf-8"))
+                opened.callback(setattr, sys, name, None)
+                setattr(sys, name, stream)
+        yield
 
 
 @contextmanager

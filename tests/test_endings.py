@@ -19,10 +19,11 @@ from litgpt_moe_ext.data.pipeline import encoding
 from litgpt_moe_ext.data.pipeline.batches import Batch
 from litgpt_moe_ext.errors import CANNOT, WRONG_SETTING, SettingsError, exit_status
 from litgpt_moe_ext.interruption import end_at_once_on_termination
-from tests.runs import PATIENCE
+from tests.runs import PATIENCE, RUN_TRAIN, run_command
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "data_prep").glob("*.py"))
+MODEL_CARD = [sys.executable, "-m", "litgpt_moe_ext.cli.main", "model-card"]
 
 
 class ExtensionFileLoader:
@@ -214,6 +215,16 @@ def test_what_an_encoding_lacks_is_a_question_mark(monkeypatch, tmp_path):
     assert sys.stdout.errors == "strict", "as it was"
     write_text(tmp_path / "report.html", name)
     assert (tmp_path / "report.html").read_text() == "?"
+
+
+def test_streams_may_be_closed(recipe, tmp_path):
+    """As by `>&-`, or whatever starts a training as a service; nothing of the run goes where they were."""
+    closed = 'exec "$@" <&- >&- 2>&-'
+    for command in ((*RUN_TRAIN, "--config", recipe(train={"max_tokens": 2 * 128})), (*MODEL_CARD, recipe("card"))):
+        run_command("bash", "-c", closed, "bash", *command)
+    checkpoint = tmp_path / "out" / "final"
+    run_command("sha256sum", "--check", "--strict", "SHA256SUMS", cwd=checkpoint)
+    assert "step 2/2 |" in (tmp_path / "out" / "train.log").read_text()
 
 
 def test_other_errors_keep_their_traceback():
