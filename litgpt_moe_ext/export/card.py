@@ -24,7 +24,7 @@ tags: [{tags}]
 # {name}
 
 Trained with [LitGPT](https://github.com/Lightning-AI/litgpt) and `litgpt_moe_ext`; exported as `{class_name}` by
-`litgpt-moe export {checkpoint} ... --format {format}`.
+`litgpt-moe export {checkpoint} ... {flags}`.
 
 | | |
 | --- | --- |
@@ -54,7 +54,14 @@ llama-cli -m model.gguf -p "Once"
 """
 
 
-def write_card(folder: Path, source: "Source", architecture: "Architecture", format_name: str, serve: str = "") -> None:
+def write_card(
+    folder: Path,
+    source: "Source",
+    architecture: "Architecture",
+    format_name: str,
+    dtype: str | None,
+    serve: str = "",
+) -> None:
     """Write `README.md`, and the settings of the training if they are known.
 
     Args:
@@ -62,6 +69,7 @@ def write_card(folder: Path, source: "Source", architecture: "Architecture", for
         source: The checkpoint that was exported.
         architecture: The class, or the graph, that opens the export.
         format_name: `hf` or `gguf`.
+        dtype: Floating type of the weights, if one was asked for.
         serve: The command with which vLLM serves it.
     """
     config = source.config
@@ -76,10 +84,10 @@ def write_card(folder: Path, source: "Source", architecture: "Architecture", for
     card = _CARD.format(
         library="transformers" if format_name == "hf" else "gguf",
         tags=", ".join(["litgpt", "litgpt_moe_ext", *(["mixture-of-experts"] if config.n_expert else [])]),
-        name=config.name or source.directory.resolve().parent.name,
+        name=config.name or source.checkpoint.resolve().parent.name,
         class_name=class_name,
-        format=format_name,
-        checkpoint=source.directory.name,
+        flags=f"--format {format_name}" + (f" --dtype {dtype}" if dtype else ""),
+        checkpoint=_name_of(source),
         rows="\n".join(f"| {name} | {value} |" for name, value in known.items()),
         usage=_TRANSFORMERS.format(trust=trust, serve=serve) if format_name == "hf" else _LLAMA_CPP,
         training=_TRAINING if settings else "",
@@ -109,24 +117,37 @@ def facts(source: "Source", settings: dict[str, Any], once: bool = False) -> dic
         "FLOPs per token, forward": f"{count_flops(config, length, training=False) / length:,.0f}",
         "context": f"{length:,} tokens",
     }
-    step = step_of(source.directory)
+    averaged = source.checkpoint != source.directory
+    if averaged:
+        found["weights"] = "moving average over the steps (`ema.decay`)"
+    losses: dict[str, float] = {}
+    step = step_of(source.checkpoint)
     if step is not None:
         found["optimizer steps"] = f"{step:,}"
-        if isinstance(train, dict) and (sequences := sequences_of(source.directory)) is not None:
+        if isinstance(train, dict) and (sequences := sequences_of(source.checkpoint)) is not None:
             length = train.get("max_seq_length") or length
             tokens = sequences * length
             flops = count_flops(config, length, training=True) / length * tokens
             found |= {"training tokens": f"{tokens:,}", "FLOPs of the training": f"{flops:.2e}"}
-        found |= {name: f"{value:.4f}" for name, value in _losses(source.directory.parent, step).items()}
+        losses |= _losses(source.checkpoint.resolve().parent, step)
     best = source.run.get("callbacks", {}).get("Retention", {}).get("loss")
     if best is not None:
-        found["best validation loss"] = f"{best:.4f}"
+        losses["best validation loss"] = best
+    # A run validates the weights that it trains, not their average.
+    found |= {f"{name}{', before averaging' * averaged}": f"{value:.4f}" for name, value in losses.items()}
     if isinstance(data := settings.get("data"), dict):
         found["data"] = f"`{data.get('class_path')}`"
-    corpus = (source.run.get("train_dataloader") or {}).get("fingerprint", {}).get("corpus")
-    if corpus is not None:
-        found["hash of the data"] = f"`{corpus}`"
+    read = (source.run.get("train_dataloader") or {}).get("fingerprint", {})
+    if "corpus" in read:
+        found["hash of the data"] = f"`{read['corpus']}`"
+    elif "corpora" in read:  # of a mixture
+        found["hashes of the data"] = ", ".join(f"{name} `{corpus}`" for name, corpus, _ in read["corpora"])
     return found
+
+
+def _name_of(source: "Source") -> str:
+    folder, checkpoint = source.directory.resolve(), source.checkpoint.resolve()
+    return folder.name if folder == checkpoint else f"{checkpoint.name}/{folder.name}"
 
 
 def _losses(out_dir: Path, step: int) -> dict[str, float]:

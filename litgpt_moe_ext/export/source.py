@@ -14,9 +14,11 @@ from torch import Tensor
 from litgpt_moe_ext.errors import SettingsError, which_checkpoint
 from litgpt_moe_ext.evaluation.loading import VOCABULARY_FILES, load_tokenizer, read_checkpoint
 from litgpt_moe_ext.export.tensors import BALANCING_BIAS
+from litgpt_moe_ext.files.archives import open_archive
 from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, WEIGHTS_FILE, read_config
 from litgpt_moe_ext.meta.models import meta_model
 from litgpt_moe_ext.moe.expert_layouts import stack_experts
+from litgpt_moe_ext.training.checkpoint.progress import AVERAGE, checkpoint_around
 
 if TYPE_CHECKING:
     from litgpt import Tokenizer
@@ -38,13 +40,18 @@ class Source:
         directory: Its directory.
         config: Its model configuration.
         state: Its weights by name, which stay on the disk until they are used.
-        run: Other state of the run that saved it: counters, the position in the data, callbacks.
+        run: Other state of the run that saved it: the position in the data, callbacks.
     """
 
     directory: Path
     config: "Config"
     state: dict[str, Tensor]
     run: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint of the run that it belongs to, which is another directory for a moving average."""
+        return checkpoint_around(self.directory)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,7 +117,7 @@ def read_source(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Source
             configuration says.
     """
     folder = checkpoint_dir.resolve()
-    if (folder.parent if folder.name == "ema" else folder).name.startswith("."):
+    if (folder.parent if folder.name == AVERAGE else folder).name.startswith("."):
         # The name of a checkpoint that a run has not finished writing, or is about to delete.
         raise SettingsError(f"{setting}: {str(checkpoint_dir)!r} is being written; name a finished checkpoint")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -119,7 +126,7 @@ def read_source(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Source
             raise SettingsError(f"{setting}: {str(checkpoint_dir)!r} has no {name}{hint}")
     config = read_config(checkpoint_dir, setting)
     content = read_checkpoint(checkpoint_dir / WEIGHTS_FILE, setting)
-    run = {key: content[key] for key in ("train_dataloader", "callbacks") if "model" in content and key in content}
+    run = _state_of_run(checkpoint_dir, content)
     state = content.get("model", content)
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise SettingsError(f"{setting}: {checkpoint_dir / WEIGHTS_FILE} must hold weights by name; name a checkpoint")
@@ -129,6 +136,15 @@ def read_source(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Source
             f"{setting}: its weights are not those of its {CONFIG_FILE}: {different}; name a whole checkpoint"
         )
     return Source(checkpoint_dir, config, state, run)
+
+
+def _state_of_run(checkpoint_dir: Path, content: dict[str, Any]) -> dict[str, Any]:
+    if (around := checkpoint_around(checkpoint_dir)) != checkpoint_dir:
+        try:
+            content = open_archive(around / WEIGHTS_FILE, "checkpoint_dir")
+        except SettingsError:  # the average is whole without it
+            return {}
+    return {key: content[key] for key in ("train_dataloader", "callbacks") if "model" in content and key in content}
 
 
 def _weights(state: dict[str, Tensor]) -> dict[str, Tensor]:

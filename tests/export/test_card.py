@@ -1,8 +1,12 @@
 """What the card of an exported model says of its training."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import yaml
 
 from litgpt_moe_ext.export.card import facts
+from litgpt_moe_ext.export.formats import export
 from litgpt_moe_ext.export.source import Source
 from litgpt_moe_ext.model_size import count_flops, count_parameters
 from litgpt_moe_ext.training.callbacks.retention import Retention
@@ -11,6 +15,7 @@ from litgpt_moe_ext.training.checkpoint.progress import Progress
 from litgpt_moe_ext.training.logs import METRICS_FILE
 from litgpt_moe_ext.training.settings import CheckpointArgs
 from tests.models import moe_config
+from tests.runs import train
 
 
 def test_parameters_are_those_of_the_run(tmp_path):
@@ -52,7 +57,34 @@ def test_what_is_known_of_a_training(tmp_path):
         "data": "`litgpt_moe_ext.data.TextCorpus`",
         "hash of the data": "`0123abcd`",
     }
+    mixed = {"train_dataloader": {"fingerprint": {"corpora": [["code", "4567", 8], ["prose", "89ab", 16]]}}}
+    hashes = facts(replace(source, run=mixed), settings)["hashes of the data"]
+    assert hashes == "code `4567`, prose `89ab`"
     keeper = Retention(CheckpointArgs(), tmp_path, None, None)
     keeper.load_state_dict({"loss": 3.1875, "attempt": 1, "step": 6})
     run["callbacks"]["Retention"] = keeper.state_dict()
     assert facts(source, settings) == {**found, "best validation loss": "3.1875"}
+
+
+def test_a_moving_average_is_known_by_the_checkpoint_around_it(recipe, tmp_path, monkeypatch, capsys):
+    assert train("--config", recipe(ema={"decay": 0.5}), "--train.max_steps", "2") == 0
+    final = tmp_path / "out" / "final"
+    monkeypatch.chdir(final / "ema")
+    for directory, out, dtype in ((final, "whole", None), (Path(), "average", "bfloat16")):
+        export(directory, tmp_path / out, "hf", dtype)
+    whole, average = ((tmp_path / out / "README.md").read_text() for out in ("whole", "average"))
+    assert "`litgpt-moe export final ... --format hf`." in whole
+    assert "`litgpt-moe export final/ema ... --format hf --dtype bfloat16`." in average
+    rows = [[line for line in card.splitlines() if line.startswith("| ")] for card in (whole, average)]
+    assert rows[0][5] == "| optimizer steps | 2 |"
+    weights = "| weights | moving average over the steps (`ema.decay`) |"
+    # The run validated the weights that it trained, and not their average.
+    assert rows[1] == [
+        *rows[0][:5],
+        weights,
+        *(line.replace("loss |", "loss, before averaging |") for line in rows[0][5:]),
+    ]
+    assert sum("loss" in line for line in rows[0]) == 3
+    (final / "lit_model.pth").unlink()
+    export(final / "ema", tmp_path / "alone", "hf")
+    assert "hash of the data" not in (tmp_path / "alone" / "README.md").read_text()

@@ -71,7 +71,7 @@ def export_gguf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None) -
     }
     with new_directory(out_dir, source.nbytes(chosen, graph)) as partial:
         n_bytes = _write(partial / MODEL_FILE, source, graph, metadata, chosen)
-        write_card(partial, source, graph, "gguf")
+        write_card(partial, source, graph, "gguf", dtype)
     return GGUFExport(graph.class_name, left_out(source.config), n_bytes)
 
 

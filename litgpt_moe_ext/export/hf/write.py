@@ -70,7 +70,7 @@ def export_checkpoint(
         _write_json(partial / "generation_config.json", {"_from_model_config": True, **ids})
         if architecture.model_type == "litgpt_moe":
             shutil.copyfile(Path(__file__).with_name(f"{REMOTE_CODE}.py"), partial / f"{REMOTE_CODE}.py")
-        write_card(partial, source, architecture, "hf", architecture.serve(facts, "PATH"))
+        write_card(partial, source, architecture, "hf", dtype, architecture.serve(facts, "PATH"))
     return Export(
         architecture.class_name, architecture.serve(facts, str(out_dir)), rejected, left_out(source.config), n_bytes
     )

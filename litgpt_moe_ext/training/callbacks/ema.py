@@ -15,10 +15,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from litgpt_moe_ext.host.checkpoints import WEIGHTS_FILE
 from litgpt_moe_ext.training.callback import Callback
+from litgpt_moe_ext.training.checkpoint.progress import AVERAGE
 from litgpt_moe_ext.training.optim.shards import is_shard, like
 from litgpt_moe_ext.training.settings import EmaArgs
-
-FOLDER = "ema"
 
 
 class WeightAverage(Callback):
@@ -49,7 +48,7 @@ class WeightAverage(Callback):
                 self._columns.append(([self._average[name] for name in names], [weights[name] for name in names]))
         if resume_dir is None:
             return
-        file = resume_dir / FOLDER / WEIGHTS_FILE
+        file = resume_dir / AVERAGE / WEIGHTS_FILE
         if not file.is_file():
             self._fabric.print(f"{resume_dir} has no averaged weights: the average starts from its weights.")
             return
@@ -69,7 +68,7 @@ class WeightAverage(Callback):
         whole = {name: self._gathered(average) for name, average in self._average.items()}
         if not self._fabric.is_global_zero:
             return
-        target = directory / FOLDER
+        target = directory / AVERAGE
         target.mkdir()
         torch.save({"model": whole}, target / WEIGHTS_FILE)
         for file in directory.iterdir():

@@ -9,6 +9,8 @@ from litgpt_moe_ext.training.checkpoint.hyperparameters import read
 
 STATE_FILE = "training_state.json"
 BEST, FINAL = "best", "final"
+AVERAGE = "ema"
+"""The folder in a checkpoint with the moving average of the weights, a checkpoint of its own."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,12 @@ def step_of(checkpoint_dir: Path) -> int | None:
     # Plain LitGPT records the step only in the checkpoint's name.
     _, _, digits = checkpoint_dir.name.partition("step-")
     return int(digits) if digits.isdecimal() else None
+
+
+def checkpoint_around(directory: Path) -> Path:
+    """Return the checkpoint of a run that a directory belongs to: itself, or the one whose moving average it holds."""
+    folder = directory.resolve()
+    return folder.parent if folder.name == AVERAGE and (folder.parent / STATE_FILE).is_file() else directory
 
 
 def batch_of(checkpoint_dir: Path) -> int | None:
