@@ -27,10 +27,7 @@ def count_parameters(config: Any, tie_embeddings: bool = False) -> ModelSize:
     from litgpt_moe_ext.meta.models import meta_model
     from litgpt_moe_ext.moe.layer import MoE
 
-    model = meta_model(config)
-    if tie_embeddings:
-        # `parameters` yields it once.
-        model.lm_head.weight = model.get_submodule("transformer.wte").get_parameter("weight")
+    model = meta_model(config, tie_embeddings)
     total = sum(parameter.numel() for parameter in model.parameters())
     routed = sum(
         parameter.numel()

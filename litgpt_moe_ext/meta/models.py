@@ -31,9 +31,17 @@ def uninitialized() -> Iterator[None]:
         yield
 
 
-def meta_model(config: Any) -> "GPT":
-    """Return the model of a `litgpt.Config` on the meta device."""
+def meta_model(config: Any, tie_embeddings: bool = False) -> "GPT":
+    """Return the model of a `litgpt.Config` on the meta device.
+
+    Args:
+        config: The configuration.
+        tie_embeddings: Whether output head and token embeddings are one parameter, which `parameters` yields once.
+    """
     from litgpt.model import GPT
 
     with uninitialized(), META:
-        return asking_again(GPT, config)
+        model = asking_again(GPT, config)
+    if tie_embeddings:
+        model.lm_head.weight = model.get_submodule("transformer.wte").get_parameter("weight")
+    return model

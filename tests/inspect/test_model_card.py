@@ -1,6 +1,7 @@
 """The figures of a model card against sums by hand and against training steps that are really made."""
 
 import contextlib
+import re
 from functools import partial
 from pathlib import Path
 
@@ -25,11 +26,16 @@ from litgpt_moe_ext.inspect.cost.memory import (
 from litgpt_moe_ext.inspect.cost.model_card import make_card
 from litgpt_moe_ext.inspect.cost.optimizer_state import measure_state_ratio, state_ratio
 from litgpt_moe_ext.inspect.cost.sharding import STRATEGIES, BlockSizes, block_sizes, process_memory
+from litgpt_moe_ext.inspect.doctor.room import disk
 from litgpt_moe_ext.inspect.recipes import Recipe, load_recipe
 from litgpt_moe_ext.loss.cross_entropy import mean_cross_entropy
+from litgpt_moe_ext.meta.models import meta_model
 from litgpt_moe_ext.model_size import count_flops
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss
+from litgpt_moe_ext.training.optim.muon import MuonAdamW
+from litgpt_moe_ext.training.optim.parameter_groups import group_parameters
+from litgpt_moe_ext.training.settings import ParameterGroupArgs
 from tests.inspect.live_memory import LiveMemory
 from tests.models import HAS_FUSED_LOSS, initialized_model, moe_config, needs_fused_loss
 
@@ -42,6 +48,7 @@ DOCUMENTS = {
     "attention_class_name": "SinkAttention", "attention_document_boundary": "eos", "attention_document_token_id": 64,
 }  # fmt: skip
 NO_SAVERS = {"activation_checkpointing": "none", "fused_cross_entropy": False}
+MUON = f"{MuonAdamW.__module__}.MuonAdamW"
 
 
 def test_live_memory_sees_the_worst_moment():
@@ -275,6 +282,37 @@ def test_weights_and_optimizer_are_exact():
     assert memory.total == sum(memory)
     half = training_memory(layers.shorten(config), Step("bf16-true", 1, LENGTH))
     assert (half.gradients, half.optimizer) == (2 * parameters, 4 * parameters)
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_layer": 6, "n_shared_expert": 1, "mlp_class_name": "SharedExpertMoE"}])
+@pytest.mark.parametrize("tied", [False, True])
+def test_muon_remembers_one_number_for_those_of_matrices(changes, tied):
+    config = moe_config(**{"n_layer": 2, **changes})
+    model = initialized_model(config)
+    if tied:
+        model.lm_head.weight = model.transformer.wte.weight
+    optimizer = MuonAdamW(group_parameters(model, ParameterGroupArgs(), split_matrices=True))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    # AdamW counts its steps as well.
+    held = [v for state in optimizer.state.values() for name, v in state.items() if name != "step"]
+    expected = sum(value.numel() * value.itemsize for value in held)
+    step = Step("32-true", 1, LENGTH, MUON, "selective", tie_embeddings=tied)
+    assert training_memory(layers.shorten(config), step).optimizer == expected
+
+
+def test_a_checkpoint_of_muon_takes_less_room():
+    config = moe_config(n_embd=1024, moe_intermediate_size=2048)
+    numbers = {name: parameter.numel() for name, parameter in meta_model(config).named_parameters()}
+    matrices = sum(numbers[name] for name in numbers if re.search(r"attn\.(qkv|proj)\.|experts", name))
+    total = sum(numbers.values())
+    assert 0.9 * total < matrices < total
+    for optimizer, remembered in ((MUON, 2 * total - matrices), ("AdamW", 2 * total)):
+        taken = 4 * (total + remembered) / 2**30
+        recipe = Recipe(config, {"optimizer": {"class_path": optimizer}, "precision": "32-true"})
+        assert disk(recipe).text.startswith(f"a training checkpoint takes about {taken:.2f} GiB")
+        assert make_card(recipe).checkpoint_training["32-true"] == pytest.approx(4 * (total + remembered), rel=1e-4)
 
 
 @pytest.mark.parametrize(("optimizer", "numbers"), [("AdamW", 2), ("Adam", 2), ("SGD", 0), ("Adagrad", 1)])

@@ -1,16 +1,45 @@
 """The size of an optimizer's state."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.training.optim.parameter_groups import MATRIX_PARTS, group_parameters
+from litgpt_moe_ext.training.settings import ParameterGroupArgs
 
-# Numbers that optimizers store per parameter, by name without torch's prefix. Muon stores one for matrices; counting
-# two errs on the safe side.
-_STATE = {"Adam": 2, "AdamW": 2, "litgpt_moe_ext.training.optim.muon.MuonAdamW": 2}
+_MUON = "litgpt_moe_ext.training.optim.muon.MuonAdamW"
+# Numbers that optimizers store per parameter, by name without torch's prefix; MuonAdamW for what is not a matrix.
+_STATE = {"Adam": 2, "AdamW": 2, _MUON: 2}
+
+
+def state_of_modules(
+    optimizer: str | dict[str, Any], model: nn.Module, dtype: torch.dtype
+) -> Callable[[nn.Module], int]:
+    """Return a function that counts the numbers which an optimizer stores for a module of a model.
+
+    Args:
+        optimizer: Name of the optimizer, or its `class_path` and `init_args`.
+        model: The model; its parameters may have no values.
+        dtype: Type of the parameters.
+
+    Raises:
+        SettingsError: If there is no such optimizer.
+    """
+    ratio = state_ratio(optimizer, dtype)
+    matrices: set[int] = set()
+    if (optimizer if isinstance(optimizer, str) else optimizer["class_path"]) == _MUON:
+        groups = group_parameters(model, ParameterGroupArgs(), split_matrices=True)
+        matrices = {id(parameter) for group in groups if MATRIX_PARTS in group for parameter in group["params"]}
+
+    def count(module: nn.Module) -> int:
+        # Muon remembers one average for a matrix.
+        return sum(parameter.numel() * (1 if id(parameter) in matrices else ratio) for parameter in module.parameters())
+
+    return count
 
 
 def state_ratio(optimizer: str | dict[str, Any], dtype: torch.dtype) -> int:

@@ -69,19 +69,20 @@ def _remedies(recipe: Recipe, cuda: bool) -> Iterator[str]:
 
 def disk(recipe: Recipe) -> Finding:
     """Return whether two training checkpoints fit on the disk."""
-    from litgpt_moe_ext.inspect.cost.optimizer_state import state_ratio
-    from litgpt_moe_ext.model_size import count_parameters
+    from litgpt_moe_ext.inspect.cost.optimizer_state import state_of_modules
+    from litgpt_moe_ext.meta.models import meta_model
 
     place = existing(out_dir_of(recipe), os.path.exists)
     free = shutil.disk_usage(place).free
     _, dtype, _ = computing(recipe)
+    model = meta_model(recipe.config, recipe.tie_embeddings)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     try:
-        remembered = state_ratio(recipe.optimizer, dtype)
+        remembered = state_of_modules(recipe.optimizer, model, dtype)(model)
     except SettingsError:  # reported by another check
-        remembered = 2
-    # Parameters, the optimizer's state for each, and an average of the weights in float32.
-    size = dtype.itemsize * (1 + remembered) + (4 if recipe.averages else 0)
-    checkpoint = size * count_parameters(recipe.config, recipe.tie_embeddings).total
+        remembered = 2 * parameters
+    # Parameters, the optimizer's state, and an average of the weights in float32.
+    checkpoint = dtype.itemsize * (parameters + remembered) + (4 * parameters if recipe.averages else 0)
     text = f"a training checkpoint takes about {checkpoint / 2**30:.2f} GiB, {free / 2**30:.1f} GiB are free in {place}"
     if free < 2 * checkpoint:
         return Finding(
