@@ -133,7 +133,7 @@ def agreement_figure(comparison: Sequence[Mapping[str, Any]], names: tuple[str, 
             ("chance", "chance", ":"),
         ):
             first.plot(layers, [entry[key] for entry in comparison], style, markersize=3.5, label=label)
-        first.set_ylim(0, 1)
+        first.set_ylim(0, 1.05)  # full agreement is no line on the frame
         first.set_title("experts in common")
         first.set_xlabel("layer")
         whole_numbers(first)

@@ -9,7 +9,7 @@ from litgpt_moe_ext.inspect.experts import statistics
 from litgpt_moe_ext.inspect.experts.analysis import _warning
 from litgpt_moe_ext.inspect.experts.capture import LayerRouting
 from litgpt_moe_ext.inspect.experts.report import _token
-from litgpt_moe_ext.inspect.figures import balance_figure
+from litgpt_moe_ext.inspect.figures import agreement_figure, balance_figure
 
 
 def test_load_mass_and_pairs():
@@ -107,3 +107,9 @@ def test_a_single_expert_has_a_picture():
     layer = {"layer": 0, "n_expert": 1, "max_vio": 0.0, "load_entropy": 1.0, "class_information": None}
     figure = balance_figure([{**layer, "router_entropy": 0.0, "router_entropy_of_even": 0.0}])
     assert [len(axes.lines) for axes in figure.axes] == [1, 1, 1, 1]
+
+
+def test_full_agreement_is_seen_below_the_frame():
+    entry = {"layer": 0, "matching": [0, 1], "overlap_EE": [[1, 0], [0, 1]], "matched": 1.0, "same": 1.0, "chance": 0.5}
+    first = agreement_figure([entry], ("a", "b")).axes[0]
+    assert max(max(line.get_ydata()) for line in first.lines) < first.get_ylim()[1]
