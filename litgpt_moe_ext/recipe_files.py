@@ -13,6 +13,12 @@ from litgpt_moe_ext.errors import SettingsError, did_you_mean_recipe, one_line
 # How deeply the nodes of a recipe may be nested, and how many it may have with every alias expanded.
 _DEEPEST, _LARGEST = 50, 100_000
 
+# Settings that may stand in files of their own: the data module, and every section of a run's settings.
+SECTIONS = (
+    *("data", "train", "eval", "log", "sample", "evaluate", "schedule", "parameter_groups", "anomaly", "ema"),
+    *("checkpoint", "distributed"),
+)
+
 _TEXT_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 # Types that no setting has and JSON lacks.
 _FOREIGN_TAGS = {f"tag:yaml.org,2002:{kind}": f"!!{kind}" for kind in ("binary", "omap", "pairs", "set")}
@@ -21,6 +27,8 @@ _FOREIGN_TAGS = {f"tag:yaml.org,2002:{kind}": f"!!{kind}" for kind in ("binary",
 def read_recipe(file: Path, setting: str = "--config") -> tuple[dict[str, Any], dict[str, int]]:
     """Return the settings in a file, and the line of every key and of every item of a list, by name.
 
+    A section that stands in a file of its own (`train: train.yaml`, beside the recipe) is read from there.
+
     Args:
         file: A YAML file.
         setting: The setting that named it, for the error.
@@ -28,6 +36,32 @@ def read_recipe(file: Path, setting: str = "--config") -> tuple[dict[str, Any], 
     Raises:
         SettingsError: If it does not hold settings as keys and values, each key once.
     """
+    settings, lines = _read_mapping(file, setting)
+    for name in SECTIONS:
+        if names_file(settings.get(name)):
+            settings[name] = read_section(file.parent / settings[name], name)
+    return settings, lines
+
+
+def names_file(value: Any) -> bool:
+    """Return whether the value of a section is the name of a file that holds it, as in LitGPT."""
+    return isinstance(value, str) and value.endswith((".yaml", ".yml", ".json"))
+
+
+def read_section(file: Path, name: str) -> dict[str, Any]:
+    """Return the settings of one section, which stand in a file of their own.
+
+    Args:
+        file: A YAML file.
+        name: The section.
+
+    Raises:
+        SettingsError: As for `read_recipe`.
+    """
+    return _read_mapping(file, name)[0]
+
+
+def _read_mapping(file: Path, setting: str) -> tuple[dict[str, Any], dict[str, int]]:
     name = f"{setting}: {str(file)!r}"
     if os.path.isdir(file):  # pathlib raises if a parent folder may not be entered
         raise SettingsError(f"{name} is a folder; name a recipe (YAML file), like those in configs/")

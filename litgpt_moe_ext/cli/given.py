@@ -11,7 +11,7 @@ from typing import Any
 
 from litgpt_moe_ext.errors import SettingsError, undecoded
 from litgpt_moe_ext.field_types import members
-from litgpt_moe_ext.recipe_files import is_trusted, load_value, read_recipe
+from litgpt_moe_ext.recipe_files import is_trusted, load_value, names_file, read_recipe
 
 CLASS_KEYS = {"class_path", "init_args"}
 
@@ -140,8 +140,9 @@ def read_flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     while waiting:
         argument = waiting.pop(0)
         if not argument.startswith("--") or not all(argument[2:].partition("=")[0].split(".")):
+            model = "" if names_file(argument) else f", a model of LitGPT as --model_name {argument or 'NAME'}"
             raise SettingsError(
-                f"{argument!r} must be a flag, --NAME VALUE; a recipe is given as --config {argument or 'FILE'}"
+                f"{argument!r} must be a flag, --NAME VALUE; a recipe is given as --config {argument or 'FILE'}{model}"
             )
         name, equals, value = argument[2:].partition("=")
         if not equals and (not waiting or waiting[0].startswith("--")):

@@ -17,7 +17,15 @@ from litgpt_moe_ext.cli.paths import check_paths
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import SettingsError, one_line, refuse_first, which_checkpoint
 from litgpt_moe_ext.host.checkpoints import CONFIG_FILE
-from litgpt_moe_ext.recipe_files import as_data, load_value, read_recipe, without_mark
+from litgpt_moe_ext.recipe_files import (
+    SECTIONS,
+    as_data,
+    load_value,
+    names_file,
+    read_recipe,
+    read_section,
+    without_mark,
+)
 from litgpt_moe_ext.training.settings import Section, Settings
 from litgpt_moe_ext.training.settings.section import attribute_docs, default_of
 
@@ -40,8 +48,8 @@ EPILOG = (
     + "; --progress and --no-progress for --progress true and false. Every key may also stand in the YAML file. "
     "Ctrl-C, SIGTERM and SIGUSR1 finish the step, save, and end with exit status 130, 143 and 138; with SLURM, "
     "#SBATCH --signal=SIGUSR1@300 does so five minutes before the time limit. Exit status 1: training cannot go on, "
-    "2: a setting is wrong. --model_config DIR takes the model of a checkpoint. --print_config shows all settings, "
-    "--data.help CLASS those of a data module."
+    "2: a setting is wrong. --model_config DIR takes the model of a checkpoint. A section, or data, may stand in a "
+    "file: --train FILE. --print_config shows all settings, --data.help CLASS those of a data module."
 )
 
 
@@ -64,7 +72,7 @@ def normalize(arguments: Sequence[str], default_config: Path) -> list[str]:
             if not equals and not waiting:
                 raise SettingsError("config: needs the path of a YAML file, --config FILE")
             configs += ["--config", value if equals else waiting.pop(0)]
-        elif name in ("--no-progress", "--progress") and not equals:
+        elif name in ("--no-progress", "--no_progress", "--progress") and not equals:
             given = name == "--progress" and waiting and waiting[0] in ("true", "false", "null")
             others.append(f"--progress={waiting.pop(0) if given else str(name == '--progress').lower()}")
         else:
@@ -141,6 +149,8 @@ def read_given(arguments: Sequence[str], default_config: Path, types: Mapping[st
             if is_whole:
                 given.tree.pop(name, None)
             given.add_flag(name, model)
+        elif name in SECTIONS and names_file(text):
+            given.add_flag(name, read_section(Path(text), name))
         elif name != "dense_twin":  # applied last, as it depends on all others
             given.add_text(name, text, known)
         # Flags that follow are read as what the class takes.

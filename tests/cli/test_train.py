@@ -1,6 +1,7 @@
 """The command line: short forms, precedence, one line for what is wrong."""
 
 import dataclasses
+import inspect
 import re
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.recipes import load_recipe
-from litgpt_moe_ext.recipe_files import load_value, read_recipe
+from litgpt_moe_ext.recipe_files import SECTIONS, load_value, read_recipe
 from litgpt_moe_ext.training.checkpoint.resume import find_resume_file
-from litgpt_moe_ext.training.settings import Settings
+from litgpt_moe_ext.training.settings import Section, Settings
 
 DEFAULT = Path("default.yaml")
 
@@ -34,6 +35,7 @@ DEFAULT = Path("default.yaml")
         (["--global-batch-size=8"], ["--config", "default.yaml", "--train.global_batch_size=8"]),
         (["--max-seq-length", "64"], ["--config", "default.yaml", "--train.max_seq_length", "64"]),
         (["--progress"], ["--config", "default.yaml", "--progress=true"]),
+        (["--no_progress"], ["--config", "default.yaml", "--progress=false"]),
         (["--no-progress", "--seed", "1"], ["--config", "default.yaml", "--progress=false", "--seed", "1"]),
         (["--progress", "false"], ["--config", "default.yaml", "--progress=false"]),
         (["--progress", "null"], ["--config", "default.yaml", "--progress=null"]),
@@ -106,6 +108,38 @@ def test_print_config(recipe, capsys):
     output = capsys.readouterr().out
     for line in ("mlp_class_name: SharedExpertMoE", "lr: 0.5", "n_shared_expert: null", "n_expert: 8", "seed: 42"):
         assert line in output
+
+
+def test_sections_in_files_of_their_own(recipe, tmp_path, monkeypatch, capsys):
+    """As in `litgpt pretrain`: a flag names one from the working directory, a recipe one beside it."""
+    sections = {
+        field.name
+        for field in dataclasses.fields(Settings)
+        if inspect.isclass(field.type) and issubclass(field.type, Section)
+    }
+    assert sorted(SECTIONS) == sorted({"data", *sections})
+    (tmp_path / "train.json").write_text('{"max_tokens": 512, "lr_warmup_steps": 3}')
+    (tmp_path / "data.yaml").write_text("class_path: PythonStdlib\ninit_args: {vocab_size: 300}\n")
+    apart = tmp_path / "apart.yaml"
+    apart.write_text("train: train.json\ndata: data.yaml\n")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--train", "train.json", "--data=data.yaml"]
+    for given in (["--config", str(recipe()), *flags], ["--config", str(recipe()), "--config", "apart.yaml"]):
+        settings = read_settings([*given, "--train.max_tokens", "1024"])
+        assert (settings.train.max_tokens, settings.train.lr_warmup_steps) == (1024, 3)
+        assert settings.train.micro_batch_size == 2, "from the recipe"
+        assert settings.data.vocab_size == 300
+    monkeypatch.chdir("/")
+    assert read_recipe(apart)[0]["train"] == {"max_tokens": 512, "lr_warmup_steps": 3}
+    apart.write_text("seed: 1\nschedule: apart.yaml\neval: nothing.yaml\n")
+    for arguments, message in (
+        (["--log", str(tmp_path / "no.yaml")], f"log: '{tmp_path / 'no.yaml'}' cannot be read (No such file"),
+        (["--config", str(apart)], f"eval: '{tmp_path / 'nothing.yaml'}' cannot be read (No such file"),
+        (["--train", str(recipe())], ": no setting has this name; known are save_interval"),
+        (["--train", "train.txt"], "train: 'train.txt' must be keys and values"),
+    ):
+        assert main(["--config", str(recipe()), *arguments]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_model_of_a_checkpoint(recipe, finished, tmp_path, capsys):
@@ -195,7 +229,8 @@ def test_what_is_printed_is_a_recipe(recipe, tmp_path, capsys):
         (["--train.=3"], "'--train.=3' must be a flag, --NAME VALUE"),
         (["--model_name", "pythia-14m"], "model_name: 'pythia-14m' has no effect beside model_config"),
         (["--wandb-artifacts-dir", "x"], "wandb_artifacts_dir: 'x' has no effect without wandb_dataset"),
-        (["recipe.yaml"], "a recipe is given as --config recipe.yaml"),
+        (["recipe.yaml"], "'recipe.yaml' must be a flag, --NAME VALUE; a recipe is given as --config recipe.yaml\n"),
+        (["pythia-14m"], "a recipe is given as --config pythia-14m, a model of LitGPT as --model_name pythia-14m"),
         (["--optimizer.lr"], "optimizer.lr: needs a value"),
         (["--config"], "config: needs the path of a YAML file"),
     ],
