@@ -89,20 +89,6 @@ def routers_need(config: "Config", feature: str) -> bool:
     return config.mlp_class_name in MOE_CLASS_NAMES and feature in router_type_of(config).features
 
 
-def unlearned_routers(config: "Config") -> str | None:
-    """Return why routers that can learn get no gradient from the training loss, one line; None if they do."""
-    if config.n_expert_per_token != 1 or config.n_expert == 1 or not routers_need(config, "logits"):
-        return None
-    reads_norm = routers_need(config, "norm_topk_prob")
-    if not (config.norm_topk_prob if reads_norm else routers_need(config, "sums_to_one")):
-        return None
-    setting = "norm_topk_prob: true" if reads_norm else f"router_type: {config.router_type}"
-    return (
-        f"n_expert_per_token: 1 with {setting} makes every gate value 1: routers learn from auxiliary losses, and "
-        "nothing from the loss of the model"
-    )
-
-
 def is_dense_layer(config: "Config", block_idx: int) -> bool:
     """Return whether block `block_idx` of a model with MoE layers has a dense layer in its place."""
     if config.mlp_class_name not in MOE_CLASS_NAMES:

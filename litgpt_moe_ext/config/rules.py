@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, missing_feature, router_type_of
+from litgpt_moe_ext.config.features import LITGPT_ACTIVATIONS, MOE_CLASS_NAMES, missing_feature, router_type_of
 from litgpt_moe_ext.config.fields import FIELDS, REQUIRED, Field, uses_plugin
 from litgpt_moe_ext.config.rope import rope_kind, validate_rope_adjustments
 from litgpt_moe_ext.config.types import check_field
@@ -250,6 +250,15 @@ def _litgpts_pairs(config: "Config") -> Iterator[str]:
         yield "shared_attention_norm: True needs parallel_residual: true; set it, or shared_attention_norm: false"
 
 
+def _litgpts_dense_classes(config: "Config") -> Iterator[str]:
+    # Which LitGPT refuses too, without naming this field.
+    if config.first_k_dense_replace is not None and config.mlp_class_name in LITGPT_ACTIVATIONS:
+        yield (
+            f"first_k_dense_replace: {config.first_k_dense_replace!r} would be ignored because mlp_class_name: "
+            f"{config.mlp_class_name} is a dense layer; remove it from the model configuration"
+        )
+
+
 def _learned_positions(config: "Config") -> Iterator[str]:
     if config.position_embedding is None:
         return
@@ -308,6 +317,7 @@ _RULES: "tuple[tuple[tuple[str, ...], Rule], ...]" = (
     ((), _latent_attention),
     ((), _litgpts_rotation),
     ((), _litgpts_pairs),
+    ((), _litgpts_dense_classes),
 )
 _DERIVED_RULES: "tuple[tuple[tuple[str, ...], Rule], ...]" = (
     (("attention",), _learned_positions),

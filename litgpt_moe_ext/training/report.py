@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, cast
 
-from litgpt_moe_ext.config.features import unlearned_routers
+from litgpt_moe_ext.config.notes import model_notes
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.checkpoint.changes import resume_notes
 from litgpt_moe_ext.training.checkpoint.compatibility import start_notes
@@ -43,7 +43,7 @@ def announce(launched: Launched, start: Start, equipment: Equipment) -> None:
     )
     for line in _cut(plan):
         say(line)
-    if note := unlearned_routers(cast("Config", plan.config)):
+    for note in model_notes(cast("Config", plan.config)):
         say(f"  {note}")
     if start.initial_checkpoint_dir is not None:
         say(f"Starting from the weights in {start.initial_checkpoint_dir}")

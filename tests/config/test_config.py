@@ -9,7 +9,7 @@ import torch
 from litgpt import Config
 from litgpt.model import GPT, LLaMAMLP
 
-from litgpt_moe_ext.config.features import unlearned_routers
+from litgpt_moe_ext.config.notes import model_notes
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.moe.layer import FeedForward, MoE, NoisyTopKMoE, SharedExpertMoE
@@ -204,8 +204,25 @@ def test_routers_that_the_loss_does_not_teach(changes, setting):
     layer = randomize(MoE(config)).double()
     layer(torch.randn(1, 5, 16, dtype=torch.float64)).square().sum().backward()
     assert (layer.gate.weight.grad.abs().max() < 1e-9) == (setting is not None)
-    note = unlearned_routers(config)
-    assert note is None if setting is None else f"n_expert_per_token: 1 with {setting} makes every gate" in note
+    notes = model_notes(config)
+    assert len(notes) == (setting is not None)
+    assert all(f"n_expert_per_token: 1 with {setting} makes every gate" in note for note in notes)
+
+
+@pytest.mark.parametrize("name", ["LLaMAMLP", "GemmaMLP", "GptNeoxMLP"])
+def test_experts_that_a_dense_class_of_litgpt_does_not_have(name):
+    """LitGPT itself accepts most of the fields and ignores them."""
+    experts = {"n_expert": 4, "n_expert_per_token": 2, "routed_scaling_factor": 2.5}
+    dense = {"mlp_class_name": name, "intermediate_size": 16}
+    (note,) = model_notes(Config(**dense, **experts))
+    assert note.startswith(f"mlp_class_name: {name} is a dense layer, without effect are n_expert: 4, n_expert_per_to")
+    assert note.endswith("routed_scaling_factor: 2.5")
+    for config in (Config(**dense), Config.from_name("Mixtral-8x7B-v0.1"), moe_config()):
+        assert model_notes(config) == []
+    with pytest.raises(
+        SettingsError, match=f"first_k_dense_replace: 1 would be ignored because mlp_class_name: {name}"
+    ):
+        Config(**dense, first_k_dense_replace=1)
 
 
 def test_classes_are_found_by_name():

@@ -29,7 +29,7 @@ def settings_together(recipe: Recipe, reading: "AbstractContextManager[Settings]
         recipe: The recipe.
         reading: Yields the settings as a run reads them; its errors, and those within its scope, are the run's.
     """
-    from litgpt_moe_ext.config.features import unlearned_routers
+    from litgpt_moe_ext.config.notes import model_notes
 
     try:
         with reading as settings:
@@ -38,8 +38,7 @@ def settings_together(recipe: Recipe, reading: "AbstractContextManager[Settings]
         yield Finding("settings", "problem", str(error))
         return
     yield Finding("settings", "good", "consistent")
-    if note := unlearned_routers(cast("Config", plan.config)):
-        yield Finding("routers", "note", note)
+    yield from (Finding("model", "note", note) for note in model_notes(cast("Config", plan.config)))
     yield from _start(plan)
 
 
