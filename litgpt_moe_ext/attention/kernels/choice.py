@@ -77,7 +77,7 @@ def choose_kernel(
     # of queries to a cache, a matrix product, the written-out softmax is best.
     is_final = chosen != EAGER or not ("window" in needs or "documents" in needs)
     if is_final and not torch.compiler.is_compiling() and q_BHTd.size(2) > 1:
-        _announce(chosen, workload.dtype, workload.device, forced is not None)
+        _announce(chosen, workload.dtype, workload.device, is_forced=forced is not None)
     return chosen
 
 
@@ -168,6 +168,12 @@ def _refusal(forced: str, reason: str) -> str:
     return (
         f"attention_backend: {forced!r} cannot be used here: {reason}; leave it out, and a kernel that works is chosen"
     )
+
+
+def fallback_is_known(dtype: torch.dtype, device: torch.device) -> None:
+    """Give no warning of the written-out softmax, which the caller has announced for these tensors."""
+    with warnings.catch_warnings(action="ignore"):
+        _announce(EAGER, _DTYPE_NAMES[dtype], vendor_kind(device), is_forced=False)
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from litgpt_moe_ext.attention.kernels.choice import FALLBACK_COST
+from litgpt_moe_ext.attention.kernels.choice import FALLBACK_COST, fallback_is_known
 from litgpt_moe_ext.attention.kernels.own import EAGER
 from litgpt_moe_ext.attention.layer import SinkAttention
 from litgpt_moe_ext.config.fields import BACKEND_FIELDS
@@ -36,6 +36,8 @@ class KernelReport(Callback):
             for line in (experts_line(module, fabric.device, self._compiled), attention_line(module, fabric.device)):
                 if line is not None:
                     fabric.print(line)
+                    if FALLBACK_COST in line:
+                        fallback_is_known(_dtype(_attention_layers(module)[0], fabric.device), fabric.device)
 
 
 def check_named_kernels(config: Any, device: torch.device, dtype: torch.dtype) -> None:
@@ -84,12 +86,21 @@ def experts_line(model: nn.Module, device: torch.device, compiled: bool) -> str 
 
 def attention_line(model: nn.Module, device: torch.device) -> str | None:
     """Return what computes the attention of `model` under the present autocast; None if it is not the plugin's."""
-    layers = [module for module in model.modules() if isinstance(module, SinkAttention)]
+    layers = _attention_layers(model)
     if not layers:
         return None
-    dtype = matmul_dtype(torch.empty(0, device=device, dtype=layers[0].proj.weight.dtype))
+    dtype = _dtype(layers[0], device)
     # Layers with and without a sliding window may differ.
     kernels = dict.fromkeys(layer.kernel(device, dtype) for layer in layers)
     is_forced = getattr(layers[0].config, "attention_backend", None) is not None
     line = f"attention: {' and '.join(kernels)} for {dtype} on {device.type} ({'forced' if is_forced else 'chosen'})"
     return f"{line}: {FALLBACK_COST}" if EAGER in kernels and not is_forced else line
+
+
+def _attention_layers(model: nn.Module) -> list[SinkAttention]:
+    return [module for module in model.modules() if isinstance(module, SinkAttention)]
+
+
+def _dtype(layer: SinkAttention, device: torch.device) -> torch.dtype:
+    """Return the type of a layer's queries, keys and values under the present autocast."""
+    return matmul_dtype(torch.empty(0, device=device, dtype=layer.proj.weight.dtype))

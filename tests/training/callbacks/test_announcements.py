@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from litgpt_moe_ext.attention.kernels import choice
 from litgpt_moe_ext.training.callbacks.kernel_report import attention_line, experts_line
 from litgpt_moe_ext.training.checks import strategy_note
 from litgpt_moe_ext.training.settings import DistributedArgs
@@ -60,6 +61,14 @@ def test_a_run_says_it_once(recipe, capsys):
     note = "strategy: fsdp2 has nothing to shard in a single process: it becomes auto, and distributed.cpu_offload"
     assert output.count(note) == 1
     assert output.count("n_expert_per_token: 1 with norm_topk_prob: true makes every gate value 1") == 1
+
+
+def test_a_slow_fallback_is_said_once(recipe, capsys, recwarn):
+    choice._announce.cache_clear()
+    file = recipe(train={"max_tokens": 2 * 128}, model_config={"attention_dropout": 0.1})
+    assert train("--config", file) == 0
+    assert capsys.readouterr().out.count(choice.FALLBACK_COST) == 1
+    assert not [warning for warning in recwarn if choice.FALLBACK_COST in str(warning.message)]
 
 
 def test_strategy_in_a_single_process():
