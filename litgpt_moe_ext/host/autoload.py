@@ -12,8 +12,8 @@ DISABLE_VARIABLE = "LITGPT_MOE_EXT_DISABLE"
 
 
 def disabled() -> bool:
-    """Return whether the user switched the plugin off (any value but the empty string and 0)."""
-    return os.environ.get(DISABLE_VARIABLE, "") not in ("", "0")
+    """Return whether the user switched the plugin off: by any value that does not deny it."""
+    return os.environ.get(DISABLE_VARIABLE, "").lower() not in ("", "0", "false", "no", "off")
 
 
 def require_enabled() -> None:

@@ -15,7 +15,7 @@ from litgpt import Config
 
 import litgpt_moe_ext
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.host import commands
+from litgpt_moe_ext.host import autoload, commands
 from tests.host.guest_report import CONFIGS
 from tests.models import moe_config
 from tests.runs import PATIENCE
@@ -89,6 +89,14 @@ def test_off_switch(reports):
     with_plugin, without_plugin = reports
     assert with_plugin["a checkpoint of the plugin"] == "opens"
     assert "_requires_litgpt_moe_ext" in without_plugin["a checkpoint of the plugin"]
+
+
+@pytest.mark.parametrize(
+    ("value", "off"), [("1", True), ("true", True), ("YES", True), ("", False), ("0", False), ("False", False)]
+)
+def test_values_of_the_off_switch(monkeypatch, value, off):
+    monkeypatch.setenv("LITGPT_MOE_EXT_DISABLE", value)
+    assert autoload.disabled() is off
 
 
 def test_registering_when_switched_off_is_an_error(monkeypatch):
