@@ -122,11 +122,12 @@ def _streams() -> Iterator[None]:
     Otherwise the next files to be opened would get their numbers, and libraries would write into them.
     """
     with ExitStack() as opened:
-        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if sys.stdin is None:  # and stays so, for commands that must ask
+            opened.enter_context(open(os.devnull, encoding="utf-8"))
+        for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:
-                stream = opened.enter_context(open(os.devnull, mode, encoding="utf-8"))
+                setattr(sys, name, opened.enter_context(open(os.devnull, "w", encoding="utf-8")))
                 opened.callback(setattr, sys, name, None)
-                setattr(sys, name, stream)
         yield
 
 

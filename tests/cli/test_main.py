@@ -293,7 +293,7 @@ def test_what_is_written_by_default_is_ignored_by_git():
 _OTHERS = {
     "NAME", "KEY", "value", "log-to-wandb", "log_to_wandb", "standalone", "nproc_per_node", "master_port", "extra",
     "no-optional-locks", "porcelain", "short",
-    "signal", "include", "repo-type", "local-dir", "tasks", "output", "array", "gres",
+    "signal", "ntasks", "ntasks-per-node", "include", "repo-type", "local-dir", "tasks", "output", "array", "gres",
     "trust-remote-code", "model-impl",
 }  # fmt: skip
 
