@@ -13,8 +13,9 @@ from litgpt_moe_ext.training.gpu_peaks import peak_flops
 
 
 def rows(bench: Bench) -> Iterator[dict[str, Any]]:
-    graphs = ("dense twin, graphs", "ours, graphs", "ours, graphs, unshared", "ours, graphs, one stream")
-    return _measured(bench, (*graphs, "dense twin", "ours", "LLaMAMoE"))
+    graphs = ("unshared", "one stream", "passes only")
+    apart = tuple(f"ours, graphs, {without}" for without in graphs)
+    return _measured(bench, ("dense twin, graphs", "ours, graphs", *apart, "dense twin", "ours", "LLaMAMoE"))
 
 
 def compiled_rows(bench: Bench) -> Iterator[dict[str, Any]]:

@@ -71,22 +71,31 @@ def _members(module: Any) -> Iterator[Any]:
             yield from vars(value).values()
 
 
-def step_without_compiler(optimizer: Optimizer) -> None:
-    """Let one of torch's optimizers step, with its hooks, without loading torch's compiler.
+def bare_step(optimizer: Optimizer) -> Callable[..., Any]:
+    """Return the function that computes an optimizer's step, without torch's hooks around it.
 
-    `Optimizer.step` tells the compiler to break its graph, which loads it even in a process that compiles nothing.
-    Steps that are not written like torch's own, or that are differentiable, are left alone; so are all steps if the
-    compiler is loaded.
+    `Optimizer.step` tells the compiler to break its graph, which loads it even in a process that compiles nothing: for
+    torch's own optimizers, unless differentiable, this is left out as well.
 
     Args:
-        optimizer: The optimizer whose method `step` is replaced.
+        optimizer: The optimizer; the function takes it as its argument.
     """
-    wrapped: Any = getattr(type(optimizer).step, "__wrapped__", None)
-    if "torch._dynamo" in sys.modules or getattr(wrapped, "__code__", None) is not _BREAKS_GRAPH:
-        return
-    if not optimizer.defaults["differentiable"]:
-        step = Optimizer.profile_hook_step(torch.no_grad()(wrapped.__wrapped__))
-        optimizer.step = MethodType(step, optimizer)  # pyrefly: ignore[bad-assignment] torch's schedulers do the same
+    step: Any = type(optimizer).step
+    step = step.__wrapped__ if getattr(step, "hooked", False) else step
+    if getattr(step, "__code__", None) is not _BREAKS_GRAPH or optimizer.defaults["differentiable"]:
+        return step
+    return torch.no_grad()(step.__wrapped__)
+
+
+def replace_step(optimizer: Optimizer, step: Callable[..., Any]) -> None:
+    """Let an optimizer step by another function, between the same hooks.
+
+    Args:
+        optimizer: The optimizer.
+        step: Takes the arguments of `bare_step`.
+    """
+    hooked = MethodType(Optimizer.profile_hook_step(step), optimizer)
+    optimizer.step = hooked  # pyrefly: ignore[bad-assignment] torch's schedulers do the same
 
 
 _BREAKS_GRAPH = _use_grad_for_differentiable(lambda: None).__code__  # pyrefly: ignore[missing-attribute] a function

@@ -4,6 +4,7 @@ import contextlib
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +23,7 @@ from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.control import StopRequests
 from litgpt_moe_ext.training.parallel.random_state import RankStreams
+from litgpt_moe_ext.training.steps.gradient_tasks import GradientTask, run_now
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies import Strategy
@@ -48,6 +50,7 @@ class TrainingFabric(L.Fabric):
         state: LitGPT's training state, once it exists.
         stop_requests: Signals that this process has received.
         interrupted_by: Signal that all processes have agreed to act on before the next step; 0 if none.
+        on_gradients: Does work on the gradients of a step, in some runs as a CUDA graph.
     """
 
     if TYPE_CHECKING:
@@ -68,6 +71,7 @@ class TrainingFabric(L.Fabric):
         self.state: dict[str, Any] = {"step_count": 0}
         self.stop_requests = StopRequests(self.print)
         self.interrupted_by = 0
+        self.on_gradients: Callable[[GradientTask], Tensor | None] = run_now
 
     @property
     def step(self) -> int:
@@ -188,8 +192,14 @@ class TrainingFabric(L.Fabric):
         """Clip and tell the callbacks the norm; they decide whether a non-finite norm ends the run."""
         if self.strategy.clips_in_step:
             return None
-        norm = super().clip_gradients(module, optimizer, *args, **{**kwargs, "error_if_nonfinite": False})
+        settings = {**kwargs, "error_if_nonfinite": False}
+        clip = partial(super().clip_gradients, module, optimizer, *args, **settings)
+        if self.strategy.scales_gradients:
+            norm = clip()  # the gradient scaler keeps account of what it has unscaled
+        else:
+            norm = self.on_gradients(GradientTask("clipping", clip, lambda: (args, settings)))
         if norm is not None:
+            norm = norm.clone()  # a graph would overwrite it in the next step
             self._report_norm(norm)
         return norm
 

@@ -25,7 +25,7 @@ from litgpt.generate import base  # noqa: E402
 from torchmetrics.aggregation import MeanMetric  # noqa: E402
 
 import litgpt_moe_ext.training.equip  # noqa: E402, F401
-from litgpt_moe_ext.host.without_compiler import step_without_compiler  # noqa: E402
+from litgpt_moe_ext.host.without_compiler import bare_step, replace_step  # noqa: E402
 from litgpt_moe_ext.training.compilation import CompileDecision, compile_scope  # noqa: E402
 
 # A training step of a run that compiles nothing.
@@ -36,7 +36,7 @@ with compile_scope(CompileDecision(False, "test")):
     as_decorator = torch.compile(dynamic=True)(sorted)
     optimizer = torch.optim.AdamW(eager.parameters(), lr=0.1)
     optimizer.register_step_post_hook(lambda *_: report.setdefault("hooked", True))
-    step_without_compiler(optimizer)
+    replace_step(optimizer, bare_step(optimizer))
     eager(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -161,7 +161,7 @@ def test_what_a_part_reads_stays_until_its_backward_pass_is_over():
     batch = torch.zeros(2, dtype=torch.int64, device=CARD)
     expected = torch.autograd.grad((values + 1).detach().matmul(linear.weight.t()).sum(), [linear.weight])
     with side_by_side():
-        passes = CudaCapture()(loss, batch, batch, add=False)
+        passes = CudaCapture().passes(loss, batch, batch, add=False)
     for _ in replays(passes):
         torch.testing.assert_close(passes.gradients[linear.weight], expected[0])
 
@@ -201,7 +201,7 @@ def test_replays_in_all_orders_equal_the_pass_itself(changes, other_backend):
     gradients = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
     with side_by_side():
-        passes = CudaCapture()(loss, ids, ids, add=False)
+        passes = CudaCapture().passes(loss, ids, ids, add=False)
     for _ in replays(passes):
         assert torch.equal(passes.loss, expected)
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
@@ -242,7 +242,7 @@ def test_parts_of_a_layer_are_off_the_longest_path(changes, n_fewer):
     lengths = []
     for scope in (contextlib.nullcontext, side_by_side):
         with scope():
-            passes = CudaCapture()(loss, ids, ids, add=False)
+            passes = CudaCapture().passes(loss, ids, ids, add=False)
         lengths.append([capture.graph_of(run.__self__).longest_path for run in (passes.forward, passes.backward)])
     one_stream, abreast = lengths
     assert [a - b for a, b in zip(one_stream, abreast, strict=True)] == list(n_fewer)

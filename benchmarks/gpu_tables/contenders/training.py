@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from gpu_tables.measuring.bench import Bench
 from litgpt_moe_ext.moe.gradient_injection import remember_scale
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
-from litgpt_moe_ext.training.optim.largest_first import step_largest_first
+from litgpt_moe_ext.training.optim.gpu_step import GpuStep
+from litgpt_moe_ext.training.steps.gradient_tasks import GradientTask, run_now
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss, GraphOptions
 from litgpt_moe_ext.training.steps.handover import loss_of_logits
 
@@ -34,8 +35,9 @@ class Trainee:
         bench: Where.
         batches: Token ids of the micro-batches of a step, (A, B, T + 1).
         how: eager, compiled, graphs, "graphs, unshared", whose micro-batches share nothing of the experts' weights,
-            "graphs, one stream", in which no parts of layers run side by side, or with activations of experts and MLPs
-            computed again: recomputed, "graphs, recomputed".
+            "graphs, one stream", in which no parts of layers run side by side, "graphs, passes only", which leave out
+            clipping and the optimizer, or with activations of experts and MLPs computed again: recomputed,
+            "graphs, recomputed".
     """
 
     def __init__(self, settings: dict[str, Any], bench: Bench, batches: Tensor, how: str = "eager") -> None:
@@ -53,16 +55,21 @@ class Trainee:
             # Otherwise the compiler would assume that the next recipe's sizes change from step to step.
             torch._dynamo.reset()
         self.model = torch.compile(model) if how == "compiled" else model
-        self.loss = self.plain_loss
+        self.loss, self.on_gradients = self.plain_loss, run_now
         graphs = how.startswith("graphs") and bench.is_cuda
         if graphs:
             options = GraphOptions(True, sharing=how != "graphs, unshared", abreast=how != "graphs, one stream")
             self.loss = GraphedLoss(self.plain_loss, model, partial(_note_if_off, bench), options)
+            if how != "graphs, passes only":
+                self.on_gradients = self.loss.on_gradients
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        step_largest_first(self.optimizer)
+        GpuStep(self.optimizer, self.on_gradients).install()
+        # The optimizer's, as Fabric takes: to look for those of a model takes the host longer the more modules it has.
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.clipping = GradientTask("clipping", partial(nn.utils.clip_grad_norm_, parameters, 1.0), tuple)
 
-        # The first steps run as they are, then passes are captured.
-        for _ in range(3 if graphs else 0):
+        # The first steps run as they are, then passes are captured, and in the next step what follows them.
+        for _ in range(4 if graphs else 0):
             self.step()
 
     def plain_loss(self, ids: Tensor, targets: Tensor) -> Tensor:
@@ -72,13 +79,12 @@ class Trainee:
     def step(self) -> None:
         for batch in self.batches:
             (self.loss(batch[:, :-1], batch[:, 1:].contiguous()) / len(self.batches)).backward()
-        # The optimizer's, as Fabric takes: to look for those of a model takes the host longer the more modules it has.
-        nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], 1.0)
+        self.on_gradients(self.clipping)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 
 def _note_if_off(bench: Bench, text: str) -> None:
-    """Note that CUDA graphs were not used."""
-    if ": off" in text:
+    """Note that CUDA graphs were not used, or not for everything."""
+    if ": off" in text or ": not for" in text:
         bench.note(text)

@@ -29,7 +29,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Args:
         params: Parameters or groups.
-        lr: Learning rate of both.
+        lr: Learning rate of both. That of a group may also be a float32 scalar on the device.
         weight_decay: Decoupled weight decay of both.
         momentum: Muon's Nesterov momentum.
         ns_steps: Newton-Schulz iterations.
@@ -93,7 +93,12 @@ class MuonAdamW(torch.optim.Optimizer):
             parameters = [own_part(update.parameter) for update in members]
             step_size = group["lr"] * 0.2 * max(members[0].sides) ** 0.5
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(parameters, list(islice(changes, len(members))), alpha=-step_size)
+            own_changes = list(islice(changes, len(members)))
+            if isinstance(step_size, Tensor):  # which torch does not take as a factor of what is added
+                torch._foreach_mul_(own_changes, -step_size)
+                torch._foreach_add_(parameters, own_changes)
+            else:
+                torch._foreach_add_(parameters, own_changes, alpha=-step_size)
 
     def _average(self, update: MatrixUpdate) -> Tensor:
         state = self.state[update.parameter]

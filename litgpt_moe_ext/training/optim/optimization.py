@@ -1,19 +1,24 @@
 """Makes the optimizer of a run and sets its learning rate."""
 
+from __future__ import annotations
+
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from litgpt.utils import instantiate_torch_optimizer
 
-from litgpt_moe_ext.host.without_compiler import step_without_compiler
+from litgpt_moe_ext.host.without_compiler import bare_step, replace_step
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.optim.arguments import fuses_on_shards, in_full, is_muon
-from litgpt_moe_ext.training.optim.largest_first import step_largest_first
+from litgpt_moe_ext.training.optim.gpu_step import GpuStep
 from litgpt_moe_ext.training.optim.parameter_groups import group_parameters, scale_rates, with_own_kernels
 from litgpt_moe_ext.training.optim.schedules import Schedule
 from litgpt_moe_ext.training.optim.shards import is_shard
 from litgpt_moe_ext.training.settings import ParameterGroupArgs, ScheduleArgs
+
+if TYPE_CHECKING:
+    from litgpt_moe_ext.training.fabric import TrainingFabric
 
 
 class Optimization(Callback):
@@ -31,11 +36,12 @@ class Optimization(Callback):
     ) -> None:
         self._schedule_args, self._group_args, self._scaled, self._in_pieces = schedule, groups, scaled, in_pieces
         self._schedule: Schedule | None = None
+        self._fabric: TrainingFabric
         self._model: torch.nn.Module
 
-    def on_after_setup(self, fabric: Any, module: torch.nn.Module) -> None:
+    def on_after_setup(self, fabric: TrainingFabric, module: torch.nn.Module) -> None:
         """Keep the model whose parameters will be optimized."""
-        self._model = module
+        self._fabric, self._model = fabric, module
 
     def make_optimizer(self, optimizer: str | dict, _parameters: Any, **_kwargs: Any) -> torch.optim.Optimizer:
         """Return the optimizer for the model that was set up; called as LitGPT's `instantiate_torch_optimizer`.
@@ -50,12 +56,13 @@ class Optimization(Callback):
         if "fused" not in given and "foreach" not in given and not self._scaled and self._can_fuse(optimizer):
             extra["fused"] = True
         made = _instantiate(optimizer, groups, **extra)
-        step_without_compiler(made)
         made.register_load_state_dict_pre_hook(with_own_kernels)
         if not self._in_pieces:
             made.register_step_pre_hook(scale_rates)
-            if any(parameter.is_cuda for parameter in self._model.parameters()):
-                step_largest_first(made)
+        if not self._in_pieces and any(parameter.is_cuda for parameter in self._model.parameters()):
+            GpuStep(made, lambda task: self._fabric.on_gradients(task)).install()
+        else:
+            replace_step(made, bare_step(made))
         return made
 
     def _can_fuse(self, optimizer: str | dict) -> bool:

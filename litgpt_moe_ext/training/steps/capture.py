@@ -1,4 +1,4 @@
-"""Capturing the forward and backward pass of a micro-batch as CUDA graphs.
+"""Capturing the forward and backward pass of a micro-batch, and what follows them, as CUDA graphs.
 
 A replay runs no Python: it repeats the kernels that were launched during capture, on the same addresses.
 
@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from litgpt_moe_ext.training.steps.gradient_tasks import Replay
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -34,9 +36,9 @@ class Passes(NamedTuple):
 
 
 class Capture(Protocol):
-    """A function that makes passes."""
+    """Makes graphs; what they share does not outlive them."""
 
-    def __call__(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor, add: bool) -> Passes:
+    def passes(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor, add: bool) -> Passes:
         """Return the passes of `loss` over static tensors whose contents change.
 
         Leaves keep their gradients, and no other value has changed when this returns or raises.
@@ -48,16 +50,25 @@ class Capture(Protocol):
             add: Whether the backward pass adds to the leaves' present gradients; otherwise it writes new ones.
         """
 
+    def function(self, function: Callable[[], Tensor | None]) -> Replay:
+        """Return a function ready to run again, without having run it."""
+
 
 class CudaCapture:
-    """Captures passes as CUDA graphs in one memory pool: finish one pair's backward before another pair's forward."""
+    """Captures CUDA graphs in one memory pool: finish one pair's backward before anything else of the pool runs."""
 
     def __init__(self) -> None:
         self._pool: Any = None
 
-    def __call__(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor, add: bool) -> Passes:
+    def function(self, function: Callable[[], Tensor | None]) -> Replay:
+        """Return a function as a graph; see `Capture`."""
+        graph = torch.cuda.CUDAGraph()
+        with self._capturing(graph):
+            result = function()
+        return Replay(graph.replay, result)
+
+    def passes(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor, add: bool) -> Passes:
         """Return both passes of `loss` as graphs; see `Capture`."""
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
         generator = torch.cuda.default_generators[ids_BT.get_device()]
         state = generator.clone_state()
         try:
@@ -82,6 +93,7 @@ class CudaCapture:
     @contextlib.contextmanager
     def _capturing(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
         """Capture what is launched in the scope; on failure, restore torch's state and raise the original error."""
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         stream = torch.cuda.current_stream()
         failure: Exception | None = None
         try:

@@ -3,11 +3,13 @@
 Shape legend: B batch, T tokens.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from litgpt_moe_ext.training.steps.capture import Capture, Loss, Passes, gradients_set_aside
+from litgpt_moe_ext.training.steps.gradient_tasks import TaskGraphs
 from litgpt_moe_ext.training.steps.graph_check import Reference
 
 
@@ -37,11 +39,15 @@ class CapturedPasses:
         loss: Takes ids and targets and returns a scalar.
         model: The model whose parameters and buffers `loss` reads.
         inputs: The static tensors that the passes read.
+
+    Attributes:
+        tasks: Graphs of what happens to the gradients of the passes.
     """
 
     def __init__(self, capture: Capture, loss: Loss, model: nn.Module, inputs: Inputs) -> None:
         self._capture, self._loss = capture, loss
         self._inputs = inputs
+        self.tasks = TaskGraphs(capture.function)
         self._first: Passes | None = None
         self._other: Passes | None = None
         # Holding the tensors keeps their memory from being reused.
@@ -73,6 +79,11 @@ class CapturedPasses:
             for tensors, name, tensor, address in self._read
         )
 
+    def have_written(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Return whether the gradients of parameters are those of the passes, where the passes write them."""
+        written = {} if self._first is None else self._first.gradients
+        return all(parameter.grad is written.get(parameter) for parameter in parameters)
+
     def passes(self, begins: bool) -> Passes:
         """Return the passes for the next micro-batch, with gradients moved to where the passes add to them.
 
@@ -80,7 +91,7 @@ class CapturedPasses:
             begins: Whether no leaf has a gradient yet.
         """
         if self._first is None:
-            self._first = self._capture(self._loss, self._inputs.ids_BT, self._inputs.targets_BT, add=False)
+            self._first = self._capture.passes(self._loss, self._inputs.ids_BT, self._inputs.targets_BT, add=False)
         if begins and all(leaf.grad is None for leaf in self._first.gradients):
             return self._first
         for leaf, gradient in self._first.gradients.items():
@@ -90,7 +101,7 @@ class CapturedPasses:
                 gradient.copy_(leaf.grad)
             leaf.grad = gradient
         if self._other is None:
-            self._other = self._capture(self._loss, self._inputs.ids_BT, self._inputs.targets_BT, add=True)
+            self._other = self._capture.passes(self._loss, self._inputs.ids_BT, self._inputs.targets_BT, add=True)
         return self._other
 
     def check(self, reference: Reference, accumulates: bool, model: nn.Module) -> Passes:

@@ -1,4 +1,4 @@
-"""The forward and backward pass of a micro-batch as CUDA graphs.
+"""The forward and backward pass of a micro-batch, and what happens to the gradients of a step, as CUDA graphs.
 
 In a small model, kernels finish before the host has launched the next one. A CUDA graph launches all of them at once:
 it repeats the kernels launched during capture, on the same addresses. The model must never wait for the device and must
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from litgpt_moe_ext.moe.step_shares import add_up, nothing_counted
 from litgpt_moe_ext.training.steps.capture import Capture, CudaCapture, Loss, Passes, gradients_set_aside
 from litgpt_moe_ext.training.steps.captured_passes import CapturedPasses, Inputs
 from litgpt_moe_ext.training.steps.detached_loss import DetachedLosses
+from litgpt_moe_ext.training.steps.gradient_tasks import GradientTask, Replay
 from litgpt_moe_ext.training.steps.graph_check import Reference, side_effects_undone
 from litgpt_moe_ext.training.steps.graph_obstacles import (
     GraphError,
@@ -53,7 +54,7 @@ class GraphOptions:
             such as a validation's, do not fit side by side.
         room: Sizes that passes must have room for.
         exchange: Called after a replay has written gradients, which autograd does not see.
-        make_capture: Returns the function that captures passes.
+        make_capture: Returns what captures passes.
         sharing: Whether the passes of a step share casts of weights and sums of their gradients.
         abreast: Whether parts of layers are captured on parallel streams.
     """
@@ -92,6 +93,7 @@ class GraphedLoss:
         self._detached = DetachedLosses()
         self._captured: CapturedPasses | None = None
         self._is_off = False
+        self._left_out: set[str] = set()  # tasks that could not be captured
 
     def __call__(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Return the loss, a scalar whose backward pass adds to the gradients of the leaves.
@@ -116,6 +118,33 @@ class GraphedLoss:
         if ready is None:
             return self._eager(ids_BT, targets_BT)
         return self._replayed(*ready, turn.inputs)
+
+    def on_gradients(self, task: GradientTask) -> Tensor | None:
+        """Do work on the gradients of the step, as a graph if they are where captured passes write them.
+
+        Args:
+            task: The work. If it cannot be captured, it runs without a graph from then on; passes stay graphs.
+
+        Returns:
+            What the task returns; the next run of the task may overwrite it.
+        """
+        captured = self._captured
+        if captured is None or task.name in self._left_out or not captured.have_written(self._parameters):
+            return task.run()
+        replay = self._task_graph(captured, task)
+        if replay is None:
+            return task.run()
+        replay.run()
+        return replay.result
+
+    def _task_graph(self, captured: CapturedPasses, task: GradientTask) -> Replay | None:
+        # As in `_tried`, nothing of the error may outlive this method.
+        try:
+            return captured.tasks.of(task)
+        except Exception as error:
+            self._left_out.add(task.name)
+            self._say(f"CUDA graphs: not for {task.name} ({reason_of(error)})")
+            return None
 
     def _ready(self, turn: Turn) -> tuple[CapturedPasses, Passes] | None:
         """Return the passes for a micro-batch, captured now if it is time to; None if no passes fit."""
@@ -217,14 +246,8 @@ class GraphedLoss:
 
     def _capture(self) -> Capture:
         # No reference to self: graphs should be freed with the run, not when the garbage collector finds a cycle.
-        capture, sharing = self._options.make_capture(), self._sharing
         abreast = side_by_side if self._options.abreast else contextlib.nullcontext
-
-        def sharing_capture(loss: Loss, ids_BT: Tensor, targets_BT: Tensor, add: bool) -> Passes:
-            with sharing(), nothing_counted(), abreast():
-                return capture(loss, ids_BT, targets_BT, add)
-
-        return sharing_capture
+        return _SharingCapture(self._options.make_capture(), self._sharing, abreast)
 
     def _tried(self, attempt: Callable[[], _Result]) -> _Result | None:
         # None on failure, instead of raising: the error's traceback would keep the memory of a pass alive.
@@ -241,3 +264,26 @@ class GraphedLoss:
         if not self._options.careful:
             raise SettingsError(f"cuda_graphs: true cannot work here ({reason}); set cuda_graphs: auto") from error
         self._say(f"CUDA graphs: off ({reason})")
+
+
+class _SharingCapture(NamedTuple):
+    """Captures passes that share what they can, in parallel branches.
+
+    Attributes:
+        capture: Captures them.
+        sharing: The scope in which they share.
+        abreast: The scope in which parts of layers get branches of their own.
+    """
+
+    capture: Capture
+    sharing: Callable[[], AbstractContextManager[None]]
+    abreast: Callable[[], AbstractContextManager[None]]
+
+    def passes(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor, add: bool) -> Passes:
+        """See `Capture.passes`."""
+        with self.sharing(), nothing_counted(), self.abreast():
+            return self.capture.passes(loss, ids_BT, targets_BT, add)
+
+    def function(self, function: Callable[[], Tensor | None]) -> Replay:
+        """See `Capture.function`."""
+        return self.capture.function(function)

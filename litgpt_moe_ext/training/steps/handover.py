@@ -32,6 +32,7 @@ from torch import Tensor
 
 from litgpt_moe_ext.loss.cross_entropy import has_kernel, mean_cross_entropy
 from litgpt_moe_ext.moe.gradient_injection import remember_scale
+from litgpt_moe_ext.training.steps.gradient_tasks import GradientTask
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss, GraphOptions
 from litgpt_moe_ext.training.steps.room import NoRoom, Room
 
@@ -69,6 +70,7 @@ class Handover:
 
     def __init__(self, decision: GraphDecision, say: Callable[[str], None], room: Room | None = None) -> None:
         self._decision, self._say, self._room = decision, say, room or NoRoom()
+        self._passes: GraphedLoss | None = None
         self._graphed: Callable[[Tensor, Tensor], Tensor] | None = None
         self._expects = False
         self._cross_entropy: Callable[[Any, Tensor], Tensor]
@@ -104,7 +106,8 @@ class Handover:
         """
         compute = model.forward
         if self._decision.obstacle is None:
-            self._graphed = self._with_graphs(model, strategy)
+            self._passes = self._with_graphs(model, strategy)
+            self._graphed = partial(strategy.in_place_of_forward, self._passes)
 
         def forward(ids_BT: Tensor, *args: Any, **kwargs: Any) -> Any:
             expected, self._expects = self._expects, False
@@ -121,9 +124,13 @@ class Handover:
             yield
         finally:
             object.__delattr__(model, "forward")
-            self._graphed = None
+            self._passes = self._graphed = None
 
-    def _with_graphs(self, model: Any, strategy: Behaviour) -> Callable[[Tensor, Tensor], Tensor]:
+    def on_gradients(self, task: GradientTask) -> Tensor | None:
+        """Do work on the gradients of a step, as a graph where their passes were; see `GraphedLoss.on_gradients`."""
+        return task.run() if self._passes is None else self._passes.on_gradients(task)
+
+    def _with_graphs(self, model: Any, strategy: Behaviour) -> GraphedLoss:
         def loss(ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
             # As Fabric's wrapper does, except for the hook that requires `fabric.backward` to be called.
             with strategy.precision.forward_context():
@@ -131,7 +138,7 @@ class Handover:
             return self._cross_entropy(logits, targets_BT)
 
         options = GraphOptions(not self._decision.asked, self._room, strategy.exchange_gradients)
-        return partial(strategy.in_place_of_forward, GraphedLoss(loss, model, self._say, options))
+        return GraphedLoss(loss, model, self._say, options)
 
 
 def loss_of_logits(cross_entropy: Callable[..., Tensor], precision: Precision) -> Callable[..., Tensor]:

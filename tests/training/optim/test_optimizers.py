@@ -1,15 +1,12 @@
 """Parameter groups and Muon."""
 
-import contextlib
 from types import SimpleNamespace
 
 import pytest
 import torch
-from litgpt.utils import instantiate_torch_optimizer
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.optim.arguments import learning_rate_of
-from litgpt_moe_ext.training.optim.largest_first import step_largest_first
 from litgpt_moe_ext.training.optim.muon import MuonAdamW
 from litgpt_moe_ext.training.optim.optimization import Optimization
 from litgpt_moe_ext.training.optim.orthogonal import orthogonalize
@@ -77,34 +74,6 @@ def test_one_group_unless_asked(model):
     groups = group_parameters(model, ParameterGroupArgs())
     assert [set(group) for group in groups] == [{"params"}]
     assert len(groups[0]["params"]) == len(list(model.parameters()))
-
-
-@pytest.mark.parametrize("path", ["torch.optim.AdamW", "litgpt_moe_ext.training.optim.muon.MuonAdamW"])
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_step_can_take_the_largest_first(path, fails):
-    """Outside of it, also if it fails, everything is in the order of the model; and the step is the same."""
-    shapes, steps = [(3,), (4, 5), (2,), (4, 5), (7, 3)], []
-    settings = {"class_path": path, "init_args": {"lr": 0.1}}
-    ordinary, sorted_ = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
-    optimizers = [instantiate_torch_optimizer(dict(settings), parameters) for parameters in (ordinary, sorted_)]
-    step_largest_first(optimizers[1])
-
-    def note(optimizer, args, kwargs):
-        steps.append([id(parameter) for parameter in optimizer.param_groups[0]["params"]])
-        if fails:
-            raise RuntimeError("out of memory")
-
-    optimizers[1].register_step_post_hook(note)
-    optimizers[1].load_state_dict(optimizers[0].state_dict())  # which replaces the groups
-    for parameters in (ordinary, sorted_):
-        for i, parameter in enumerate(parameters):
-            parameter.grad = torch.full_like(parameter, i - 2.5)
-    optimizers[0].step()
-    with pytest.raises(RuntimeError, match="out of memory") if fails else contextlib.nullcontext():
-        optimizers[1].step()
-    assert steps == [[id(sorted_[i]) for i in (4, 1, 3, 0, 2)]]
-    assert all(one is other for one, other in zip(optimizers[1].param_groups[0]["params"], sorted_, strict=True))
-    torch.testing.assert_close(sorted_, ordinary, rtol=0, atol=0)
 
 
 def test_on_a_cpu_a_step_takes_the_order_of_the_model(model):

@@ -5,6 +5,7 @@ on a CPU, has none; `Reruns` are for it.
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,18 +15,31 @@ from torch.utils._pytree import tree_leaves
 
 from litgpt_moe_ext.moe.kernels import step_weights
 from litgpt_moe_ext.training.steps.capture import Loss, Passes, gradients_set_aside, leaves_of
+from litgpt_moe_ext.training.steps.gradient_tasks import Replay
 
 # Their results, or the sizes of these, are known to the host only after the device has answered.
 LOOKS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
 
 
-class Recordings:
+class _Functions:
+    """Makes functions that run their operators again, on the tensors that they had."""
+
+    def function(self, function: Callable[[], Tensor | None]) -> Replay:
+        """See `Capture.function`."""
+        recording = _Recording(undone=True)
+        with torch.random.fork_rng(devices=[]), recording:
+            result = function()
+        recording.forget()
+        return Replay(recording.replay, result)
+
+
+class Recordings(_Functions):
     """Makes passes that run the operators of the loss function again, on the tensors that they had."""
 
     def __init__(self) -> None:
         self.captured = 0
 
-    def __call__(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor, add: bool) -> Passes:
+    def passes(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor, add: bool) -> Passes:
         self.captured += 1
         forward, backward = _Recording(), _Recording()
         with torch.random.fork_rng(devices=[]):
@@ -46,16 +60,23 @@ class Recordings:
 
 
 class _Recording(TorchDispatchMode):
-    """Notes the operators of a scope."""
+    """Notes the operators of a scope.
 
-    def __init__(self) -> None:
+    Args:
+        undone: Whether tensors that were there before have their contents again once what was computed is forgotten.
+    """
+
+    def __init__(self, undone: bool = False) -> None:
         super().__init__()
+        self._undone, self._before = undone, list[tuple[Tensor, Tensor]]()
         self._calls: list[tuple[Any, tuple, dict[str, Any], list[Tensor | None]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func.overloadpacket.__name__ in LOOKS:
             raise RuntimeError("operation not permitted when stream is capturing")
+        if self._undone and func._schema.is_mutable:
+            self._before += [(tensor.detach(), tensor.detach().clone()) for tensor in _tensors((args, kwargs))]
         result = func(*args, **kwargs)
         given = {_memory(tensor) for tensor in _tensors((args, kwargs))}
         made = [None if _memory(tensor) in given else tensor for tensor in _tensors(result)]
@@ -69,6 +90,9 @@ class _Recording(TorchDispatchMode):
             for tensor in made:
                 if tensor is not None:
                     tensor.detach().fill_(torch.nan if tensor.is_floating_point() else 0)
+        for tensor, content in reversed(self._before):
+            tensor.copy_(content)
+        self._before.clear()
 
     @torch.no_grad()
     def replay(self) -> None:
@@ -86,13 +110,13 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-class Reruns:
+class Reruns(_Functions):
     """Makes passes that run the loss function again."""
 
     def __init__(self) -> None:
         self.captured = 0
 
-    def __call__(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor, add: bool) -> Passes:
+    def passes(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor, add: bool) -> Passes:
         self.captured += 1
         # What was shared when a graph was captured is so when it is replayed.
         shared = contextlib.nullcontext if (weights := step_weights._sharing) is None else weights.shared

@@ -106,7 +106,7 @@ def test_a_capture_that_fails_leaves_nothing(monkeypatch, graph, where, torch_me
         return value
 
     with pytest.raises(KeyError if in_python else RuntimeError) as caught:
-        CudaCapture()(loss, torch.ones(3), torch.ones(3), add=False)
+        CudaCapture().passes(loss, torch.ones(3), torch.ones(3), add=False)
     assert str(caught.value) == ("'no such thing'" if in_python else f"failed in the {where} of {graph}")
     assert (card.stream, card.filling, card.generator) == ("usual", [], "before")
     # The graph of a forward pass gives its part up when it is deleted.
@@ -119,7 +119,7 @@ def test_passes_that_do_not_add(monkeypatch):
     Card(monkeypatch, None)
     weight = torch.ones(3, requires_grad=True)
     weight.grad = kept = torch.full((3,), 2.0)
-    passes = CudaCapture()(lambda ids, targets: (weight * ids).sum(), torch.ones(3), torch.ones(3), add=False)
+    passes = CudaCapture().passes(lambda ids, targets: (weight * ids).sum(), torch.ones(3), torch.ones(3), add=False)
     assert weight.grad is kept
     assert passes.gradients[weight] is not kept
     assert passes.gradients[weight].tolist() == [1.0, 1.0, 1.0]

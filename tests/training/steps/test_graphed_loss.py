@@ -1,5 +1,7 @@
 """A loss whose passes are captured and replayed trains as the loss itself does."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,9 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.kernels.operators import parts
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights, cast
 from litgpt_moe_ext.moe.metrics import routers_of
+from litgpt_moe_ext.training.optim.gpu_step import GpuStep
 from litgpt_moe_ext.training.steps.capture import Passes
+from litgpt_moe_ext.training.steps.gradient_tasks import GradientTask, run_now
 from litgpt_moe_ext.training.steps.graph_check import Reference
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss, GraphOptions
 from tests.models import initialized_model, moe_config
@@ -38,12 +42,16 @@ def batches(number, rows=2, length=16):
 class Training:
     def __init__(self, graphs: bool, shape=None, dtype=None, **options):
         self.model, self.said, self.dtype = make_model(**shape or {}), [], dtype
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.captures = []
-        self.loss = self.plain_loss
+        self.loss, on_gradients = self.plain_loss, run_now
         if graphs:
             how = GraphOptions(**{"careful": True, "make_capture": self._make} | options)
             self.loss = GraphedLoss(self.plain_loss, self.model, self.said.append, how)
+            on_gradients = self.loss.on_gradients
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, fused=True)
+        GpuStep(self.optimizer, on_gradients).install()
+        clip = partial(nn.utils.clip_grad_norm_, list(self.model.parameters()), 1.0)
+        self.clip = partial(on_gradients, GradientTask("clipping", clip, tuple))
         torch.manual_seed(1)
 
     def _make(self):
@@ -61,7 +69,9 @@ class Training:
             # Another scale for each, as batches with padding have.
             (loss * (i + 1) / len(micro_batches)).backward()
             losses.append(loss.detach())
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = self.clip()
+        # As LitGPT's loop does; a graph must not repeat the rate of its capture.
+        self.optimizer.param_groups[0]["lr"] *= 0.9
         self.optimizer.step()
         if zero_grad:
             self.optimizer.zero_grad()
@@ -361,9 +371,9 @@ def failing(error, good):
     """Return what makes passes, but fails after `good` of them."""
 
     class Fails(Reruns):
-        def __call__(self, *arguments, **options):
+        def passes(self, *arguments, **options):
             if self.captured < good:
-                return super().__call__(*arguments, **options)
+                return super().passes(*arguments, **options)
             raise error
 
     return Fails
@@ -409,8 +419,8 @@ def test_does_without_where_a_replay_differs(other, wrong, said):
     data = batches(6)
 
     class Differs(Reruns):
-        def __call__(self, loss, ids, targets, add):
-            passes = super().__call__(loss, ids, targets, add)
+        def passes(self, loss, ids, targets, add):
+            passes = super().passes(loss, ids, targets, add)
 
             def forward():
                 passes.forward()
