@@ -13,8 +13,12 @@ from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.rows import Rows
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
+from litgpt_moe_ext.training.optim.gpu_step import GpuStep
+from litgpt_moe_ext.training.optim.muon import MuonAdamW
+from litgpt_moe_ext.training.optim.parameter_groups import group_parameters
 from litgpt_moe_ext.training.parallel.strategies import ReplicatedStrategy
-from litgpt_moe_ext.training.settings import DistributedArgs
+from litgpt_moe_ext.training.settings import DistributedArgs, ParameterGroupArgs
+from litgpt_moe_ext.training.steps.gradient_tasks import GradientTask, run_now
 from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss, GraphOptions
 from litgpt_moe_ext.training.steps.room import NoRoom
 from tests.gpu.card import no_waits, require_bfloat16
@@ -46,22 +50,28 @@ GLOBAL = {"router_load_balancing_loss_coef": 1.0, "router_load_balancing_loss_sc
 DOCUMENTS = {"attention_document_boundary": "eos", "attention_document_token_id": 1}
 
 
-def trained(card, dtype, accumulation, graphs, share=True, recomputed=None, **changes):
+def trained(card, dtype, accumulation, graphs, share=True, recomputed=None, muon=False, **changes):
     """Return what some steps come to: losses, norms, weights, biases and loads."""
     model, said = make_model(card, **changes), []
     if recomputed is not None:
         ActivationCheckpointing(recomputed).on_before_setup(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    if muon:
+        optimizer = MuonAdamW(group_parameters(model, ParameterGroupArgs(), split_matrices=True), lr=1e-2)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     generator = torch.Generator().manual_seed(3)
 
     def plain_loss(ids, targets):
         with autocast(card, dtype):
             return chunked_cross_entropy(model(ids), targets.contiguous(), chunk_size=0)
 
-    loss_function = plain_loss
+    loss_function, on_gradients = plain_loss, run_now
     if graphs:
         how = GraphOptions(careful=False, room=document_room(model.config) or NoRoom(), sharing=share)
         loss_function = GraphedLoss(plain_loss, model, said.append, how)
+        on_gradients = loss_function.on_gradients
+    GpuStep(optimizer, on_gradients).install()
+    clip = partial(nn.utils.clip_grad_norm_, list(model.parameters()), 1.0)
     torch.manual_seed(1)
     numbers, rooms = [], set()
 
@@ -73,7 +83,9 @@ def trained(card, dtype, accumulation, graphs, share=True, recomputed=None, **ch
             loss = loss_function(batch[:, :-1], batch[:, 1:])
             (loss * (i + 1)).backward()
             numbers.append(loss.detach())
-        numbers.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        numbers.append(on_gradients(GradientTask("clipping", clip, tuple)).clone())
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.9  # a graph must not repeat the rate of its capture
         optimizer.step()
         optimizer.zero_grad()
         if graphs and loss_function._captured is not None:
@@ -85,6 +97,8 @@ def trained(card, dtype, accumulation, graphs, share=True, recomputed=None, **ch
         for _ in range(2 if card.type == "cuda" else 1):
             step()
     assert said == (["CUDA graphs: on, from this step"] if graphs else [])
+    if graphs and card.type == "cuda":
+        assert loss_function._captured.tasks._captured.keys() == {"clipping", "the optimizer"}
     assert not (graphs and changes.keys() >= DOCUMENTS.keys() and card.type == "cuda") or len(rooms) == 2
     loads = [router.record for router in routers_of(model).values()]
     return [*numbers, *model.state_dict().values(), *loads]
@@ -100,15 +114,18 @@ def trained(card, dtype, accumulation, graphs, share=True, recomputed=None, **ch
         (3, {"moe_intermediate_size": 544}),
         (2, DOCUMENTS),
         (3, GLOBAL),
+        (2, {"muon": True}),
     ],
-    ids=["plain", "losses", "dropout", "wide", "documents", "global batch"],
+    ids=["plain", "losses", "dropout", "wide", "documents", "global batch", "Muon"],
 )
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "apart"])
 def test_equals_the_loss_itself(place, dtype, accumulation, changes, share):
     """Also where micro-batches share casts and sums, on Hopper with wide weights those of torch's grouped product."""
     if dtype == torch.bfloat16:
         require_bfloat16(place)
-    make_model(place, **changes)  # which is all that a CPU tries of most
+    make_model(
+        place, **{name: value for name, value in changes.items() if name != "muon"}
+    )  # which is all that a CPU tries of most
     if place.type == "cpu" and not (share and dtype == torch.bfloat16 and "expert_dropout" in changes):
         pytest.skip("recordings are slow, and their numbers are looked at in tests/training/steps")
     ours = trained(place, dtype, accumulation, True, share, **changes)

@@ -1,11 +1,16 @@
 """Muon, and the AdamW of what is no matrix, on this card."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from litgpt_moe_ext.training.optim.muon import MuonAdamW
 from litgpt_moe_ext.training.optim.optimization import Optimization
+from litgpt_moe_ext.training.optim.parameter_groups import group_parameters
 from litgpt_moe_ext.training.settings import ParameterGroupArgs, ScheduleArgs
+from litgpt_moe_ext.training.steps.gradient_tasks import run_now
 from tests.gpu.card import no_waits
 
 pytestmark = pytest.mark.gpu
@@ -51,17 +56,26 @@ def test_a_step_waits_for_nothing(device):
         optimizer.step()
 
 
-@pytest.mark.parametrize("path", ["torch.optim.AdamW", "litgpt_moe_ext.training.optim.muon.MuonAdamW"])
-def test_the_largest_are_stepped_first_on_a_card(device, path):
-    """Where a launch of small ones is a short one; on a CPU nothing is gained."""
-    model, seen = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 9)).to(device), []
-    optimization = Optimization(ScheduleArgs(), ParameterGroupArgs(no_weight_decay=[]), scaled=False)
-    optimization.on_after_setup(None, model)
-    optimizer = optimization.make_optimizer({"class_path": path, "init_args": {"lr": 0.1}}, None)
-    own = [list(group["params"]) for group in optimizer.param_groups]
-    optimizer.register_step_post_hook(lambda *_: seen.extend(list(group["params"]) for group in optimizer.param_groups))
-    optimizer.step()
-    sizes = [[parameter.numel() for parameter in parameters] for parameters in own]
-    expected = [sorted(group, reverse=True) if device.type == "cuda" else group for group in sizes]
-    assert [[parameter.numel() for parameter in parameters] for parameters in seen] == expected
-    assert [group["params"] for group in optimizer.param_groups] == own
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD", "litgpt_moe_ext.training.optim.muon.MuonAdamW"])
+def test_a_run_steps_as_the_optimizer_itself(device, name):
+    """With the rate as a number; a card reads it from its own memory, in float32, where an optimizer can."""
+    models = [torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 9)).to(device) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimization = Optimization(ScheduleArgs(), ParameterGroupArgs(), scaled=False)
+    optimization.on_after_setup(SimpleNamespace(on_gradients=run_now), models[0])
+    path = name if "." in name else f"torch.optim.{name}"
+    ours = optimization.make_optimizer({"class_path": path, "init_args": {"lr": 0.1}}, None)
+    theirs = type(ours)(group_parameters(models[1], ParameterGroupArgs(), split_matrices="Muon" in name), lr=0.1)
+    for i in range(3):
+        for model in models:
+            torch.manual_seed(i)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+        for optimizer in (ours, theirs):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 / (i + 1)
+        with no_waits(device) if i else contextlib.nullcontext():
+            ours.step()
+        theirs.step()
+    for parameter, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected)

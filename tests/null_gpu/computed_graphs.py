@@ -20,11 +20,12 @@ DROPOUT = {"expert_dropout": 0.1, "residual_dropout": 0.1, "embedding_dropout": 
         (torch.bfloat16, True, None, DOCUMENTS | GLOBAL | {"n_layer": 2}),
         (torch.float16, False, None, {"router_load_balancing_loss_coef": 0.01}),
         (None, True, None, DROPOUT),
+        (torch.bfloat16, True, None, {"muon": True}),
         (torch.bfloat16, True, "full", GLOBAL | {"embedding_dropout": 0.1}),
         (torch.float16, True, "selective", DENSE_FIRST | {"residual_dropout": 0.1}),
     ],
     ids=[
-        "bfloat16 with documents and the global batch", "float16 apart", "float32 with dropout",
+        "bfloat16 with documents and the global batch", "float16 apart", "float32 with dropout", "Muon",
         "blocks computed again", "experts computed again",
     ],
 )  # fmt: skip
