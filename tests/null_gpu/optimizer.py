@@ -10,6 +10,7 @@ import torch
 import yaml
 
 import litgpt_moe_ext  # noqa: F401  # registers the layers
+from litgpt_moe_ext.training.optim.gpu_step import GpuStep
 from litgpt_moe_ext.training.optim.muon import MuonAdamW
 from litgpt_moe_ext.training.optim.parameter_groups import group_parameters
 from litgpt_moe_ext.training.settings import ParameterGroupArgs
@@ -23,6 +24,7 @@ if __name__ == "__main__":
     with torch.device("cuda"):
         model = litgpt.GPT(config)
     optimizer = MuonAdamW(group_parameters(model, ParameterGroupArgs(), split_matrices=True), lr=0.1)
+    GpuStep(optimizer).install()
     for _ in range(2):  # states are made in the first
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)

@@ -91,14 +91,7 @@ class MuonAdamW(torch.optim.Optimizer):
         changes = map(own_part, orthogonalized(updates, ahead))
         for group, members in _by_group(updates):
             parameters = [own_part(update.parameter) for update in members]
-            step_size = group["lr"] * 0.2 * max(members[0].sides) ** 0.5
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            own_changes = list(islice(changes, len(members)))
-            if isinstance(step_size, Tensor):  # which torch does not take as a factor of what is added
-                torch._foreach_mul_(own_changes, -step_size)
-                torch._foreach_add_(parameters, own_changes)
-            else:
-                torch._foreach_add_(parameters, own_changes, alpha=-step_size)
+            _descend(parameters, list(islice(changes, len(members))), group, max(members[0].sides))
 
     def _average(self, update: MatrixUpdate) -> Tensor:
         state = self.state[update.parameter]
@@ -137,6 +130,25 @@ class MuonAdamW(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _descend(parameters: list[Tensor], changes: list[Tensor], group: dict[str, Any], side: int) -> None:
+    """Decay parameters and move them against `changes`, which are overwritten.
+
+    Args:
+        parameters: Parameters of one group.
+        changes: Orthogonalised changes, in their shapes.
+        group: The group, whose rate is a number or a tensor, which torch does not take as a factor of what it adds.
+        side: The longer side of a matrix.
+    """
+    rate, decay = group["lr"], group["weight_decay"]
+    if isinstance(rate, Tensor):
+        torch._foreach_mul_(parameters, torch.rsub(rate, 1, alpha=decay))
+        torch._foreach_mul_(changes, rate * (-0.2 * side**0.5))
+        torch._foreach_add_(parameters, changes)
+    else:
+        torch._foreach_mul_(parameters, 1 - rate * decay)
+        torch._foreach_add_(parameters, changes, alpha=-(rate * 0.2 * side**0.5))
 
 
 def _by_group(updates: list[MatrixUpdate]) -> Iterator[tuple[dict[str, Any], list[MatrixUpdate]]]:

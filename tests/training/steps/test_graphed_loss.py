@@ -446,6 +446,87 @@ def test_does_without_where_a_replay_differs(other, wrong, said):
     assert ", and without graphs " in line
 
 
+def captured_tasks(training):
+    return set(training.loss._captured.tasks._captured)
+
+
+def changing(kind):
+    """Return a function that changes, before a step, what a graph of the optimizer would repeat."""
+
+    def change(training, step):
+        (group,) = training.optimizer.param_groups
+        if kind == "a setting" and step == 5:
+            group["weight_decay"] = 0.5
+        if kind == "a setting in every step":
+            group["weight_decay"] = 0.1 * step
+        if kind == "states" and step == 5:
+            training.optimizer.state.clear()
+        if kind == "loaded states" and step == 5:
+            training.optimizer.load_state_dict(training.optimizer.state_dict())
+
+    return change
+
+
+@pytest.mark.parametrize("kind", ["nothing", "a setting", "a setting in every step", "states", "loaded states"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_what_follows_the_passes_is_a_graph_as_well(kind, accumulation):
+    """As long as it would be the same again."""
+    data, change, captured = batches(10 * accumulation), changing(kind), []
+
+    def train(training):
+        numbers = []
+        for i in range(10):
+            change(training, i)
+            numbers += training.step(data[i * accumulation : (i + 1) * accumulation])
+            if training.captures:
+                captured.append(captured_tasks(training))
+        return numbers
+
+    assert_trains_alike(train, GROUPED, torch.bfloat16)
+    both = {"clipping", "the optimizer"}
+    assert captured[:2] == [set(), {"clipping"} if kind == "a setting in every step" else both]
+    assert captured[-1] == captured[1]
+
+
+def test_a_step_that_is_skipped_changes_nothing():
+    """Without gradients, as after one that is not finite, nothing may be repeated."""
+    data = batches(8)
+
+    def train(training):
+        clip, numbers = training.clip, []
+
+        def clip_and_skip():
+            norm = clip().clone()
+            training.optimizer.zero_grad()
+            return norm
+
+        for i in range(8):
+            training.clip = clip_and_skip if i in (5, 6) else clip
+            numbers += training.step(data[i : i + 1])
+        return numbers
+
+    graphed = assert_trains_alike(train, GROUPED, torch.bfloat16)
+    assert captured_tasks(graphed) == {"clipping", "the optimizer"}
+
+
+@pytest.mark.parametrize("careful", [True, False])
+def test_what_follows_may_be_no_graph(careful):
+    """The passes stay graphs, also where they were asked for."""
+    data = batches(8)
+
+    class Fails(Reruns):
+        def function(self, function):
+            raise BROKEN_OFF
+
+    graphed = assert_trains_alike(
+        lambda training: [training.step(data[i : i + 1]) for i in range(8)],
+        GROUPED, torch.bfloat16, make_capture=Fails, careful=careful,
+    )  # fmt: skip
+    reason = "capturing failed: not permitted when stream is capturing"
+    without = [f"CUDA graphs: not for {name} ({reason})" for name in ("clipping", "the optimizer")]
+    assert graphed.said == ["CUDA graphs: on, from this step", *without]
+
+
 @pytest.mark.parametrize(("careful", "tried"), [(True, False), (False, True)])
 def test_leaves_room_unless_asked_for(monkeypatch, careful, tried):
     place = "litgpt_moe_ext.training.steps.graphed_loss.lack_of_memory"
