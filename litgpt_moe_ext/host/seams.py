@@ -260,8 +260,10 @@ SEAMS = (
         "Leaves the logits of a batch that trains in 16 bits, for the loss.", "Fabric leaves that to the caller",
     ),
     Seam(
-        "torch.optim", "Optimizer.step", "run", "Steps without asking the compiler to break its graph, which loads it.",
-        "torch does not load it for them",
+        "torch.optim", "Optimizer.step", "run",
+        "Steps without asking the compiler to break its graph, which loads it; on a GPU takes the largest weights "
+        "first, and learning rates from the device, so that a CUDA graph can repeat it.",
+        "torch does not load it for them, and passes rates as numbers",
     ),
     Seam("litgpt.generate.base", "torch._dynamo", "source", "Does not load torch's compiler.", _LAZY),
     Seam("litgpt.generate.speculative_decoding", "torch._dynamo", "source", "Does not load torch's compiler.", _LAZY),

@@ -50,7 +50,7 @@ class TrainingFabric(L.Fabric):
         state: LitGPT's training state, once it exists.
         stop_requests: Signals that this process has received.
         interrupted_by: Signal that all processes have agreed to act on before the next step; 0 if none.
-        on_gradients: Does work on the gradients of a step, in some runs as a CUDA graph.
+        run_task: Does work on the gradients of a step, in some runs as a CUDA graph.
     """
 
     if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class TrainingFabric(L.Fabric):
         self.state: dict[str, Any] = {"step_count": 0}
         self.stop_requests = StopRequests(self.print)
         self.interrupted_by = 0
-        self.on_gradients: Callable[[GradientTask], Tensor | None] = run_now
+        self.run_task: Callable[[GradientTask], Tensor | None] = run_now
 
     @property
     def step(self) -> int:
@@ -197,7 +197,7 @@ class TrainingFabric(L.Fabric):
         if self.strategy.scales_gradients:
             norm = clip()  # the gradient scaler keeps account of what it has unscaled
         else:
-            norm = self.on_gradients(GradientTask("clipping", clip, lambda: (args, settings)))
+            norm = self.run_task(GradientTask("clipping", clip, lambda: (args, settings)))
         if norm is not None:
             norm = norm.clone()  # a graph would overwrite it in the next step
             self._report_norm(norm)

@@ -114,7 +114,7 @@ class HookedLoop:
         self._validated_step: int | None = None
         self._means = TokenMeans(fabric.world_size)
         self._handover = Handover(equipment.graphs, fabric.print, document_room(launched.plan.config))
-        fabric.on_gradients = self._handover.on_gradients
+        fabric.run_task = self._handover.run_task
         self._batches = StepBatches(self._targets, self._accumulation, fabric.world_size)
         fabric.add_callback(self._agreement, first=True)
         fabric.add_callback(self._batches)

@@ -65,12 +65,12 @@ def trained(card, dtype, accumulation, graphs, share=True, recomputed=None, muon
         with autocast(card, dtype):
             return chunked_cross_entropy(model(ids), targets.contiguous(), chunk_size=0)
 
-    loss_function, on_gradients = plain_loss, run_now
+    loss_function, run_task = plain_loss, run_now
     if graphs:
         how = GraphOptions(careful=False, room=document_room(model.config) or NoRoom(), sharing=share)
         loss_function = GraphedLoss(plain_loss, model, said.append, how)
-        on_gradients = loss_function.on_gradients
-    GpuStep(optimizer, on_gradients).install()
+        run_task = loss_function.run_task
+    GpuStep(optimizer, run_task).install()
     clip = partial(nn.utils.clip_grad_norm_, list(model.parameters()), 1.0)
     torch.manual_seed(1)
     numbers, rooms = [], set()
@@ -83,7 +83,7 @@ def trained(card, dtype, accumulation, graphs, share=True, recomputed=None, muon
             loss = loss_function(batch[:, :-1], batch[:, 1:])
             (loss * (i + 1)).backward()
             numbers.append(loss.detach())
-        numbers.append(on_gradients(GradientTask("clipping", clip, tuple)).clone())
+        numbers.append(run_task(GradientTask("clipping", clip, tuple)).clone())
         for group in optimizer.param_groups:
             group["lr"] *= 0.9  # a graph must not repeat the rate of its capture
         optimizer.step()

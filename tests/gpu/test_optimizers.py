@@ -62,7 +62,7 @@ def test_a_run_steps_as_the_optimizer_itself(device, name):
     models = [torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 9)).to(device) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     optimization = Optimization(ScheduleArgs(), ParameterGroupArgs(), scaled=False)
-    optimization.on_after_setup(SimpleNamespace(on_gradients=run_now), models[0])
+    optimization.on_after_setup(SimpleNamespace(run_task=run_now), models[0])
     path = name if "." in name else f"torch.optim.{name}"
     ours = optimization.make_optimizer({"class_path": path, "init_args": {"lr": 0.1}}, None)
     theirs = type(ours)(group_parameters(models[1], ParameterGroupArgs(), split_matrices="Muon" in name), lr=0.1)

@@ -55,15 +55,15 @@ class Trainee:
             # Otherwise the compiler would assume that the next recipe's sizes change from step to step.
             torch._dynamo.reset()
         self.model = torch.compile(model) if how == "compiled" else model
-        self.loss, self.on_gradients = self.plain_loss, run_now
+        self.loss, self.run_task = self.plain_loss, run_now
         graphs = how.startswith("graphs") and bench.is_cuda
         if graphs:
             options = GraphOptions(True, sharing=how != "graphs, unshared", abreast=how != "graphs, one stream")
             self.loss = GraphedLoss(self.plain_loss, model, partial(_note_if_off, bench), options)
             if how != "graphs, passes only":
-                self.on_gradients = self.loss.on_gradients
+                self.run_task = self.loss.run_task
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        GpuStep(self.optimizer, self.on_gradients).install()
+        GpuStep(self.optimizer, self.run_task).install()
         # The optimizer's, as Fabric takes: to look for those of a model takes the host longer the more modules it has.
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.clipping = GradientTask("clipping", partial(nn.utils.clip_grad_norm_, parameters, 1.0), tuple)
@@ -79,7 +79,7 @@ class Trainee:
     def step(self) -> None:
         for batch in self.batches:
             (self.loss(batch[:, :-1], batch[:, 1:].contiguous()) / len(self.batches)).backward()
-        self.on_gradients(self.clipping)
+        self.run_task(self.clipping)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

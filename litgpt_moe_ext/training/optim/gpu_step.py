@@ -26,15 +26,15 @@ class GpuStep:
 
     Args:
         optimizer: The optimizer.
-        on_gradients: Does work on gradients, possibly as a CUDA graph.
+        run_task: Does work on gradients, possibly as a CUDA graph.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        on_gradients: Callable[[GradientTask], Tensor | None] = run_now,
+        run_task: Callable[[GradientTask], Tensor | None] = run_now,
     ) -> None:
-        self._optimizer, self._on_gradients = optimizer, on_gradients
+        self._optimizer, self._run_task = optimizer, run_task
         self._step = bare_step(optimizer)
         self._ordered = [sorted(group["params"], key=torch.numel, reverse=True) for group in optimizer.param_groups]
         self._reads_rates = _can_read_rates(optimizer)
@@ -49,7 +49,7 @@ class GpuStep:
             if closure is not None or not self._reads_rates:
                 return self._step(self._optimizer, closure)
             with self._groups(lr=self._rates_on_device()):
-                self._on_gradients(GradientTask("the optimizer", self._run, self._depends_on))
+                self._run_task(GradientTask("the optimizer", self._run, self._depends_on))
         return None
 
     def _run(self) -> None:

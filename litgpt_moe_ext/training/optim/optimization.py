@@ -60,7 +60,7 @@ class Optimization(Callback):
         if not self._in_pieces:
             made.register_step_pre_hook(scale_rates)
         if not self._in_pieces and any(parameter.is_cuda for parameter in self._model.parameters()):
-            GpuStep(made, lambda task: self._fabric.on_gradients(task)).install()
+            GpuStep(made, lambda task: self._fabric.run_task(task)).install()
         else:
             replace_step(made, bare_step(made))
         return made

@@ -119,7 +119,7 @@ class GraphedLoss:
             return self._eager(ids_BT, targets_BT)
         return self._replayed(*ready, turn.inputs)
 
-    def on_gradients(self, task: GradientTask) -> Tensor | None:
+    def run_task(self, task: GradientTask) -> Tensor | None:
         """Do work on the gradients of the step, as a graph if they are where captured passes write them.
 
         Args:

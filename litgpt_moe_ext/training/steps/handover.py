@@ -126,9 +126,9 @@ class Handover:
             object.__delattr__(model, "forward")
             self._passes = self._graphed = None
 
-    def on_gradients(self, task: GradientTask) -> Tensor | None:
-        """Do work on the gradients of a step, as a graph where their passes were; see `GraphedLoss.on_gradients`."""
-        return task.run() if self._passes is None else self._passes.on_gradients(task)
+    def run_task(self, task: GradientTask) -> Tensor | None:
+        """Do work on the gradients of a step, as a graph where their passes were; see `GraphedLoss.run_task`."""
+        return task.run() if self._passes is None else self._passes.run_task(task)
 
     def _with_graphs(self, model: Any, strategy: Behaviour) -> GraphedLoss:
         def loss(ids_BT: Tensor, targets_BT: Tensor) -> Tensor:

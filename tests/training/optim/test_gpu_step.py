@@ -22,7 +22,7 @@ OPTIMIZERS = {
 READ_RATES = ("fused AdamW", "fused Adam", "Muon")
 
 
-def made(kind, on_gradients=None, **settings):
+def made(kind, run_task=None, **settings):
     """Return an optimizer of two groups, and its parameters in the model's order."""
     generator = torch.Generator().manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
@@ -32,8 +32,8 @@ def made(kind, on_gradients=None, **settings):
         matrices[MATRIX_PARTS] = 1
     optimizer = OPTIMIZERS[kind]([matrices, vectors], lr=0.125, **settings)
     optimizer.register_step_pre_hook(scale_rates)
-    if on_gradients is not None:
-        GpuStep(optimizer, on_gradients).install()
+    if run_task is not None:
+        GpuStep(optimizer, run_task).install()
     return optimizer, parameters
 
 

@@ -43,15 +43,15 @@ class Training:
     def __init__(self, graphs: bool, shape=None, dtype=None, **options):
         self.model, self.said, self.dtype = make_model(**shape or {}), [], dtype
         self.captures = []
-        self.loss, on_gradients = self.plain_loss, run_now
+        self.loss, run_task = self.plain_loss, run_now
         if graphs:
             how = GraphOptions(**{"careful": True, "make_capture": self._make} | options)
             self.loss = GraphedLoss(self.plain_loss, self.model, self.said.append, how)
-            on_gradients = self.loss.on_gradients
+            run_task = self.loss.run_task
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, fused=True)
-        GpuStep(self.optimizer, on_gradients).install()
+        GpuStep(self.optimizer, run_task).install()
         clip = partial(nn.utils.clip_grad_norm_, list(self.model.parameters()), 1.0)
-        self.clip = partial(on_gradients, GradientTask("clipping", clip, tuple))
+        self.clip = partial(run_task, GradientTask("clipping", clip, tuple))
         torch.manual_seed(1)
 
     def _make(self):

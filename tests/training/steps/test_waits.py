@@ -92,7 +92,7 @@ def test_no_step_waits_after_its_backward_pass(recipe, muon, monkeypatch):
         # torch says what this does to tensors without contents only for rates that are numbers.
         library.impl("_fused_adamw_.tensor_lr", lambda *args, **kwargs: None)
         model, settings = trained_model(recipe)
-        fabric = SimpleNamespace(device=torch.device("cuda", 0), print=print, on_gradients=run_now)
+        fabric = SimpleNamespace(device=torch.device("cuda", 0), print=print, run_task=run_now)
         optimization = Optimization(ScheduleArgs(), ParameterGroupArgs(), scaled=False)
         optimization.on_after_setup(fabric, model)
         optimizer = optimization.make_optimizer(MUON if muon else {"init_args": {}, **settings["optimizer"]}, None)
