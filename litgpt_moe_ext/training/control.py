@@ -120,8 +120,11 @@ class Deadline:
         """Whether this process's time is over; other processes have their own clocks."""
         if self._max_time is None:
             return False
-        # The clock starts with the first step, because LitGPT's preparations may take long and train nothing.
-        self._end = self._end or time.monotonic() + self._max_time
+        if self._end is None:
+            # The clock starts with the first step, because LitGPT's preparations may take long and train nothing. That
+            # step is always trained: without any, `final` would be untrained, and to continue would not help.
+            self._end = time.monotonic() + self._max_time
+            return False
         return time.monotonic() >= self._end
 
     @property

@@ -20,7 +20,7 @@ NEGATIVE = {"devices", "eval.evaluate_example", "model_config.attention_sink_ini
 """Settings where a number below 0 means something: all devices, a place from the end, the logarithm of a weight."""
 
 ZERO = NEGATIVE | {
-    *("seed", "train.lr_warmup_steps", "train.max_time", "train.min_lr", "sample.temperature", "ema.decay"),
+    *("seed", "train.lr_warmup_steps", "train.min_lr", "sample.temperature", "ema.decay"),
     *("parameter_groups.router_lr_factor", "data.seed", "data.val_fraction"),
     *("optimizer.lr", "optimizer.eps", "optimizer.weight_decay"),
 }

@@ -339,6 +339,17 @@ def test_starting_from_the_weights_of_a_run(recipe, finished, tmp_path):
     assert [int(after[name]) for name in counts] == [1, 1]
 
 
+def test_max_time_lets_at_least_one_step_be_trained(recipe, tmp_path, capsys):
+    """Without any, the final weights would be untrained, and a resumed run would never go on."""
+    file = recipe(train={"max_time": 1e-12, "save_interval": 100_000})
+    assert train("--config", file) == 0
+    assert train("--config", file, "--resume", "auto") == 0
+    assert list(logged(tmp_path / "out", "loss")) == [1, 2]
+    assert "train.max_time: 0 must be a number above 0, or null" in refused(
+        capsys, "--config", file, "--train.max_time=0"
+    )
+
+
 def test_max_time_ends_with_a_final_checkpoint(recipe, tmp_path):
     file = recipe(train={"max_tokens": 100_000 * 128, "max_time": 0.5, "save_interval": 100_000})
     assert train("--config", file) == 0

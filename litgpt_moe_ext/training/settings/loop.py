@@ -48,7 +48,7 @@ class TrainArgs(Section, key="train"):
     """Total number of tokens to train on, padding included."""
     max_steps: PositiveInt | None = None
     """Stop after this many optimizer steps; the learning rate schedule remains that of max_tokens."""
-    max_time: NonNegativeFloat | None = None
+    max_time: PositiveFloat | None = None
     """Stop after this many seconds."""
     max_seq_length: PositiveInt | None = None
     """Tokens per sequence; null: the model's block_size."""
