@@ -85,7 +85,7 @@ class EvalArgs(Section, key="eval"):
     max_new_tokens: PositiveInt | None = None
     """Not for pretraining; use sample.max_new_tokens."""
     max_iters: PositiveInt = 100
-    """Batches per validation."""
+    """Batches per validation, on each process."""
     initial_validation: bool = False
     """Whether to validate before the first step."""
     final_validation: bool = True
