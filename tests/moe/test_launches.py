@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import litgpt.model
 import pytest
@@ -30,6 +31,7 @@ KERNELS = (
     *("activation", "biases", "combining", "decoding", "gating", "orthogonality", "projecting", "routing", "rows"),
     "weights",
 )
+RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 GROUPS = {"n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 1}
 
 
@@ -196,8 +198,66 @@ def test_all_of_these_settings_start_what_the_pages_say():
     on_8, on_10 = (len(launches_of_layer(config, capability, padded=True)) for capability in ((8, 6), (10, 0)))
     page = (ROOT / "docs" / "how-to" / "one-gpu.md").read_text(encoding="utf-8")
     assert f"All at once are {on_8}, on 10.x {on_10}." in page
-    results = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
-    assert f"All ten start {on_8} and {on_10}." in results
+    assert f"All ten start {on_8} and {on_10}." in RESULTS.read_text(encoding="utf-8")
+
+
+def rows_of(header):
+    """Yield the cells of each row of a table of the measured results."""
+    table = RESULTS.read_text(encoding="utf-8").split(f"\n{header}\n")[1].split("\n\n")[0]
+    for row in table.splitlines()[1:]:
+        yield [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_the_layers_of_recipes_start_what_the_results_say():
+    pytest.importorskip("triton")
+    found, said = {}, {}
+    for names, *counts in rows_of("| recipe | 8.6 and 9.0 | 10.0 |"):
+        for name in re.findall(r"[\w-]+", names.partition(" (")[0]):
+            settings = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
+            config, precision = Config(**settings["model_config"]), settings.get("precision") or "bf16-mixed"
+            found[name] = [len(launches_of_layer(config, capability, precision)) for capability in ((8, 6), (10, 0))]
+            said[name] = list(map(int, counts))
+    assert found == said
+    assert len(said) == sum("n_expert:" in recipe.read_text() for recipe in RECIPES)
+
+
+# Settings of the rows of the second table of launches, in their order.
+GATED_ON_INPUT = {"expert_gate_on_input": True}
+ROWS = [
+    {},
+    {**SEQUENCES, "router_load_balancing_loss_coef": 0.01},
+    {**SEQUENCES, "router_load_balancing_loss_coef": 0.01, "router_z_loss_coef": 1e-3, **GROUPS},
+    {"router_type": "hash"},
+    {"mlp_activation": "clamped_swiglu"},
+    {"router_type": "noisy_topk"},
+    {"bias": True},
+    ORTHOGONALITY,
+    GATED_ON_INPUT,
+    {**GATED_ON_INPUT, "n_expert_per_token": 1},
+    GATED,
+    {**GATED, "bias": True},
+    {**GATED, **ORTHOGONALITY},
+    {**GATED, **ORTHOGONALITY, "bias": True},
+]
+
+
+def test_layers_start_what_the_results_say():
+    pytest.importorskip("triton")
+    found, said = [], []
+    for settings, (_, *counts) in zip(
+        ROWS, rows_of("| setting | 8.6 | 10.0 | with shared experts, 8.6 | 10.0 |"), strict=True
+    ):
+        said.append(counts)
+        found.append(["" if not count else launches_with_padding(settings, i) for i, count in enumerate(counts)])
+    assert found == said
+
+
+def launches_with_padding(settings, column):
+    """Return a cell of that table: launches, and in brackets those with padding."""
+    shared = {"n_shared_expert": 1} if column >= 2 else {}
+    config = moe_config(n_embd=256, moe_intermediate_size=512, **{**shared, **settings})
+    plain, padded = (len(launches_of_layer(config, ((8, 6), (10, 0))[column % 2], padded=p)) for p in (False, True))
+    return f"{plain} ({padded})"
 
 
 @pytest.mark.parametrize(
