@@ -64,7 +64,6 @@ def choose_equipment(launched: Launched) -> Equipment:
         optimization=Optimization(
             settings.schedule,
             settings.parameter_groups,
-            scaled=strategy.scales_gradients and not strategy.clips_in_step,
             in_pieces=strategy.steps_in_parts,
         ),
         fused_loss=FusedLoss() if settings.fused_cross_entropy else None,

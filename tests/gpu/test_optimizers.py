@@ -61,7 +61,7 @@ def test_a_run_steps_as_the_optimizer_itself(device, name):
     """With the rate as a number; a card reads it from its own memory, in float32, where an optimizer can."""
     models = [torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 9)).to(device) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    optimization = Optimization(ScheduleArgs(), ParameterGroupArgs(), scaled=False)
+    optimization = Optimization(ScheduleArgs(), ParameterGroupArgs())
     optimization.on_after_setup(SimpleNamespace(run_task=run_now), models[0])
     path = name if "." in name else f"torch.optim.{name}"
     ours = optimization.make_optimizer({"class_path": path, "init_args": {"lr": 0.1}}, None)

@@ -27,14 +27,11 @@ class Optimization(Callback):
     Args:
         schedule: Shape of the learning rate.
         groups: Settings of the parameter groups.
-        scaled: Whether a gradient scaler is used, which fused optimizers do not support together with clipping.
         in_pieces: Whether one step calls the optimizer several times, as DeepSpeed does; the caller scales the rates.
     """
 
-    def __init__(
-        self, schedule: ScheduleArgs, groups: ParameterGroupArgs, scaled: bool, in_pieces: bool = False
-    ) -> None:
-        self._schedule_args, self._group_args, self._scaled, self._in_pieces = schedule, groups, scaled, in_pieces
+    def __init__(self, schedule: ScheduleArgs, groups: ParameterGroupArgs, in_pieces: bool = False) -> None:
+        self._schedule_args, self._group_args, self._in_pieces = schedule, groups, in_pieces
         self._schedule: Schedule | None = None
         self._fabric: TrainingFabric
         self._model: torch.nn.Module
@@ -53,9 +50,11 @@ class Optimization(Callback):
         given = optimizer["init_args"] if isinstance(optimizer, dict) else {}
         groups = group_parameters(self._model, self._group_args, split_matrices=is_muon(optimizer))
         extra = {}
-        if "fused" not in given and "foreach" not in given and not self._scaled and self._can_fuse(optimizer):
+        if "fused" not in given and "foreach" not in given and self._can_fuse(optimizer):
             extra["fused"] = True
         made = _instantiate(optimizer, groups, **extra)
+        # A gradient scaler would leave unscaling to a fused optimizer: too late for clipping, so Fabric refuses it.
+        made._step_supports_amp_scaling = False  # pyrefly: ignore[missing-attribute] torch's fused optimizers have it
         made.register_load_state_dict_pre_hook(with_own_kernels)
         if not self._in_pieces:
             made.register_step_pre_hook(scale_rates)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.fabric.plugins import MixedPrecision
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.optim.arguments import learning_rate_of
@@ -54,7 +55,7 @@ def test_what_a_recipe_may_leave_out(model, path, rest):
     """It has passed the checks, so it must make an optimizer."""
     given = {"class_path": path, **rest}
     assert learning_rate_of(given) == 0.001
-    optimization = Optimization(ScheduleArgs(), ParameterGroupArgs(), scaled=False)
+    optimization = Optimization(ScheduleArgs(), ParameterGroupArgs())
     optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
     assert optimization.make_optimizer(given, None).defaults["lr"] == 0.001
 
@@ -78,7 +79,7 @@ def test_one_group_unless_asked(model):
 
 def test_on_a_cpu_a_step_takes_the_order_of_the_model(model):
     """As its gradients are clipped: numbers are those of LitGPT's own optimizer."""
-    optimization, seen = Optimization(ScheduleArgs(), ParameterGroupArgs(), scaled=False), []
+    optimization, seen = Optimization(ScheduleArgs(), ParameterGroupArgs()), []
     optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
     optimizer = optimization.make_optimizer("AdamW", None)
     optimizer.register_step_post_hook(lambda *_: seen.extend(optimizer.param_groups[0]["params"]))
@@ -89,14 +90,14 @@ def test_on_a_cpu_a_step_takes_the_order_of_the_model(model):
 @pytest.mark.parametrize("fused", [True, False])
 def test_kernels_stay_those_of_the_run(model, fused):
     """A checkpoint of another device, strategy or precision does not bring its own."""
-    optimization = Optimization(ScheduleArgs(), ParameterGroupArgs(), scaled=not fused)
+    optimization = Optimization(ScheduleArgs(), ParameterGroupArgs())
     optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
-    optimizer = optimization.make_optimizer("AdamW", None)
+    optimizer = optimization.make_optimizer({"class_path": "AdamW", "init_args": {"fused": fused}}, None)
     state = optimizer.state_dict()
     state["param_groups"][0].update(fused=not fused, foreach=True, eps=0.5)
     optimizer.load_state_dict(state)
     assert [(group["fused"], group["foreach"], group["eps"]) for group in optimizer.param_groups] == [
-        (fused or None, None, 0.5)
+        (fused, None, 0.5)
     ]
 
 
@@ -122,18 +123,39 @@ def test_groups(model):
     ("given", "fused"), [({}, True), ({"fused": False}, False), ({"foreach": False}, None), ({"lr": 0.5}, True)]
 )
 def test_a_fused_optimizer_is_a_default(model, given, fused):
-    optimization = Optimization(ScheduleArgs(), ParameterGroupArgs(), scaled=False)
+    optimization = Optimization(ScheduleArgs(), ParameterGroupArgs())
     optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
     made = optimization.make_optimizer({"class_path": "torch.optim.AdamW", "init_args": given}, None)
     assert made.defaults["fused"] is fused
     assert made.defaults["lr"] == given.get("lr", 1e-3)
 
 
+@pytest.mark.parametrize("path", ["torch.optim.AdamW", "torch.optim.SGD"])
+def test_a_gradient_scaler_works_with_a_fused_optimizer(path):
+    """It unscales before gradients are clipped, and a step whose gradients overflow changes nothing."""
+    model = torch.nn.Linear(2, 2)
+    optimization = Optimization(ScheduleArgs(), ParameterGroupArgs())
+    optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
+    optimizer = optimization.make_optimizer({"class_path": path, "init_args": {"lr": 0.5}}, None)
+    assert optimizer.defaults["fused"]
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    precision = MixedPrecision("16-mixed", "cpu", scaler)
+    scaler.scale(torch.ones(()))  # as Fabric's backward pass does
+    for value, changes in ((8.0, True), (torch.inf, False)):
+        before = model.weight.detach().clone()
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        precision.unscale_gradients(optimizer)
+        assert model.weight.grad.unique().tolist() == [value / 8]
+        precision.optimizer_step(optimizer)
+        assert torch.equal(model.weight, before) != changes
+
+
 @pytest.mark.parametrize(("in_pieces", "rate"), [(False, 0.25), (True, 0.5)])
 def test_who_scales_the_rates(model, in_pieces, rate):
     """Where a step calls the optimizer several times, its owner: a hook would do so at each call."""
     groups = ParameterGroupArgs(router_lr_factor=0.5)
-    optimization = Optimization(ScheduleArgs(), groups, scaled=False, in_pieces=in_pieces)
+    optimization = Optimization(ScheduleArgs(), groups, in_pieces=in_pieces)
     optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
     made = optimization.make_optimizer({"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}, None)
     made.step()

@@ -347,7 +347,7 @@ def test_muon_needs_no_communication_for_whole_experts(experts, dim):
 def fused_steps() -> dict[str, bool]:
     """Return whether the kernels of optimizers that have fused ones are fused, after a step on shards."""
     _, model = sharded("fsdp2", "32-true")
-    optimization, fused = Optimization(ScheduleArgs(), ParameterGroupArgs(), scaled=False), {}
+    optimization, fused = Optimization(ScheduleArgs(), ParameterGroupArgs()), {}
     optimization.on_after_setup(None, model)
     for name in ("Adam", "AdamW", "SGD", "Adagrad"):
         optimizer = optimization.make_optimizer({"class_path": name, "init_args": {"lr": 0.1}}, None)

@@ -93,7 +93,7 @@ def test_no_step_waits_after_its_backward_pass(recipe, muon, monkeypatch):
         library.impl("_fused_adamw_.tensor_lr", lambda *args, **kwargs: None)
         model, settings = trained_model(recipe)
         fabric = SimpleNamespace(device=torch.device("cuda", 0), print=print, run_task=run_now)
-        optimization = Optimization(ScheduleArgs(), ParameterGroupArgs(), scaled=False)
+        optimization = Optimization(ScheduleArgs(), ParameterGroupArgs())
         optimization.on_after_setup(fabric, model)
         optimizer = optimization.make_optimizer(MUON if muon else {"init_args": {}, **settings["optimizer"]}, None)
         average, norms, losses = WeightAverage(EmaArgs(decay=0.99)), GradientNorm(), RunningMean(4)
