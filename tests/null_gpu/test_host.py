@@ -48,6 +48,23 @@ def test_a_step_of_muon_starts_few(gpu):
     assert found["waited"] == 0
 
 
+def test_a_run_starts_four_graphs_per_step(gpu, tmp_path):
+    """Of the quickstart, by the command line: both passes, clipping and Muon, which are hundreds of launches without.
+
+    The host waits for the norm of the gradients, which decides whether the step is taken.
+    """
+    recipe = next(file for file in RECIPES if file.name == "quickstart.yaml")
+    shorter = ["--train.max_steps", "8", "--eval.final_validation", "false", "--sample.prompts", "[]"]
+    command = ["-m", "tests.null_gpu.steps", "--config", recipe, "--out_dir", tmp_path / "run"]
+    command += ["--data.data_path", tmp_path / "data", *shorter]
+    ended = run_command(sys.executable, *map(str, command), timeout=None, **null_gpu.environment(gpu, 89))
+    steps = json.loads(ended.stdout.splitlines()[-1])
+    first, *_, last = ({"starts": len(step["started"]), "waits": step["waited"]} for step in steps)
+    assert first["starts"] > 400
+    assert last == {"starts": 22, "waits": 1}, steps[-1]
+    assert steps[-1]["started"].count("graph") == 4
+
+
 @pytest.mark.parametrize("schedule", [None, {"warmup_steps": 9, "decay_start": 99}], ids=["rate", "schedule"])
 def test_the_biases_of_all_layers_move_in_two(gpu, schedule):
     """Those of the quickstart, which has four: the counts of all are put together, and one kernel does the rest."""
