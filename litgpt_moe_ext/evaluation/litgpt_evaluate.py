@@ -114,20 +114,29 @@ def evaluate_checkpoint(settings: EvaluateSettings) -> None:
 def _evaluate(
     model: "LitGPTModel", tasks: list[Any], task_manager: "TaskManager", settings: EvaluateSettings
 ) -> dict[str, Any]:
+    from datasets.exceptions import DatasetsError
     from lm_eval.evaluator import simple_evaluate
 
-    return simple_evaluate(
-        model=model,
-        tasks=tasks,
-        task_manager=task_manager,
-        num_fewshot=settings.num_fewshot,
-        batch_size=settings.batch_size,
-        device=str(model.device),
-        limit=settings.limit,
-        random_seed=settings.seed,
-        numpy_random_seed=settings.seed,
-        torch_random_seed=settings.seed,
-    )
+    from litgpt_moe_ext.evaluation.lm_eval_tasks import reason
+
+    try:
+        return simple_evaluate(
+            model=model,
+            tasks=tasks,
+            task_manager=task_manager,
+            num_fewshot=settings.num_fewshot,
+            batch_size=settings.batch_size,
+            device=str(model.device),
+            limit=settings.limit,
+            random_seed=settings.seed,
+            numpy_random_seed=settings.seed,
+            torch_random_seed=settings.seed,
+        )
+    except (ConnectionError, DatasetsError) as error:
+        raise SettingsError(
+            f"tasks: {settings.tasks!r} needs data that cannot be loaded: {reason(error)}; evaluate where the hub can "
+            "be reached, or name a task file with data of your own"
+        ) from error
 
 
 def _resolve_checkpoint_dir(checkpoint_dir: Path | str) -> Path:

@@ -10,7 +10,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import load_yaml_config
 
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, one_line
 
 # The loaders of `datasets` for plain files. Any other `dataset_path` names a dataset with files of its own.
 FILE_LOADERS = ("arrow", "csv", "json", "pandas", "parquet", "text")
@@ -75,7 +75,7 @@ def load_task_file(path: Path) -> ConfigurableTask:
         path: The file.
 
     Raises:
-        SettingsError: If the file or its data is missing, or it does not define a task.
+        SettingsError: If the file or its data is missing or damaged, or it does not define a task.
     """
     if not path.is_file():
         raise SettingsError(f"tasks: the file {str(path)!r} does not exist (working directory: {Path.cwd()})")
@@ -99,6 +99,14 @@ def load_task_file(path: Path) -> ConfigurableTask:
         return ConfigurableTask(config=config)
     except TypeError as error:
         raise SettingsError(f"tasks: {path} has a setting that lm-eval does not accept: {error}") from error
+    except Exception as error:  # lm-eval and datasets have no type for what is wrong with a file or its data
+        raise SettingsError(f"tasks: {path} cannot be used: {reason(error)}; correct it or its data") from error
+
+
+def reason(error: Exception) -> str:
+    """Return in a line why lm-eval could not load a task; `datasets` hides it in the cause."""
+    first = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    return f"{one_line(first) or 'no message'} ({type(first).__name__})"
 
 
 def _locate_data(dataset_kwargs: dict[str, Any], path: Path) -> dict[str, Any]:

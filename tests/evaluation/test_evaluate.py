@@ -11,6 +11,7 @@ from unittest.mock import Mock
 
 import litgpt.eval.evaluate
 import pytest
+from datasets.exceptions import DatasetNotFoundError
 from jsonargparse import CLI
 
 from litgpt_moe_ext.errors import SettingsError
@@ -200,6 +201,9 @@ def test_task_file_may_include_another(task_file, elsewhere):
     assert len(task.test_docs()) == 4
 
 
+TASK = "task: a\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: good.json\n"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -213,13 +217,30 @@ def test_task_file_may_include_another(task_file, elsewhere):
             "task: a\ndataset_path: json\ndataset_kwargs:\n  data_files: none.json\n",
             "names the data 'none.json'",
         ),
+        (f"{TASK}test_split: other\n", r"cannot be used: 'other' \(KeyError\); correct it or its data"),
+        (f"{TASK}test_split: test\ndoc_to_text: '{{{{absent}}}}'\n", "cannot be used: 'absent' is undefined"),
+        (f"{TASK}output_type: other\n", "cannot be used: .*invalid output_type 'other'"),
+        (TASK.replace("good", "broken"), r"cannot be used: .*Missing a closing .* \(ArrowInvalid\)"),
+        (TASK.replace("good", "empty"), "cannot be used: "),
     ],
 )
 def test_malformed_task_files_are_named(tmp_path, content, message):
     path = tmp_path / "bad.yaml"
     path.write_text(content)
+    for name, text in (("good", '{"question": "so?"}\n'), ("broken", '{"question": "so?'), ("empty", "")):
+        (tmp_path / f"{name}.json").write_text(text)
     with pytest.raises(SettingsError, match=f"tasks: .*bad.yaml.*{message}"):
         load_tasks(str(path))
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no hub"), DatasetNotFoundError("no hub")])
+def test_data_of_lm_evals_own_tasks_may_be_out_of_reach(moe_dir, tmp_path, monkeypatch, error):
+    def unreachable(**_):
+        raise error
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(SettingsError, match=r"^tasks: 'arc_easy' needs data that cannot be loaded: no hub \(.*; eval"):
+        evaluate_checkpoint(EvaluateSettings(moe_dir, "arc_easy", out_dir=tmp_path))
 
 
 def test_missing_and_repeated_tasks_are_named(task_file):
