@@ -379,6 +379,25 @@ def test_many_empty_documents(tmp_path):
     assert found == 200_000 + STORIES.count("")
 
 
+@pytest.mark.parametrize(("separator", "hint"), [("\\n\\n", " (a shell gives the line end"), ("<|end|>", "")])
+def test_a_separator_that_divides_nothing_is_said(tmp_path, capsys, separator, hint):
+    for name in "abcdef":
+        (tmp_path / f"{name}.txt").write_text(f"{name} one\n\n{name} two\n")
+    said = f"separator: {separator!r} is within no file, so each is one document{hint}"
+
+    def prepare(path, **settings):
+        settings = {"source_path": path, "data_path": tmp_path / "cache", "bpe": BPESettings(270)} | settings
+        TextCorpus(**({"val_fraction": 0.5} | settings)).prepare()
+
+    prepare(tmp_path, separator=separator)
+    assert said in capsys.readouterr().out
+    with pytest.raises(SettingsError, match=r"leaves no .* of 1 document in 1 source, the first .*a.txt; separator: "):
+        prepare(tmp_path / "a.txt", separator=separator)
+    for settings in ({"separator": "\n\n"}, {"separator": separator, "train_count": 1}, {}):
+        prepare(tmp_path, **settings)
+        assert "is within no file" not in capsys.readouterr().out
+
+
 def test_the_same_content_may_not_train_and_validate(tmp_path, capsys):
     for folder, count in (("train", 30), ("val", 20)):
         (tmp_path / folder).mkdir()

@@ -192,6 +192,8 @@ class _Preparation:
         if repeated := len(self.sources) - len({source.identity for source in self.sources}):
             copies = counted(repeated, "source")
             print(f"{copies} with the same content as another one, which counts twice; remove copies to count it once")
+        if undivided := self._undivided():
+            print(undivided)
         share = manifest["documents_val"] / (manifest["documents_train"] + manifest["documents_val"])
         if share > _LARGE_SHARE:
             print(f"{share:.0%} of the documents are for validation; to use fewer, set val_count or name other files")
@@ -240,13 +242,25 @@ class _Preparation:
                     buffer.clear()
             self.state.save(self.directory)
 
+    def _documents(self) -> int:
+        return sum(self.state.counts[f"documents_{side}"] for side in SIDES)
+
+    def _undivided(self) -> str:
+        """Return a line if there is a separator that divides nothing; empty otherwise."""
+        separator, limits = self.settings.reading.get("separator"), self.settings.counts.values()
+        if separator is None or any(limit is not None for limit in limits) or self._documents() > len(self.sources):
+            return ""
+        hint = " (a shell gives the line end, and not a backslash, for $'\\n')" if "\\" in separator else ""
+        return f"separator: {separator!r} is within no file, so each is one document{hint}"
+
     def _finish(self, vocab_size: int, encoder: Encoder) -> dict[str, Any]:
         counts = self.state.counts
         for side, name, remedy in (("train", "train", "give more of them"), ("val", "validate", VAL_REMEDY)):
             if not counts[f"documents_{side}"]:
                 raise SettingsError(
                     f"val_fraction: {self.settings.val_fraction} with seed {self.settings.seed} leaves no document to "
-                    f"{name}, of {counted(len(self.sources), 'source')}, the first {self.sources[0].name}; {remedy}"
+                    f"{name}, of {counted(self._documents(), 'document')} in {counted(len(self.sources), 'source')}, "
+                    f"the first {self.sources[0].name}; {self._undivided() or remedy}"
                 )
         histograms = [
             sum((np.bincount(shard, minlength=vocab_size) for shard in shards), np.zeros(vocab_size, np.int64))
