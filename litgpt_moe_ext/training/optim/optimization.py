@@ -58,6 +58,8 @@ class Optimization(Callback):
         made.register_load_state_dict_pre_hook(with_own_kernels)
         if not self._in_pieces:
             made.register_step_pre_hook(scale_rates)
+        if "step" in vars(made):
+            return made  # its own wrapper of the method, whose work would be lost
         if not self._in_pieces and any(parameter.is_cuda for parameter in self._model.parameters()):
             GpuStep(made, lambda task: self._fabric.run_task(task)).install()
         else:

@@ -87,6 +87,28 @@ def test_on_a_cpu_a_step_takes_the_order_of_the_model(model):
     assert all(one is other for one, other in zip(seen, model.parameters(), strict=True))
 
 
+class Counting(torch.optim.SGD):
+    """Wraps its method `step`, as optimizers of other packages may."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr=lr)
+        self.steps, step = 0, self.step
+
+        def counted(closure=None):
+            self.steps += 1
+            return step(closure)
+
+        self.step = counted
+
+
+def test_an_optimizer_may_wrap_its_step(model):
+    optimization = Optimization(ScheduleArgs(), ParameterGroupArgs())
+    optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
+    optimizer = optimization.make_optimizer({"class_path": f"{__name__}.Counting", "init_args": {"lr": 0.1}}, None)
+    optimizer.step()
+    assert optimizer.steps == 1
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_kernels_stay_those_of_the_run(model, fused):
     """A checkpoint of another device, strategy or precision does not bring its own."""
