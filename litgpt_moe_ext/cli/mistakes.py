@@ -92,7 +92,7 @@ class _Search:
     def keys(self, prefix: str, values: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[str]:
         for key, value in values.items():
             if key not in known:
-                yield f"{prefix}{key}: no setting has this name{_suggestion(prefix, key, known)}"
+                yield f"{prefix}{key}: no setting has this name{_suggestion(prefix, key, known, values)}"
             else:
                 yield from self.value(f"{prefix}{key}", value, known[key])
 
@@ -159,7 +159,7 @@ def _meant(path: str, base: type) -> str:
     return f"; did you mean {data.__name__}.{near}?" if near else ""
 
 
-def _suggestion(prefix: str, key: str, known: Iterable[str]) -> str:
+def _suggestion(prefix: str, key: str, known: Iterable[str], values: Mapping[str, Any]) -> str:
     if not isinstance(key, str):
         return ", which is not text; put it in quotes if it is a name"
     if (meant := meant_by(prefix, key)) is not None:
@@ -167,8 +167,8 @@ def _suggestion(prefix: str, key: str, known: Iterable[str]) -> str:
     if close := difflib.get_close_matches(key, known, n=1, cutoff=0.7):
         return f"; did you mean {prefix}{close[0]}?"
     # As where `max_tokens` is given and `train.max_tokens` is meant.
-    names = _nested_names(known) if isinstance(known, Mapping) else {}
-    if close := difflib.get_close_matches(key, names, n=1, cutoff=0.75):
+    names = _nested_names(known, values) if isinstance(known, Mapping) else {}
+    if close := difflib.get_close_matches(key.replace("-", "_"), names, n=1, cutoff=0.75):
         return f"; did you mean {prefix}{names[close[0]]}?"
     if not prefix and (hint := did_you_mean(key, _ONLY_FLAGS)):
         return hint
@@ -178,9 +178,9 @@ def _suggestion(prefix: str, key: str, known: Iterable[str]) -> str:
     return f"; known are {', '.join(every)}" if every and (prefix or len(every) <= _FEW) else ""
 
 
-def _nested_names(known: Mapping[str, Any]) -> dict[str, str]:
-    sections = {key: _inside(annotation).section for key, annotation in known.items()}
-    return {name: f"{key}.{name}" for key, section in sections.items() if section for name in _hints(section)}
+def _nested_names(known: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, str]:
+    fields = {key: _fields_inside(annotation, values.get(key)) for key, annotation in known.items()}
+    return {name: f"{key}.{name}" for key, inside in fields.items() for name in inside}
 
 
 class _Inside(NamedTuple):
