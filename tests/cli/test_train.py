@@ -216,10 +216,6 @@ def test_what_is_printed_is_a_recipe(recipe, tmp_path, capsys):
         (["--max_tokens", "3"], "max_tokens: no setting has this name; did you mean train.max_tokens?"),
         (["--val-count", "3"], "val-count: no setting has this name; did you mean data.val_count?"),
         (["--packing", "pad"], "packing: no setting has this name; did you mean data.packing?"),
-        (
-            ["--data", "TextCorpus", "--separator", "x"],
-            "separator: no setting has this name; did you mean data.separat",
-        ),
         (["--lr", "3e-4"], "lr: no setting has this name; did you mean optimizer.lr?"),
         (["--train.learning_rate", "3e-4"], "no setting has this name; did you mean optimizer.lr?"),
         (["--save_steps", "3"], "save_steps: no setting has this name; did you mean train.save_interval?"),
