@@ -89,5 +89,5 @@ class Epochs(Callback):
 
     def on_log(self, metrics: dict[str, Any]) -> None:
         """Add the epoch in which the last step began."""
-        if "loss" in metrics and self._epoch is not None:
+        if {"loss", "val_loss"} & metrics.keys() and self._epoch is not None:
             metrics["epoch"] = self._epoch

@@ -46,6 +46,17 @@ def test_two_epochs_with_a_checkpoint_each(recipe, tmp_path, small_data, capsys)
     assert [int(row["epoch"]) for row in csv.DictReader((out / "metrics.csv").open())] == epochs
 
 
+def test_a_step_that_is_only_validated_has_its_epoch_too(recipe, tmp_path, small_data):
+    changes = {"eval": {"interval": 3, "initial_validation": True}, "train": {"epochs": 2, "log_interval": 2}}
+    assert train("--config", recipe(data=small_data, **changes)) == 0
+    before, *rows = csv.DictReader((tmp_path / "out" / "metrics.csv").open())
+    assert (before["step"], before["epoch"]) == ("0", "")  # no epoch has begun
+    assert {bool(row["train_loss"]) for row in rows} == {True, False}
+    epochs = [int(row["epoch"]) for row in rows]
+    assert epochs == sorted(epochs)
+    assert set(epochs) == {0, 1}
+
+
 def test_a_step_that_has_a_checkpoint_is_not_saved_again(recipe, small_data, capsys):
     train_args = {"epochs": 2, "save_interval": 1}
     assert train("--config", recipe(data=small_data, train=train_args, checkpoint={"every_epoch": True})) == 0
