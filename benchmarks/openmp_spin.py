@@ -7,6 +7,7 @@ of `run_train.py`, and with threads that never spin, each with and without busy 
 measurements are interleaved. Prints milliseconds per step (median) and the ratio to the default without busy processes.
 """
 
+import argparse
 import contextlib
 import os
 import statistics
@@ -15,7 +16,6 @@ import sys
 from pathlib import Path
 
 SETTINGS = {"default": {}, "GOMP_SPINCOUNT=5000": {"GOMP_SPINCOUNT": "5000"}, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}
-ROUNDS = 3
 
 STEPS = """
 import statistics, time, torch, yaml
@@ -56,10 +56,15 @@ def neighbours(count: int):
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="processes for each setting")
+    rounds = parser.parse_args().rounds
+    if rounds < 1:
+        parser.error(f"--rounds: {rounds} must be at least 1")
     os.chdir(Path(__file__).resolve().parents[1])
     busy = max(1, (os.cpu_count() or 1) // 2)
     times: dict[tuple[int, str], list[float]] = {}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for count in (0, busy):
             for name, environment in SETTINGS.items():
                 with neighbours(count):

@@ -28,6 +28,7 @@ def test_wrong_arguments(tmp_path):
     (tmp_path / "code-moe-60m").mkdir()
     assert "code-moe-60m must not exist yet" in refusal("full_size", "--out-dir", tmp_path)
     assert "must be a folder" in refusal("context_extension", "--out", tmp_path / "nowhere" / "a")
+    assert "--rounds: 0 must be at least 1" in refusal("openmp_spin", "--rounds", "0")
     assert "--steps: 20 must be at least 100" in refusal("padding", "--steps", "20")
     dense = str(ROOT / "configs" / "gpt-dense-fineweb.yaml")
     assert f"{dense} has no experts" in refusal("train_step", "--recipes", dense)
@@ -45,8 +46,19 @@ def test_wrong_arguments(tmp_path):
         ("padding", "--steps 100 --seeds 1", "left out"),
         ("generation", "--rounds 1 --new-tokens 2 --prompt-length 4", "LLaMAMoE"),
         ("moe_layer", "--only memory --sizes TinyStories", "| TinyStories bf16 |"),
+        ("attention", "--rounds 1", "| documents of 1000 |"),
+        ("context_extension", "--steps 2 --tuning-steps 1 --seeds 1 --processes 1 --out OUT", "| on | YaRN, tuned |"),
+        ("data", "--megabytes 0.5 --seconds 0.1", "| read, ours, length 2048 |"),
+        ("openmp_spin", "--rounds 1", "GOMP_SPINCOUNT=5000"),
     ],
 )
-def test_it_measures(script, arguments, shown):
+def test_it_measures(script, arguments, shown, tmp_path):
     """They reach into the package further than its users do, and nobody else calls them."""
-    assert shown in run_command(sys.executable, f"benchmarks/{script}.py", *arguments.split()).stdout
+    words = [word.replace("OUT", str(tmp_path / "out")) for word in arguments.split()]
+    assert shown in run_command(sys.executable, f"benchmarks/{script}.py", *words).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(file.stem for file in (ROOT / "benchmarks").glob("*.py")))
+def test_help_measures_nothing(script):
+    assert f"usage: {script}.py" in run_command(sys.executable, f"benchmarks/{script}.py", "--help").stdout
