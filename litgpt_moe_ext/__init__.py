@@ -19,8 +19,8 @@ def register() -> None:
     Does nothing when LitGPT is extended already.
 
     Raises:
-        RuntimeError: If the installed LitGPT lacks something the plugin builds on (the message names it), or if the
-            plugin is switched off by `LITGPT_MOE_EXT_DISABLE=1`.
+        RuntimeError: If the installed LitGPT lacks something the plugin builds on (the message names it).
+        SettingsError: If the plugin is switched off by `LITGPT_MOE_EXT_DISABLE=1`.
     """
     autoload.require_enabled()
     from litgpt_moe_ext.host.registration import register as register_in_litgpt

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from litgpt_moe_ext.errors import SettingsError, did_you_mean, exit_status
 from litgpt_moe_ext.garbage import collect_rarely
+from litgpt_moe_ext.host.autoload import require_enabled
 from litgpt_moe_ext.host.lazy_imports import data_modules
 from litgpt_moe_ext.interruption import end_with_the_reader
 from litgpt_moe_ext.meta import registrations
@@ -114,7 +115,9 @@ def _run(given: Sequence[str], own_process: bool) -> int | None:
         registrations.postpone()
         data_modules.postpone()
         end_with_the_reader()
-    return read_arguments(load(command), f"{_PROGRAM} {command.name}", given[1:]).run()
+    ready = read_arguments(load(command), f"{_PROGRAM} {command.name}", given[1:])
+    require_enabled()
+    return ready.run()
 
 
 def _find(name: str) -> Command:

@@ -17,11 +17,13 @@ def disabled() -> bool:
 
 
 def require_enabled() -> None:
-    """Raise RuntimeError if the plugin is switched off."""
+    """Raise SettingsError if the plugin is switched off."""
     if disabled():
-        raise RuntimeError(
-            f"litgpt_moe_ext is switched off by {DISABLE_VARIABLE}={os.environ[DISABLE_VARIABLE]}; unset it to train "
-            "or open models that use the plugin's classes."
+        from litgpt_moe_ext.errors import SettingsError
+
+        raise SettingsError(
+            f"{DISABLE_VARIABLE}: {os.environ[DISABLE_VARIABLE]!r} switches litgpt_moe_ext off; unset it to train or "
+            "open models that use the plugin's classes"
         )
 
 

@@ -202,6 +202,15 @@ def test_printed_commands_can_be_copied(tmp_path, monkeypatch, capsys):
     assert "  litgpt-moe train --config 'my recipe.yaml'\n" in output
 
 
+@pytest.mark.parametrize("arguments", [["train"], ["doctor"], ["model-card", "configs/quickstart.yaml"]], ids=str)
+def test_switched_off_every_command_says_so(arguments, monkeypatch, capsys):
+    monkeypatch.setenv("LITGPT_MOE_EXT_DISABLE", "1")
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith("error: LITGPT_MOE_EXT_DISABLE: '1' switches litgpt_moe_ext off; unset")
+    with pytest.raises(SystemExit, match="0"):
+        main(["doctor", "--help"])
+
+
 def test_faults_of_the_program_keep_their_traceback(monkeypatch):
     """Only `SettingsError` is the user's fault, not every ValueError or OSError."""
     from litgpt_moe_ext.cli.commands.init import Init

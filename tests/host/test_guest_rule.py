@@ -101,7 +101,7 @@ def test_values_of_the_off_switch(monkeypatch, value, off):
 
 def test_registering_when_switched_off_is_an_error(monkeypatch):
     monkeypatch.setenv("LITGPT_MOE_EXT_DISABLE", "1")
-    with pytest.raises(RuntimeError, match="LITGPT_MOE_EXT_DISABLE=1"):
+    with pytest.raises(SettingsError, match="LITGPT_MOE_EXT_DISABLE: '1' switches litgpt_moe_ext off; unset it"):
         litgpt_moe_ext.register()
 
 
