@@ -14,7 +14,7 @@ from litgpt.utils import check_nvlink_connectivity, choose_logger, parse_devices
 
 from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.files.lock import ProcessLock
-from litgpt_moe_ext.interruption import end_at_once_on_termination
+from litgpt_moe_ext.interruption import end_at_once_on_termination, ending_at_once
 from litgpt_moe_ext.padding import accept_padding, accepts_padding
 from litgpt_moe_ext.training.callbacks.progress import Reporter
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
@@ -129,7 +129,8 @@ def _connect(plan: Plan, reporter: Reporter) -> Launched:
     if processes > 1:
         end_together(started)
         end_at_once_on_termination()
-    with _connection_errors(knobs.timeout_minutes):
+    # To wait for the others is native code, which Ctrl-C does not reach.
+    with _connection_errors(knobs.timeout_minutes), ending_at_once():
         fabric.launch()
     return Launched(plan, fabric, reporter, devices, num_nodes)
 

@@ -216,6 +216,37 @@ def test_first_dies_before_the_processes_connect(recipe):
                 os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
+def test_ctrl_c_before_the_processes_connect(recipe):
+    """The first one waits in native code for the second, which is still importing."""
+    first = subprocess.Popen(
+        [*RUN_TRAIN, "--config", str(recipe(devices=2))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+    )
+    second = []
+    try:
+        while not second:
+            assert first.poll() is None
+            time.sleep(0.1)
+            second = children_of(first.pid)
+        os.kill(second[0], signal.SIGSTOP)
+        assert any(line.startswith("Initializing distributed: GLOBAL_RANK: 0") for line in first.stdout)
+        time.sleep(1)  # the line comes just before
+        first.send_signal(signal.SIGINT)
+        assert first.wait(timeout=300) == 130
+        os.kill(second[0], signal.SIGCONT)
+        assert wait_until_gone(second) == []
+        assert "Stopped at once; --resume auto continues" in first.communicate()[0]
+    finally:
+        first.kill()
+        for pid in second:
+            if Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
 def test_a_process_whose_parent_is_gone_before_it_looks_ends():
     """As one that a study had just started when it was killed; it would train beside the study that goes on."""
