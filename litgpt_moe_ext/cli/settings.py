@@ -46,10 +46,11 @@ EPILOG = (
     "Short forms: "
     + ", ".join(f"{short} for {full}" for short, full in SHORT_FORMS.items())
     + "; --progress and --no-progress for --progress true and false. Every key may also stand in the YAML file. "
-    "Ctrl-C, SIGTERM and SIGUSR1 finish the step, save, and end with exit status 130, 143 and 138; with SLURM, "
-    "#SBATCH --signal=SIGUSR1@300 does so five minutes before the time limit. Exit status 1: training cannot go on, "
-    "2: a setting is wrong. --model_config DIR takes the model of a checkpoint. A section, or data, may stand in a "
-    "file: --train FILE. --print_config shows all settings, --data.help CLASS those of a data module."
+    "Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP (a closed terminal) finish the step, save, and end with exit status 130, 143, "
+    "138 and 129; with SLURM, #SBATCH --signal=SIGUSR1@300 does so five minutes before the time limit. Exit status 1: "
+    "training cannot go on, 2: a setting is wrong. --model_config DIR takes the model of a checkpoint. A section, or "
+    "data, may stand in a file: --train FILE. --print_config shows all settings, --data.help CLASS those of a data "
+    "module."
 )
 
 

@@ -3,6 +3,7 @@
 Nothing heavy is imported before Ctrl-C is answered in one line.
 """
 
+import contextlib
 import os
 import sys
 import textwrap
@@ -53,8 +54,8 @@ def main(arguments: Sequence[str] | None = None, default_config: Path | None = N
 
     Returns:
         The exit status: 0 after training, 1 if it cannot continue, 2 for a wrong setting, 128 plus the number of the
-        signal that ended the run: 130 SIGINT, 143 SIGTERM, 138 SIGUSR1 (Linux). Any other failure is a bug in this
-        package or in code that a recipe names, and keeps its traceback.
+        signal that ended the run: 130 SIGINT, 143 SIGTERM, 138 SIGUSR1 (Linux), 129 SIGHUP. Any other failure is a
+        bug in this package or in code that a recipe names, and keeps its traceback.
     """
     own_process = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -147,7 +148,8 @@ def _stopped(message: str, status: int) -> int:
     # the first before it has ended by itself.
     if started_by_fabric():
         return 0
-    print(message, file=sys.stderr)
+    with contextlib.suppress(OSError):  # a terminal that is gone
+        print(message, file=sys.stderr, flush=True)
     return status
 
 

@@ -1,7 +1,7 @@
-"""When to stop: Ctrl-C, SIGTERM and SIGUSR1, a time limit.
+"""When to stop: Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP, a time limit.
 
-Clusters announce the end of a job by SIGTERM, or some time before by a signal of choice: SLURM five minutes before with
-`#SBATCH --signal=SIGUSR1@300`.
+A terminal that is closed sends SIGHUP, also when a connection to it breaks. Clusters announce the end of a job by
+SIGTERM, or some time before by a signal of choice: SLURM five minutes before with `#SBATCH --signal=SIGUSR1@300`.
 
 Runs stop only between two iterations, or in a validation or benchmark there, after a finished step and before the next
 batch is fetched: the saved state is exactly that of an uninterrupted run.
@@ -43,8 +43,9 @@ class TrainingStopped(RuntimeError):  # noqa: N818  (not every reason is an erro
 MOMENT = 1.0
 _MESSAGE_SECONDS = 1.0  # longest wait for the message about a signal, as nobody may be reading the output
 
-# Windows has no SIGUSR1.
-_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+# Windows has neither SIGUSR1 nor SIGHUP.
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
 class StopRequests:
@@ -62,11 +63,15 @@ class StopRequests:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle SIGINT, SIGTERM and SIGUSR1 in the scope; a SIGINT after another signal ends the program at once."""
+        """Handle SIGINT, SIGTERM, SIGUSR1 and SIGHUP in the scope; a SIGINT after another signal ends the program.
+
+        A SIGHUP that is ignored, as after `nohup`, stays ignored.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        handled = [n for n in _SIGNALS if signal.Signals(n).name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
+        previous = {number: signal.signal(number, self._on_signal) for number in handled}
         try:
             yield
         finally:

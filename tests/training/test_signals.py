@@ -34,7 +34,7 @@ def signal_at(monkeypatch):
     return arrange
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
 def test_in_a_step(recipe, tmp_path, capsys, signal_at, name):
     """The step is finished and saved, and the exit status tells which signal it was."""
     number = getattr(signal, name)
@@ -48,6 +48,17 @@ def test_in_a_step(recipe, tmp_path, capsys, signal_at, name):
     assert f"{name} received: finishing the step, then saving" in output.out
     assert f"Stopped by {name}, saved as {saved}; --resume auto continues." in output.err
     assert signal.getsignal(number) is handler
+
+
+def test_a_hangup_that_is_ignored(recipe, tmp_path, monkeypatch, signal_at):
+    """As after `nohup`."""
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signal_at(signal.SIGHUP, "chunked_cross_entropy", 3 + 5)
+        assert train("--config", recipe()) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, handler)
 
 
 def test_twice_within_a_moment(recipe, tmp_path, capsys, monkeypatch, signal_at):

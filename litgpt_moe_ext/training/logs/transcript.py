@@ -90,30 +90,21 @@ class Transcript:
                 sys.stderr = before[1]
 
 
-class _Recorder:
-    """A stream that also copies complete lines to a transcript; of a redrawn line, only the last state.
+class _Lasting:
+    """A stream that a full disk, a closed pipe or a terminal that is gone does not turn into an error of its writer.
 
-    A full disk or a closed pipe does not stop the writer.
+    Args:
+        stream: The stream to write to.
+        transcript: Told once that writing fails.
     """
 
     def __init__(self, stream: TextIO, transcript: Transcript) -> None:
         self._stream, self._transcript = stream, transcript
-        self._line = ""
         self._broken = False
-
-    @property
-    def rich_proxied_file(self) -> TextIO:
-        """The underlying stream, to which rich draws its bars, past the transcript."""
-        return self._stream
 
     def write(self, text: str) -> int:
         with self._unharmed():
             self._stream.write(text)
-        self._line += text
-        whole, newline, self._line = self._line.rpartition("\n")
-        if newline:
-            lines = (line.rstrip("\r").rpartition("\r")[2] for line in whole.split("\n"))
-            self._transcript.add("".join(f"{line}\n" for line in lines))
         return len(text)
 
     def flush(self) -> None:
@@ -131,3 +122,25 @@ class _Recorder:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class _Recorder(_Lasting):
+    """A stream that also copies complete lines to a transcript; of a redrawn line, only the last state."""
+
+    def __init__(self, stream: TextIO, transcript: Transcript) -> None:
+        super().__init__(stream, transcript)
+        self._line = ""
+
+    @property
+    def rich_proxied_file(self) -> _Lasting:
+        """The underlying stream, to which rich draws its bars, past the transcript."""
+        return _Lasting(self._stream, self._transcript)
+
+    def write(self, text: str) -> int:
+        super().write(text)
+        self._line += text
+        whole, newline, self._line = self._line.rpartition("\n")
+        if newline:
+            lines = (line.rstrip("\r").rpartition("\r")[2] for line in whole.split("\n"))
+            self._transcript.add("".join(f"{line}\n" for line in lines))
+        return len(text)

@@ -2,13 +2,16 @@
 
 import csv
 import errno
+import fcntl
 import io
 import itertools
 import math
 import os
 import pty
+import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,6 +115,43 @@ def test_a_terminal_with_a_bar_keeps_the_lines(recipe, tmp_path):
     assert lines.count("  validation loss") == 1
     assert "━" not in lines
     assert lines.rstrip().splitlines()[-1].startswith("To continue: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ignored", "status"), [(False, 129), (True, 0)])
+def test_a_terminal_that_is_closed(recipe, tmp_path, ignored, status):
+    """The run saves and ends; after `nohup` or `disown` it goes on, with nothing to draw its bar on."""
+    master, terminal = pty.openpty()
+
+    def own_the_terminal():
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        if ignored:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    steps = 300 if ignored else 100_000
+    file = recipe(train={"max_tokens": steps * 128, "save_interval": 100_000}, eval={"interval": 100})
+    run = subprocess.Popen(
+        [sys.executable, ROOT / "run_train.py", "--config", file],
+        cwd=ROOT,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        preexec_fn=own_the_terminal,
+    )
+    os.close(terminal)
+    shown = b""
+    while "grad" not in shown.decode(errors="replace"):
+        shown += os.read(master, 4096)
+    os.close(master)
+    assert run.wait(PATIENCE) == status
+    log = (tmp_path / "out" / "train.log").read_text()
+    if ignored:
+        assert "the output cannot be written: Input/output error" in log
+        assert "To continue: --resume auto" in log
+        assert (tmp_path / "out" / "final" / "lit_model.pth").is_file()
+    else:
+        assert len(list((tmp_path / "out").glob("step-*"))) == 1
 
 
 def test_progress_into_a_file_keeps_the_lines(recipe, capsys):
