@@ -419,7 +419,7 @@ class TestStart:
         for name in ("SHA256SUMS", "training_state.json"):
             (folder / name).unlink()
         self._is_problem(recipe(**{setting: str(folder)}), "lit_model.pth is truncated or damaged", capsys)
-        torch.save({"model": {}}, folder / "lit_model.pth")
+        torch.save({"model": {}, "optimizer": {}}, folder / "lit_model.pth")
         self._is_problem(recipe(**{setting: str(folder)}), "lit_model.pth' holds other weights than the model", capsys)
 
     def test_all_but_the_numbers_is_compared(self, recipe, finished, tmp_path, capsys):

@@ -234,7 +234,7 @@ def test_a_damaged_state_file_is_passed_over(tmp_path, content, capsys):
 
     for attempt, name in ((1, "step-00000004"), (1, "final")):
         write_progress(tmp_path / name, attempt, 4)
-        torch.save({}, tmp_path / name / "lit_model.pth")
+        torch.save({"model": {}, "optimizer": {}}, tmp_path / name / "lit_model.pth")
         (tmp_path / name / "model_config.yaml").write_text("")
         checksums.write(tmp_path / name)
     (tmp_path / "final" / "training_state.json").write_bytes(content)

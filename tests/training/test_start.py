@@ -148,6 +148,49 @@ def test_one_command_starts_from_weights_and_goes_on_afterwards(recipe, finished
     assert "resume: 'True' must be auto or false beside initial_checkpoint_dir" in capsys.readouterr().err
 
 
+def test_weights_in_the_directory_of_the_run_are_no_checkpoint_of_it(recipe, finished, tmp_path, capsys):
+    """Nothing resumes from them, moves them aside or counts them, whether the run is new or goes on."""
+    final = finished(tmp_path / "first") / "final"
+    initial = tmp_path / "out" / "initial"
+    initial.mkdir(parents=True)
+    for name in ("model_config.yaml", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(final / name, initial)
+    state = torch.load(final / "lit_model.pth", weights_only=True)
+    arguments = ("--config", recipe(train=SHORT), "--initial_checkpoint_dir", initial, "--resume", "auto")
+    for content, tokens in ((state["model"], 2 * 128), ({"model": state["model"]}, 3 * 128)):
+        torch.save(content, initial / "lit_model.pth")
+        assert train(*arguments, "--train.max_tokens", tokens) == 0, capsys.readouterr().err
+    output = capsys.readouterr().out
+    assert f"Starting from the weights in {initial}" in output
+    assert f"Resuming from {tmp_path / 'out' / 'final'}" in output
+    assert not list(tmp_path.glob("out-earlier-*"))
+
+    # Under the name of a checkpoint they could be written over.
+    (tmp_path / "other").mkdir()
+    named = initial.rename(tmp_path / "other" / "final")
+    other = ("--config", recipe(train=SHORT), "--out_dir", tmp_path / "other", "--initial_checkpoint_dir", named)
+    assert train(*other, "--resume", "auto") == 2
+    assert f"resume: '{named}' holds weights alone" in capsys.readouterr().err
+    assert train(*other) == 0, capsys.readouterr().err
+    assert (tmp_path / "other-earlier-1" / "final" / "lit_model.pth").is_file()
+
+
+@pytest.mark.parametrize("name", ["ema", "imported"])
+def test_weights_alone_are_not_resumed_from(recipe, tmp_path, capsys, name):
+    """They are refused before an earlier run is moved out of the way of a new one."""
+    file = recipe(train=SHORT, ema={"decay": 0.5})
+    assert train("--config", file) == 0
+    average = tmp_path / "out" / "final" / "ema"
+    if name == "imported":
+        average = shutil.move(average, tmp_path / name)
+    capsys.readouterr()
+    assert train("--config", file, "--resume", average) == 2
+    error = capsys.readouterr().err
+    assert f"error: resume: '{average}' holds weights alone, without the state of a training; " in error
+    assert (f"resume '{tmp_path / 'out' / 'final'}', or start a new run from its weights" in error) == (name == "ema")
+    assert (tmp_path / "out" / "final").is_dir()
+
+
 class TestContext:
     """Weights go on with rows that are read otherwise; any other difference is a model that they were not made for."""
 

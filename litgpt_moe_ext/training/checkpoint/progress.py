@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.host.checkpoints import WEIGHTS_FILE
 from litgpt_moe_ext.training.checkpoint.hyperparameters import read
 
@@ -82,10 +83,21 @@ def sequences_of(checkpoint_dir: Path) -> int | None:
 def newest_first(out_dir: Path) -> list[Path]:
     """Return the checkpoint directories of a run, whole or not, newest first.
 
-    They are ordered by attempt, then by step. Those without readable progress count as attempt 0.
+    They are ordered by attempt, then by step. Those without readable progress count as attempt 0. Weights alone, as a
+    run may start from, count only under a name that runs give.
     """
     found = [path for path in out_dir.glob("*") if path.is_dir() and _looks_like_a_checkpoint(path)]
     return sorted(found, key=_order, reverse=True)
+
+
+def holds_state_of_training(file: Path) -> bool:
+    """Return whether a model file holds more than weights; True for a damaged one, whose damage others report."""
+    from litgpt_moe_ext.files.archives import open_archive
+
+    try:
+        return "optimizer" in open_archive(file, "resume")
+    except SettingsError:
+        return True
 
 
 def next_attempt(out_dir: Path, resume_dir: Path) -> int:
@@ -95,7 +107,12 @@ def next_attempt(out_dir: Path, resume_dir: Path) -> int:
 
 
 def _looks_like_a_checkpoint(path: Path) -> bool:
-    return not path.name.startswith(".") and any((path / name).is_file() for name in (WEIGHTS_FILE, STATE_FILE))
+    if path.name.startswith("."):
+        return False
+    if (path / STATE_FILE).is_file():
+        return True
+    weights, of_runs = path / WEIGHTS_FILE, path.name in (BEST, FINAL) or path.name.startswith("step-")
+    return weights.is_file() and (of_runs or holds_state_of_training(weights))
 
 
 def _order(path: Path) -> tuple[int, int, int]:

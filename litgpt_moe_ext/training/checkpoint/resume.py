@@ -4,10 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import FROM_ITS_WEIGHTS, SettingsError
 from litgpt_moe_ext.files import checksums
 from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, WEIGHTS_FILE
-from litgpt_moe_ext.training.checkpoint.progress import STATE_FILE, newest_first
+from litgpt_moe_ext.training.checkpoint.progress import (
+    STATE_FILE,
+    checkpoint_around,
+    holds_state_of_training,
+    newest_first,
+)
 
 _NEEDED = (WEIGHTS_FILE, CONFIG_FILE)
 
@@ -79,14 +84,14 @@ def find_resume_file(
             raise SettingsError(
                 f"resume: {str(resume)!r} is not a whole checkpoint: {problem}; name another, or use --resume auto"
             )
-        return directory / WEIGHTS_FILE
+        return _with_state(directory)
     damaged = []
     found = newest_first(out_dir)
     # Damage may hide a checkpoint's place in the order. Such checkpoints come first, so that each is reported.
     for directory in sorted(found, key=_says_when):
         problem = problem_with(directory, read_all)
         if problem is None:
-            return directory / WEIGHTS_FILE
+            return _with_state(directory)
         damaged.append(str(directory))
         say(f"Skipping checkpoint {directory}: {problem}")
     if damaged:
@@ -98,6 +103,17 @@ def find_resume_file(
     if resume is True:
         raise SettingsError(f"resume: true, but there is no checkpoint in out_dir: {str(out_dir)!r}; use --resume auto")
     return None
+
+
+def _with_state(checkpoint_dir: Path) -> Path:
+    """Return the model file of a whole checkpoint; refuse weights alone, before anything is moved out of their way."""
+    file, around = checkpoint_dir / WEIGHTS_FILE, checkpoint_around(checkpoint_dir)
+    if not holds_state_of_training(file):
+        raise SettingsError(
+            f"resume: {str(checkpoint_dir)!r} holds weights alone, without the state of a training; "
+            f"{f'resume {str(around)!r}, or ' if around != checkpoint_dir else ''}{FROM_ITS_WEIGHTS}"
+        )
+    return file
 
 
 def _says_when(checkpoint_dir: Path) -> bool:

@@ -493,7 +493,8 @@ def written(tmp_path):
     def write(name: str, step: int, plain: bool = False) -> Path:
         checkpoint = tmp_path / name
         checkpoint.mkdir()
-        torch.save({"model": {"weight": torch.arange(2000.0)}}, checkpoint / "lit_model.pth")
+        state = {"model": {"weight": torch.arange(2000.0)}, "optimizer": {}}
+        torch.save(state, checkpoint / "lit_model.pth")
         (checkpoint / "model_config.yaml").write_text("name: tiny")
         if not plain:
             Progress(1, step, step, 1, 0.0).write(checkpoint)
