@@ -29,7 +29,8 @@ def stack_experts(state_dict: dict[str, Tensor], prefix: str, n_expert: int) -> 
     for stacked, names in _PER_EXPERT.items():
         keys = [[f"{prefix}{e}.{name}" for name in names] for e in range(n_expert)]
         if all(key in state_dict for expert_keys in keys for key in expert_keys):
-            experts = [torch.cat([state_dict.pop(key)[...] for key in expert_keys]) for expert_keys in keys]
+            # Detaching loads the tensors of LitGPT's commands, which are not in memory yet.
+            experts = [torch.cat([torch.detach(state_dict.pop(key)) for key in expert_keys]) for expert_keys in keys]
             state_dict[prefix + stacked] = torch.stack(experts)
 
 

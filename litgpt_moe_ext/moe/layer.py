@@ -127,6 +127,18 @@ class MoE(nn.Module):
             shared_BTD = shared_TD.view(x_BTD.shape)
         return self.all_experts(routed_TD, shared_BTD, routing).view(x_BTD.shape)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        of_an_expert = state_dict.get(f"{prefix}experts.0.proj.weight")
+        if of_an_expert is not None:
+            # From `LLaMAMoE`, whose router has neither a bias nor noise to learn: both are zeros, as at the start.
+            own = self.gate.state_dict()
+            for name in ("e_score_correction_bias", "noise_weight"):
+                if name in own:
+                    state_dict.setdefault(
+                        f"{prefix}gate.{name}", torch.zeros_like(own[name], device=of_an_expert.device)
+                    )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def all_experts(self, routed_TD: Tensor, shared_BTD: Tensor, routing: Routing) -> Tensor:
         """Return the sum of the outputs of routed and shared experts, (T, D).
 

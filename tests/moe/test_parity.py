@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from litgpt.model import LLaMAMoE
+from litgpt.utils import lazy_load
 
 from litgpt_moe_ext.moe.expert_layouts import stack_experts, unstack_experts
 from litgpt_moe_ext.moe.layer import NoisyTopKMoE, SharedExpertMoE
@@ -374,6 +375,27 @@ def test_per_expert_layout_round_trip():
     stack_experts(per_expert, "experts.", 8)
     assert per_expert.keys() == moe.state_dict().keys()
     assert all(torch.equal(per_expert[name], weight) for name, weight in moe.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: moe_config(router_score_function="softmax", norm_topk_prob=True), noisy_config],
+    ids=["softmax", "noisy"],
+)
+def test_weights_of_llama_moe_load_from_a_file(make, tmp_path):
+    """As LitGPT's commands load them, tensor by tensor, into a whole model."""
+    config = make()
+    theirs = randomize(LLaMAMoE(config))
+    torch.save({f"0.{name}": weight for name, weight in theirs.state_dict().items()}, tmp_path / "weights.pth")
+    ours = torch.nn.Sequential(randomize(config.mlp_class(config))).eval()
+    ours.load_state_dict(lazy_load(tmp_path / "weights.pth"))
+    x = torch.randn(2, 7, 16)
+    torch.testing.assert_close(ours(x), theirs(x), **TOLERANCE)
+    stacked = {
+        name: weight for name, weight in ours.state_dict().items() if "noise" not in name and "_bias" not in name
+    }
+    with pytest.raises(RuntimeError, match="Missing key"):
+        ours.load_state_dict(stacked)  # the bias of a checkpoint of our own must be there
 
 
 @pytest.mark.parametrize("bias", [False, True])

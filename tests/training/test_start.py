@@ -1,5 +1,6 @@
 """What a run starts from, whose directory it takes, and on what device: faults that once were there."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import ClassVar
@@ -256,6 +257,41 @@ class TestContext:
         require_same_model("initial_checkpoint_dir", tmp_path, config(now))
         with pytest.raises(SettingsError, match="^resume: .* holds another model: "):
             require_same_model("resume", tmp_path, config(now))
+
+
+GROUPED = {"n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 2, "norm_topk_prob": False}
+SOFTMAX = {"router_score_function": "softmax", "norm_topk_prob": True}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "other", "message"),
+    [
+        ({}, SOFTMAX, {}, "router_score_function is 'softmax' in the checkpoint and 'sigmoid' now"),
+        (
+            {"norm_topk_prob": False},
+            {"mlp_class_name": "NoisyTopKMoE", "norm_topk_prob": None, "router_bias_update_rate": None},
+            {**SOFTMAX, "mlp_activation": "relu"},
+            "mlp_activation is 'swiglu' in the checkpoint and 'relu' now",
+        ),
+        (GROUPED, GROUPED, {**GROUPED, "norm_topk_prob": True}, "norm_topk_prob is False in the checkpoint and True"),
+    ],
+    ids=["softmax", "noisy", "grouped"],
+)
+def test_weights_of_llama_moe(recipe, tmp_path, capsys, before, now, other, message):
+    """The same weights in the same model: the first loss is where the other training ended."""
+    plain = {"attention_class_name": None, "router_bias_update_rate": None, "mlp_class_name": "LLaMAMoE"}
+    file = recipe("llama", model_config={**plain, **before})
+    assert train("--config", file, "--out_dir", tmp_path / "llama") == 0, capsys.readouterr().err
+    ours = {"attention_class_name": None, **now}
+    start = ("--initial_checkpoint_dir", tmp_path / "llama" / "final", "--eval.initial_validation", "true")
+    assert train("--config", recipe(train=SHORT, model_config=ours), *start) == 0, capsys.readouterr().err
+    ended, began = (
+        re.findall(r"\n  validation loss ([\d.]+)", (tmp_path / run / "train.log").read_text())
+        for run in ("llama", "out")
+    )
+    assert float(began[0]) == pytest.approx(float(ended[-1]), abs=2e-4)
+    assert train("--config", recipe("other", model_config={"attention_class_name": None, **other}), *start) == 2
+    assert message in capsys.readouterr().err
 
 
 class TestOtherData:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
+from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, routers_need
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.errors import FROM_ITS_WEIGHTS, SettingsError
 from litgpt_moe_ext.host.checkpoints import WEIGHTS_FILE, read_config
@@ -34,6 +34,8 @@ def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
         config: The `litgpt.Config` of the run.
     """
     saved, now = asdict(read_config(checkpoint_dir, setting)), asdict(config)
+    if setting == "initial_checkpoint_dir" and config.mlp_class_name in MOE_CLASS_NAMES:
+        saved = _of_this_package(saved, config)
     differences = [
         f"{name} is {saved.get(name)!r} in the checkpoint and {value!r} now"
         for name, value in now.items()
@@ -50,6 +52,20 @@ def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
         raise SettingsError(
             f"{setting}: {str(checkpoint_dir)!r} holds another model: {'; '.join(differences)}. {remedy}"
         )
+
+
+def _of_this_package(saved: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Return the fields of a model with LitGPT's `LLaMAMoE` as those of an MoE that computes the same; others as is."""
+    if saved["mlp_class_name"] != "LLaMAMoE":
+        return saved
+    same = {"mlp_class_name": config.mlp_class_name, "mlp_activation": "swiglu"}
+    if routers_need(config, "softmax_of_chosen"):
+        same["router_type"] = config.router_type
+    else:
+        groups = saved["n_expert_groups"] is not None
+        same |= {"router_type": "topk", "router_score_function": "sigmoid" if groups else "softmax"}
+        same["norm_topk_prob"] = saved["norm_topk_prob"] if groups else True
+    return saved | same
 
 
 def start_notes(checkpoint_dir: Path, config: Any) -> list[str]:
