@@ -308,7 +308,7 @@ def test_resume_from_a_run(tmp_path):
     for step in (1, 2):
         directory = tmp_path / f"step-0000000{step}"
         directory.mkdir()
-        torch.save({}, directory / "lit_model.pth")
+        torch.save({"model": {}, "optimizer": {}}, directory / "lit_model.pth")
         (directory / "model_config.yaml").write_text("")
     assert find_resume_file(tmp_path, Path("elsewhere")) == tmp_path / "step-00000002" / "lit_model.pth"
     with pytest.raises(SettingsError, match="is not a whole checkpoint"):
