@@ -94,5 +94,7 @@ def test_the_benchmark_measures_steps_as_graphs(gpu, tmp_path):
         str(tmp_path / "figures.json"),
     )
     ended = run_command(*command, timeout=None, **null_gpu.environment(gpu, 89))
-    for model in ("dense twin, graphs", "ours, graphs", "ours, graphs, unshared", "ours, graphs, one stream"):
+    apart = [f"ours, graphs, {without}" for without in ("unshared", "one stream", "passes only")]
+    for model in ("dense twin, graphs", "ours, graphs", *apart):
         assert f"| quickstart | 1 x 1 x 64 | {model} |" in ended.stdout
+    assert "CUDA graphs: not for" not in ended.stdout
