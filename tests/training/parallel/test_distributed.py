@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args
@@ -133,6 +134,27 @@ def test_launchers(recipe, tmp_path):
         assert logged(tmp_path / name, "loss") == logged(tmp_path / "own", "loss")
 
 
+@contextlib.contextmanager
+def none_left(launcher: subprocess.Popen) -> Iterator[list[int]]:
+    """Yield a list for the ids of its children; at the end of the scope all of them are killed, whatever happened."""
+    children = []
+    with launcher:
+        try:
+            yield children
+        finally:
+            for pid in (launcher.pid, *children):
+                if Path(f"/proc/{pid}").exists():
+                    os.kill(pid, signal.SIGKILL)
+
+
+def await_child(launcher: subprocess.Popen) -> int:
+    """Return the id of the first child as soon as there is one."""
+    while not (children := children_of(launcher.pid)):
+        assert launcher.poll() is None
+        time.sleep(0.1)
+    return children[0]
+
+
 def children_of(pid: int) -> list[int]:
     output = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
     return [int(line) for line in output.split()]
@@ -154,12 +176,9 @@ def test_one_of_two_dies(recipe, victim, stopped):
     first = subprocess.Popen(
         [*RUN_TRAIN, "--config", str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
     )
-    second = []
-    try:
-        for line in first.stdout:
-            if line.startswith("step 3/"):
-                break
-        second = children_of(first.pid)
+    with none_left(first) as second:
+        assert any(line.startswith("step 3/") for line in first.stdout)
+        second += children_of(first.pid)
         assert second
         if stopped:
             os.kill(second[0], signal.SIGSTOP)
@@ -167,11 +186,6 @@ def test_one_of_two_dies(recipe, victim, stopped):
         output, _ = first.communicate(timeout=300)
         assert first.returncode not in (0, None), output
         assert wait_until_gone(second) == []
-    finally:
-        for pid in (first.pid, *second):
-            if Path(f"/proc/{pid}").exists():
-                os.kill(pid, signal.SIGKILL)
-        first.wait()
 
 
 @pytest.mark.slow
@@ -182,38 +196,23 @@ def test_torchrun_is_killed(recipe):
     )
     torchrun = [*TORCHRUN, "--nproc_per_node=2", f"--master_port={free_port()}", RUN_TRAIN[1], "--config", str(file)]
     launcher = subprocess.Popen(torchrun, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
-    workers = []
-    try:
+    with none_left(launcher) as workers:
         assert any(line.startswith("step 3/") for line in launcher.stdout)
-        workers = children_of(launcher.pid)
+        workers += children_of(launcher.pid)
         assert len(workers) == 2
         launcher.kill()
         assert wait_until_gone(workers) == []
-    finally:
-        launcher.kill()
-        for pid in workers:
-            if Path(f"/proc/{pid}").exists():
-                os.kill(pid, signal.SIGKILL)
-        launcher.communicate()
 
 
 @pytest.mark.slow
 def test_first_dies_before_the_processes_connect(recipe):
     """The second is still importing when its parent is killed; it ends instead of waiting for ten minutes."""
     first = subprocess.Popen([*RUN_TRAIN, "--config", str(recipe(devices=2))], stdout=subprocess.DEVNULL, cwd=ROOT)
-    second = []
-    try:
-        while not second:
-            assert first.poll() is None
-            time.sleep(0.1)
-            second = children_of(first.pid)
+    with none_left(first) as second:
+        second.append(await_child(first))
         first.kill()
         first.wait()
         assert wait_until_gone(second) == []
-    finally:
-        for pid in second:
-            if Path(f"/proc/{pid}").exists():
-                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -226,12 +225,8 @@ def test_ctrl_c_before_the_processes_connect(recipe):
         text=True,
         cwd=ROOT,
     )
-    second = []
-    try:
-        while not second:
-            assert first.poll() is None
-            time.sleep(0.1)
-            second = children_of(first.pid)
+    with none_left(first) as second:
+        second.append(await_child(first))
         os.kill(second[0], signal.SIGSTOP)
         assert any(line.startswith("Initializing distributed: GLOBAL_RANK: 0") for line in first.stdout)
         time.sleep(1)  # the line comes just before
@@ -240,11 +235,6 @@ def test_ctrl_c_before_the_processes_connect(recipe):
         os.kill(second[0], signal.SIGCONT)
         assert wait_until_gone(second) == []
         assert "Stopped at once; --resume auto continues" in first.communicate()[0]
-    finally:
-        first.kill()
-        for pid in second:
-            if Path(f"/proc/{pid}").exists():
-                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
