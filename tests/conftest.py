@@ -13,6 +13,9 @@ logging.raiseExceptions = False
 # A shell starts what it puts in the background with Ctrl-C ignored, and so would every process of the tests.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# As `nohup` has them ignore the end of a terminal. A handler that does nothing is the tests' own, not their processes'.
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 # Without compiled files, each of a hundred processes would compile the package anew.
 sys.dont_write_bytecode = False
