@@ -93,7 +93,12 @@ def save_state(fabric: Fabric, directory: Path) -> None:
         for name in ("model_config.yaml", "hyperparameters.yaml", "tokenizer.json"):
             (file.parent / name).write_text(name)
 
-    state = {"w": torch.tensor(float(fabric.step)), "step_count": fabric.step, "iter_num": fabric.step}
+    state = {
+        "w": torch.tensor(float(fabric.step)),
+        "optimizer": {},
+        "step_count": fabric.step,
+        "iter_num": fabric.step,
+    }
     store.save_whole(save, fabric, state, None, directory / WEIGHTS_FILE)
     fabric.retention.on_checkpoint_saved(directory)
 
