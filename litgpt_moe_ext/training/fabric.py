@@ -199,7 +199,6 @@ class TrainingFabric(L.Fabric):
         else:
             norm = self.run_task(GradientTask("clipping", clip, lambda: (args, settings)))
         if norm is not None:
-            norm = norm.clone()  # a graph would overwrite it in the next step
             self._report_norm(norm)
         return norm
 

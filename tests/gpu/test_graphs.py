@@ -83,7 +83,7 @@ def trained(card, dtype, accumulation, graphs, share=True, recomputed=None, muon
             loss = loss_function(batch[:, :-1], batch[:, 1:])
             (loss * (i + 1)).backward()
             numbers.append(loss.detach())
-        numbers.append(run_task(GradientTask("clipping", clip, tuple)).clone())
+        numbers.append(run_task(GradientTask("clipping", clip, tuple)))
         for group in optimizer.param_groups:
             group["lr"] *= 0.9  # a graph must not repeat the rate of its capture
         optimizer.step()

@@ -61,7 +61,7 @@ class Optimization(Callback):
         if "step" in vars(made):
             return made  # its own wrapper of the method, whose work would be lost
         if not self._in_pieces and any(parameter.is_cuda for parameter in self._model.parameters()):
-            GpuStep(made, lambda task: self._fabric.run_task(task)).install()
+            GpuStep(made, self._fabric.run_task).install()
         else:
             replace_step(made, bare_step(made))
         return made

@@ -1,7 +1,7 @@
 """What happens to the gradients of a step, clipping and the optimizer, as CUDA graphs.
 
-In a small model the host needs longer to launch the optimizer's kernels than the device to run forward and backward
-passes. They can only be captured with gradients that stay where they are, which those of captured passes do.
+With a small model and Muon, the host would spend most of a step on launching the optimizer's kernels. They can only be
+captured with gradients that stay where they are, as those of captured passes do.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ class GradientTask(NamedTuple):
 
     Attributes:
         name: What it is, in messages; no other task of the run has the same.
-        run: Does the work without waiting for the device; a result is a tensor that the next run may overwrite.
+        run: Does the work without waiting for the device.
         depends_on: Returns whatever `run` would bake into a graph besides the gradients' addresses: those of other
             tensors, and numbers that its kernels receive as arguments.
     """

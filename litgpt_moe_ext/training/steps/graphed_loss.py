@@ -126,7 +126,7 @@ class GraphedLoss:
             task: The work. If it cannot be captured, it runs without a graph from then on; passes stay graphs.
 
         Returns:
-            What the task returns; the next run of the task may overwrite it.
+            What the task returns.
         """
         captured = self._captured
         if captured is None or task.name in self._left_out or not captured.have_written(self._parameters):
@@ -135,7 +135,8 @@ class GraphedLoss:
         if replay is None:
             return task.run()
         replay.run()
-        return replay.result
+        # A copy, because the next replay writes to the same address.
+        return None if replay.result is None else replay.result.clone()
 
     def _task_graph(self, captured: CapturedPasses, task: GradientTask) -> Replay | None:
         # As in `_tried`, nothing of the error may outlive this method.
