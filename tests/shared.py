@@ -1,5 +1,7 @@
 """What tests of all rooms share, in processes that run tests: one that hands them out to others needs none of it."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -23,3 +25,11 @@ def _matmul_precision():
     before = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture(autouse=True)
+def _compiled_code():
+    """Code is compiled anew for eight models in a process, and no more: those of other tests do not count."""
+    yield
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()

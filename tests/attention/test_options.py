@@ -220,7 +220,6 @@ def test_selective_activation_checkpointing(op_name: str) -> None:
 @pytest.mark.slow
 def test_compiles_once_for_all_lengths(caplog: pytest.LogCaptureFixture) -> None:
     model = GPT(attention_config(sliding_window_size=5, sliding_window_indices=[0, 1]))
-    torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     caplog.set_level(logging.ERROR)

@@ -116,7 +116,6 @@ def test_compiled_equals_eager(device):
     batch = torch.randint(0, 64, (2, 65), device=device)
     expected = loss_of(model, batch, None)
     gradients = torch.autograd.grad(expected, list(model.parameters()))
-    torch._dynamo.reset()
     compiled = torch.compile(model, backend="inductor" if device.type == "cuda" else "aot_eager")
     loss = loss_of(compiled, batch, None)
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
@@ -125,7 +124,6 @@ def test_compiled_equals_eager(device):
 
 
 def test_the_layer_is_one_graph(device):
-    torch._dynamo.reset()
     with device:  # as Fabric makes it, and not moved there
         layer = initialized_model(make_config()).transformer.h[0].mlp
     assert isinstance(layer, SharedExpertMoE)

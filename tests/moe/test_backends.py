@@ -511,7 +511,6 @@ def test_grouped_mm_never_asks_for_values():
 
 def test_compiled_without_breaks_or_recompiling():
     moe = randomize(SharedExpertMoE(moe_config(moe_intermediate_size=16)), std=0.3)
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(moe, backend="aot_eager", fullgraph=True, dynamic=True)
     for tokens in (7, 9, 12):
