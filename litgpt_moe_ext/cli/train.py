@@ -142,15 +142,17 @@ def _train(settings: "Settings") -> int:
 
 
 def _stopped(message: str, status: int) -> int:
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
     from litgpt_moe_ext.training.parallel.processes import started_by_fabric
 
-    # All processes stop for the same reason, which the first reports. The others must exit with 0, or Fabric would kill
-    # the first before it has ended by itself.
-    if started_by_fabric():
-        return 0
-    with contextlib.suppress(OSError):  # a terminal that is gone
-        print(message, file=sys.stderr, flush=True)
-    return status
+    # All processes have agreed to stop, which the first reports. One that is stopped at once (`exit_status`) cannot
+    # know whether the others are, and speaks for itself.
+    if rank_zero_only.rank == 0:
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            print(message, file=sys.stderr, flush=True)
+    # Fabric would kill the first process if one that it has started ended with an error.
+    return 0 if started_by_fabric() else status
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import time
 
 import litgpt.pretrain
 import pytest
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from litgpt_moe_ext.training import control
 from litgpt_moe_ext.training.parallel import processes
@@ -167,6 +168,7 @@ def test_in_a_validation_of_two(recipe, tmp_path):
     file = recipe(devices=2, train={"micro_batch_size": 1}, eval={"max_iters": 8}, callbacks=[callback])
     outputs, statuses = trained_in_ranks(2, "--config", file)
     assert statuses == [143, 143], outputs
+    assert ["Stopped by SIGTERM, saved as" in output for output in outputs] == [True, False]
     assert (tmp_path / "out" / "step-00000004" / "lit_model.pth").is_file()
     assert not logged(tmp_path / "out", "val_loss")
     train_in_ranks(2, "--config", file, "--resume", "auto")
@@ -185,9 +187,11 @@ def test_nothing_is_called_saved_that_is_not(recipe, capsys, signal_at):
     assert "saved as" not in error
 
 
-def test_only_the_first_process_reports(recipe, capsys, signal_at, monkeypatch):
+@pytest.mark.parametrize(("by_fabric", "status"), [(True, 0), (False, 143)])
+def test_only_the_first_process_reports(recipe, capsys, signal_at, monkeypatch, by_fabric, status):
     """One that Fabric started ends without an error, which would make Fabric kill the first."""
-    monkeypatch.setattr(processes, "started_by_fabric", lambda: True)
+    monkeypatch.setattr(processes, "started_by_fabric", lambda: by_fabric)
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
     signal_at(signal.SIGTERM, "chunked_cross_entropy", 4)
-    assert train("--config", recipe()) == 0
+    assert train("--config", recipe()) == status
     assert "Stopped" not in capsys.readouterr().err
