@@ -69,8 +69,15 @@ def started_processes(environment: Mapping[str, str], num_nodes: int = 1) -> Pro
 
 
 def _started_by_slurm(environment: Mapping[str, str]) -> Processes:
-    _require(environment, ["SLURM_NTASKS"], ("SLURM_PROCID", "SLURM_LOCALID"))
     tasks = _number(environment, "SLURM_NTASKS")
+    needed = {"SLURM_PROCID", "SLURM_LOCALID"}
+    if tasks > 1:  # a batch script has the other variables of the first task, and would wait for the others
+        needed.add("SLURM_STEP_ID")
+    if missing := sorted(needed - set(environment)):
+        raise SettingsError(
+            f"environment: SLURM_NTASKS: {tasks} without {', '.join(missing)}: srun has not started this process; "
+            "write srun in front of the command, or `env -u SLURM_NTASKS` to train without SLURM's tasks"
+        )
     # A step may have fewer nodes than its job.
     name = "SLURM_STEP_NUM_NODES" if "SLURM_STEP_NUM_NODES" in environment else "SLURM_NNODES"
     nodes = _number(environment, name) if name in environment else 1

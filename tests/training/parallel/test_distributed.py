@@ -123,6 +123,7 @@ def test_launchers(recipe, tmp_path):
     started, port = {}, str(free_port())
     for rank in ("0", "1"):
         slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+        slurm["SLURM_STEP_ID"] = "0"
         place = {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for name, environment, nodes in (("slurm", {**slurm, "SLURM_NODEID": "0"}, 1), ("two_nodes", place, 2)):
             arguments = ("--config", file(name, "auto"), f"--num_nodes={nodes}")
@@ -356,7 +357,7 @@ class TestStartedProcesses:
 
     def test_slurm(self):
         job = {"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NAME": "train"}
-        task = {**job, "SLURM_PROCID": "7", "SLURM_LOCALID": "3"}
+        task = {**job, "SLURM_PROCID": "7", "SLURM_LOCALID": "3", "SLURM_STEP_ID": "0"}
         assert started_processes(task) == ("SLURM", 4, 2)
         # `srun --nodes=1 --ntasks=2` in a job of two nodes, which keeps what the job was asked for
         step = {**task, "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
@@ -365,16 +366,25 @@ class TestStartedProcesses:
             assert started_processes({**job, "SLURM_JOB_NAME": name}) is None, "an interactive shell starts nothing"
         with pytest.raises(SettingsError, match="SLURM_NTASKS: 3 is not a multiple of SLURM_NNODES: 2"):
             started_processes({**task, "SLURM_NTASKS": "3"})
-        with pytest.raises(SettingsError, match="SLURM_NTASKS set but not SLURM_LOCALID, SLURM_PROCID"):
-            started_processes(job)
         with pytest.raises(SettingsError, match="SLURM_NTASKS: 8 without SLURM_NTASKS_PER_NODE; .*-per-node=4"):
             started_processes({name: value for name, value in task.items() if name != "SLURM_NTASKS_PER_NODE"})
+
+    def test_slurm_without_srun(self):
+        """In a batch script, which has the variables of the first task; it once waited for the others."""
+        job = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "train"}
+        script = {**job, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+        with pytest.raises(SettingsError, match=r"SLURM_NTASKS: 2 without SLURM_STEP_ID: srun has not .* write srun in"):
+            started_processes(script)
+        with pytest.raises(SettingsError, match="without SLURM_LOCALID, SLURM_PROCID, SLURM_STEP_ID: srun has not"):
+            started_processes(job)  # an allocation that has a name
+        assert started_processes({**script, "SLURM_NTASKS": "1"}) == ("SLURM", 1, 1)
 
     @pytest.mark.parametrize("value", ["", "x", "-1", "1.5", "²", "4"])
     @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID"])
     def test_values_that_are_no_numbers(self, name, value):
         """A rank that does not exist would keep the others waiting for the one that is missing."""
         slurm = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+        slurm["SLURM_STEP_ID"] = "0"
         environment = slurm if name.startswith("SLURM") else self.HAND
         if value == "4" and "SIZE" in name:
             return
