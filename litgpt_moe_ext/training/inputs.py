@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import litgpt_moe_ext
 from litgpt_moe_ext.errors import SettingsError, which_checkpoint
 from litgpt_moe_ext.files.durable import WRITE_TEST
 from litgpt_moe_ext.files.lock import ProcessLock
@@ -24,9 +25,17 @@ if TYPE_CHECKING:
 
 
 def check_own(out_dir: Path) -> None:
-    """Raise SettingsError if `out_dir` is the working directory or a checkpoint."""
-    if os.path.realpath(out_dir) == os.getcwd():  # `resolve` fails at links in a circle
-        raise SettingsError(f"out_dir: {str(out_dir)!r} is the working directory; give the run a directory of its own")
+    """Raise SettingsError if `out_dir` is a directory of other things, or a checkpoint."""
+    place = os.path.realpath(out_dir)  # `resolve` fails at links in a circle
+    others = {
+        "the working directory": os.getcwd(),
+        "your home directory": os.path.realpath(os.path.expanduser("~")),
+        "the root of the file system": os.path.dirname(place),
+        "where this package is installed": os.path.dirname(os.path.realpath(litgpt_moe_ext.__path__[0])),
+    }
+    for what, other in others.items():
+        if place == other:
+            raise SettingsError(f"out_dir: {str(out_dir)!r} is {what}; give the run a directory of its own")
     if (out_dir / WEIGHTS_FILE).is_file():
         raise SettingsError(
             f"out_dir: {str(out_dir)!r} is a checkpoint, which another run may replace as a whole; name a directory "

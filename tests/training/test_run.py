@@ -18,10 +18,10 @@ from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files import checksums
 from litgpt_moe_ext.padding import PADDING, accept_padding
-from litgpt_moe_ext.training.inputs import open_tokenizer
+from litgpt_moe_ext.training.inputs import check_own, open_tokenizer
 from litgpt_moe_ext.training.optim.schedules import Schedule
 from litgpt_moe_ext.training.settings import ScheduleArgs, TrainArgs
-from tests.runs import logged, refused, train, validation_fell_by, weights_of
+from tests.runs import ROOT, logged, refused, train, validation_fell_by, weights_of
 
 
 def test_a_run_from_start_to_generation(recipe, tmp_path, capsys):
@@ -692,6 +692,26 @@ class TestWrongInputs:
     )
     def test_settings(self, recipe, capsys, arguments, message):
         assert message in refused(capsys, "--config", recipe(), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [
+        ("/", "the root of the file system"),
+        ("home", "your home directory"),
+        ("link", "your home directory"),
+        (ROOT, "where this package is installed"),
+    ],
+)
+def test_places_of_other_things(tmp_path, monkeypatch, place, what):
+    """The check by itself, as a run would leave its files there."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "link").symlink_to("home")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError, match=f"out_dir: '.*' is {what}; give the run a directory of its own"):
+        check_own(Path(place))
+    check_own(tmp_path / "home" / "out")
 
 
 def test_yarn_trains_on_beyond_the_original_length(recipe, tmp_path, capsys):

@@ -373,7 +373,7 @@ class TestStartedProcesses:
         """In a batch script, which has the variables of the first task; it once waited for the others."""
         job = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "train"}
         script = {**job, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
-        with pytest.raises(SettingsError, match=r"SLURM_NTASKS: 2 without SLURM_STEP_ID: srun has not .* write srun in"):
+        with pytest.raises(SettingsError, match=r"SLURM_NTASKS: 2 without SLURM_STEP_ID: srun .* write srun in"):
             started_processes(script)
         with pytest.raises(SettingsError, match="without SLURM_LOCALID, SLURM_PROCID, SLURM_STEP_ID: srun has not"):
             started_processes(job)  # an allocation that has a name
