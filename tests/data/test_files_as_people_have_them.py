@@ -2,9 +2,11 @@
 
 import bz2
 import gzip
+import io
 import lzma
 import os
 import shutil
+import tarfile
 
 import numpy as np
 import pyarrow as pa
@@ -304,6 +306,26 @@ def test_the_hubs_cache_consists_of_links(tmp_path):
     snapshot.mkdir(parents=True)
     (snapshot / "a.txt").symlink_to("../../blobs/0123")
     assert find_files("source_path", snapshot, "*.txt") == [snapshot / "a.txt"]
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_links_in_an_archive_are_named(tmp_path, mode):
+    """One member is read once, whatever names it has, and what is elsewhere cannot be; neither is silent."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode=mode) as archive:
+        info = tarfile.TarInfo("a/a.txt")
+        info.size = 3
+        archive.addfile(info, io.BytesIO(b"one"))
+        for name, kind, target in (("b.txt", tarfile.LNKTYPE, "a/a.txt"), ("a/c.txt", tarfile.SYMTYPE, "/away.txt")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            archive.addfile(info)
+    records = read(tmp_path, "a.tar.gz" if mode == "w:gz" else "a.tar", content.getvalue())
+    assert [(record.text, record.place) for record in records] == [
+        ("one", "byte 0 of a/a.txt"),
+        ("", "the link b.txt to a/a.txt"),
+        ("", "the link a/c.txt to /away.txt"),
+    ]
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -46,8 +46,9 @@ def documents(path: Path | str, text_format: TextFormat) -> Iterator[Record]:
     and `.tsv` with the names of the columns in the first row; anything else is plain text, with line ends of any style,
     which become LF, as they do in the cells of `.csv` and `.tsv`. `.gz`, `.bz2`, `.xz` and `.zst` may follow any but
     parquet. `.tar` is read member by member in the same way, but for parquet and other archives; members with a leading
-    dot are left out. A byte-order mark is skipped, also where files were joined: at the start of a separated document
-    or a JSON line. Empty lines of JSON lines and of tables are too. An empty file is one empty document.
+    dot are left out. A link is an empty document, as what it names is another member, or not in the archive. A
+    byte-order mark is skipped, also where files were joined: at the start of a separated document or a JSON line. Empty
+    lines of JSON lines and of tables are too. An empty file is one empty document.
 
     Args:
         path: The file, or its URL (`litgpt_moe_ext.data.reading.remote`).
@@ -99,7 +100,11 @@ def _read_archive(file: OpenFile, text_format: TextFormat) -> Iterator[Record]:
     with tarfile.open(fileobj=watched, mode="r|") as archive:  # pyrefly: ignore[no-matching-overload] it only reads
         for member in archive:
             base = member.name.rpartition("/")[2]
-            opened = archive.extractfile(member) if member.isfile() and not base.startswith(".") else None
+            if base.startswith("."):
+                continue
+            if member.islnk() or member.issym():
+                yield Record("", f"the link {member.name} to {member.linkname}", file.position(), base)
+            opened = archive.extractfile(member) if member.isfile() else None
             if opened is not None:
                 name, compression = split_compression(base.lower())
                 where, raw = f"{file.where}: {member.name}", _Member(opened)
