@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.batching import BatchSize
-from litgpt_moe_ext.evaluation.generation import GenerationSettings, generate, supports_padded_cache
+from litgpt_moe_ext.evaluation.decoding import supports_padded_cache
+from litgpt_moe_ext.evaluation.generation import GenerationSettings, generate
 from litgpt_moe_ext.evaluation.loading import (
     check_checkpoint_dir,
     choose_device,

@@ -1,6 +1,6 @@
 """Writing a text token by token.
 
-Shape legend: T tokens, V vocabulary.
+Shape legend: T tokens.
 """
 
 from collections.abc import Generator
@@ -9,6 +9,7 @@ import torch
 from litgpt import GPT
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.evaluation.decoding import decode, kv_cache
 from litgpt_moe_ext.evaluation.sampling import Sampling
 from litgpt_moe_ext.evaluation.tokenization import check_ids
 
@@ -31,7 +32,6 @@ def stream(model: GPT, prompt: list[int], max_new_tokens: int, sampling: Samplin
     Raises:
         SettingsError: If the prompt is empty, leaves no room, or has a token unknown to the model.
     """
-    device, total = model.lm_head.weight.device, len(prompt) + max_new_tokens
     if not prompt:
         raise SettingsError("prompt: it is empty; it must have at least one token")
     check_ids(model, prompt)
@@ -41,17 +41,8 @@ def stream(model: GPT, prompt: list[int], max_new_tokens: int, sampling: Samplin
             raise SettingsError(
                 f"prompt: it has {len(prompt)} tokens; it must have 1 to {size - 1} (the model's context)"
             )
-        total = min(size, total)
-    length = model.max_seq_length
-    model.set_kv_cache(batch_size=1, max_seq_length=total, device=device, dtype=model.lm_head.weight.dtype)
-    try:
-        ids, start = prompt, 0
-        while start + len(ids) < total:
-            position_T = torch.arange(start, start + len(ids), device=device)
-            start += len(ids)
-            logits_1TV = model(torch.tensor([ids], device=device), position_T, input_pos_maxp1=start)
-            ids = [int(sampling.choose(logits_1TV[:, -1]))]
-            yield ids[0]
-    finally:
-        model.clear_kv_cache()
-        model.max_seq_length = length
+        max_new_tokens = min(max_new_tokens, size - len(prompt))
+    prompt_1T = torch.tensor([prompt], device=model.lm_head.weight.device)
+    with kv_cache(model, 1, len(prompt) + max_new_tokens):
+        for token_1 in decode(model, prompt_1T, max_new_tokens, sampling):
+            yield int(token_1)

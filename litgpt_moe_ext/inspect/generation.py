@@ -1,6 +1,6 @@
 """Measures how fast models read a prompt and write tokens: models take turns in one process, medians over rounds.
 
-Shape legend: B sequences, T tokens of the prompt, V vocabulary.
+Shape legend: B sequences, T tokens of the prompt.
 """
 
 import statistics
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
 from litgpt_moe_ext.config.fields import expert_fields
+from litgpt_moe_ext.evaluation.decoding import decode, kv_cache
+from litgpt_moe_ext.evaluation.sampling import GREEDY
 from litgpt_moe_ext.export.llama_moe import obstacles, to_llama_moe
 
 if TYPE_CHECKING:
@@ -142,26 +144,17 @@ def benchmark(models: Mapping[str, GPT], workload: Workload, advance: Callable[[
 
 def _generate(model: GPT, batch_size: int, workload: Workload) -> tuple[tuple[float, float], int]:
     """Return the seconds to the first token and for the others, and the bytes of the cache."""
-    weight, length = model.lm_head.weight, workload.prompt_length
-    prompt_BT = torch.randint(0, model.config.vocab_size, (batch_size, length), device=weight.device)
-    total = length + workload.new_tokens
-    model.set_kv_cache(batch_size=batch_size, max_seq_length=total, device=weight.device, dtype=weight.dtype)
-    try:
+    device, length = model.lm_head.weight.device, workload.prompt_length
+    prompt_BT = torch.randint(0, model.config.vocab_size, (batch_size, length), device=device)
+    with kv_cache(model, batch_size, length + workload.new_tokens):
         cache = _bytes([buffer for name, buffer in model.named_buffers() if ".kv_cache." in name])
-        start = _now(weight.device)
-        positions_T = torch.arange(length, device=weight.device)
-        token_B1 = _likeliest(model(prompt_BT, positions_T, input_pos_maxp1=length))
-        first = _now(weight.device)
-        for position in range(length, total - 1):
-            position_T = torch.tensor([position], device=weight.device)
-            token_B1 = _likeliest(model(token_B1, position_T, input_pos_maxp1=position + 1))
-        return (first - start, _now(weight.device) - first), cache
-    finally:
-        model.clear_kv_cache()
-
-
-def _likeliest(logits_BTV: Tensor) -> Tensor:
-    return logits_BTV[:, -1:].argmax(dim=-1)
+        tokens = decode(model, prompt_BT, workload.new_tokens, GREEDY)
+        start = _now(device)
+        next(tokens)
+        first = _now(device)
+        for _ in tokens:
+            pass
+        return (first - start, _now(device) - first), cache
 
 
 def _now(device: torch.device) -> float:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation import generation, lm_eval_model
+from litgpt_moe_ext.evaluation.decoding import supports_padded_cache
 from litgpt_moe_ext.evaluation.generation import GenerationSettings, generate
 from litgpt_moe_ext.evaluation.lm_eval_model import LitGPTModel
 from litgpt_moe_ext.evaluation.sampling import Sampling
@@ -167,7 +168,7 @@ def test_cached_generation_equals_whole_forward_passes(tmp_path, monkeypatch, ch
     model = LitGPTModel(tmp_path, device="cpu")
     prompts = [model.tok_encode(text(n, n))[:20] for n in (1, 4, 8, 2)]
     settings = GenerationSettings(max_gen_toks=10)
-    assert generation.supports_padded_cache(model.model)
+    assert supports_padded_cache(model.model)
     cached = generate(model.model, prompts, settings, lambda _: False)
     assert all(block.attn.kv_cache is None for block in model.model.transformer.h), "its memory is given back"
     monkeypatch.setattr(generation, "supports_padded_cache", lambda _: False)
