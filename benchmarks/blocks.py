@@ -31,7 +31,7 @@ from litgpt_moe_ext.moe.kernels.plan import Outer, Plan, Product, plan_of, sort_
 from litgpt_moe_ext.moe.kernels.triton import rows, weights
 from litgpt_moe_ext.moe.kernels.triton.tiles import Tile
 
-LAYERS = {size.name.partition(":")[0]: size for size in (Size("quickstart", 128, 64, 16, 4), *SIZES)}
+LAYERS = {size.name: size for size in (Size("quickstart", 128, 64, 16, 4), *SIZES)}
 _STAGES = (2, 3, 4)
 TRIED = {
     "rows": [

@@ -43,6 +43,7 @@ import litgpt_moe_ext
 
 litgpt_moe_ext.register()
 
+from gpu_tables.contenders.layers import SIZES, Size  # noqa: E402
 from gpu_tables.memory import saved_bytes  # noqa: E402
 from litgpt import GPT, Config  # noqa: E402
 from litgpt.model import LLaMAMLP, LLaMAMoE  # noqa: E402
@@ -56,46 +57,19 @@ QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 
 
 @dataclass(frozen=True)
-class Size:
-    """A layer and a batch."""
+class Case(Size):
+    """A layer and the tokens of a batch."""
 
-    name: str
-    D: int
-    F: int
-    E: int
-    K: int
     T: int
 
-    @property
-    def title(self) -> str:
-        return f"{self.name}: C{self.D} I{self.F} E{self.E} k{self.K}, {self.T} tokens"
 
-    def config(self, mlp_class_name: str) -> Config:
-        return Config(
-            n_layer=1,
-            n_head=4,
-            n_embd=self.D,
-            n_expert=self.E,
-            n_expert_per_token=self.K,
-            moe_intermediate_size=self.F,
-            intermediate_size=self.K * self.F,
-            bias=False,
-            mlp_class_name=mlp_class_name,
-        )
-
-
-SIZES = [
-    Size("60M", 512, 768, 4, 2, 2048),
-    Size("200M", 768, 2048, 8, 2, 2048),
-    Size("TinyStories", 256, 1024, 8, 2, 1080),
-    Size("fine-grained", 512, 256, 64, 8, 2048),
-]
+CASES = [Case(*dataclasses.astuple(size), 1080 if size.name == "TinyStories" else 2048) for size in SIZES]
 
 
 class BareProducts(nn.Module):
     """The limit: the matrix products of the active rows, evenly spread, on preallocated memory."""
 
-    def __init__(self, size: Size, dtype: torch.dtype) -> None:
+    def __init__(self, size: Case, dtype: torch.dtype) -> None:
         super().__init__()
         n = max(1, size.T * size.K // size.E)
         active = min(size.E, size.T * size.K)
@@ -118,7 +92,7 @@ class BareProducts(nn.Module):
                 torch.mm(self.h, gate_up)
 
 
-def contenders(size: Size, dtype: torch.dtype) -> dict[str, nn.Module]:
+def contenders(size: Case, dtype: torch.dtype) -> dict[str, nn.Module]:
     """Return the layers to compare."""
     layers: dict[str, nn.Module] = {
         "LLaMAMoE": LLaMAMoE(size.config("LLaMAMoE")),
@@ -137,7 +111,7 @@ def contenders(size: Size, dtype: torch.dtype) -> dict[str, nn.Module]:
     return {name: layer.to(dtype) for name, layer in layers.items()}
 
 
-def fresh_tokens(size: Size, dtype: torch.dtype) -> Tensor:
+def fresh_tokens(size: Case, dtype: torch.dtype) -> Tensor:
     """Return tokens around a random centre, so that different experts are popular each time."""
     return (torch.randn(1, size.T, size.D) + 0.3 * torch.randn(size.D)).to(dtype)
 
@@ -158,7 +132,7 @@ def forward_backward(layer: nn.Module, x: Tensor, upstream: Tensor) -> None:
     (output[0] if isinstance(output, tuple) else output).backward(upstream)
 
 
-def measure(size: Size, dtype: torch.dtype, backward: bool, rounds: int, warmup: int) -> dict[str, float]:
+def measure(size: Case, dtype: torch.dtype, backward: bool, rounds: int, warmup: int) -> dict[str, float]:
     """Return the median CPU seconds of each contender."""
     layers = contenders(size, dtype)
     limit = BareProducts(size, dtype)
@@ -197,7 +171,7 @@ def print_times(title: str, rows: Iterable[tuple[str, dict[str, float]]]) -> Non
         print("| " + " | ".join([name, *times, *speedups, *over]) + " |", flush=True)
 
 
-def print_saved(sizes: list[Size]) -> None:
+def print_saved(sizes: list[Case]) -> None:
     print("\nSaved for the backward pass, MB (and relative to LLaMAMoE)")
     print("| case | LLaMAMoE | HF | loop | grouped_mm | ours | dense |")
     print("|---|---|---|---|---|---|---|")
@@ -244,7 +218,7 @@ def print_training_step(rounds: int, batch: int = 8, length: int = 256) -> None:
 
 
 def whole_batch(
-    size: Size, dtype: torch.dtype, backward: bool, arguments: argparse.Namespace
+    size: Case, dtype: torch.dtype, backward: bool, arguments: argparse.Namespace
 ) -> tuple[str, dict[str, float]]:
     # float32 by BLAS compiles nothing for new sizes, so it needs no long warm-up.
     fixed = dtype == torch.float32 and arguments.precision == "highest"
@@ -252,7 +226,7 @@ def whole_batch(
     return f"{size.name} {short(dtype)}", measure(size, dtype, backward, arguments.rounds, warmup)
 
 
-def decoding(size: Size, tokens: int, dtype: torch.dtype) -> tuple[str, dict[str, float]]:
+def decoding(size: Case, tokens: int, dtype: torch.dtype) -> tuple[str, dict[str, float]]:
     few = dataclasses.replace(size, T=tokens)
     return f"{size.name} {short(dtype)}, {tokens}", measure(few, dtype, backward=False, rounds=40, warmup=10)
 
@@ -263,7 +237,7 @@ def short(dtype: torch.dtype) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    names = [size.name for size in SIZES]
+    names = [size.name for size in CASES]
     parser.add_argument("--sizes", nargs="+", default=names, choices=names, help="which of the sizes")
     parser.add_argument("--only", choices=["training", "forward", "decoding", "memory", "step"], help="one table only")
     parser.add_argument("--rounds", type=int, default=9, help="measured calls per contender")
@@ -274,12 +248,12 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_float32_matmul_precision(arguments.precision)
     keep_large_blocks()
-    sizes = [size for size in SIZES if size.name in arguments.sizes]
+    sizes = [size for size in CASES if size.name in arguments.sizes]
     dtypes = (torch.float32, torch.bfloat16)
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, 1 thread, float32 products:", end=" ")
     print(f"{arguments.precision}. Numbers without unit: speed-up over LLaMAMoE, or time over the bare products.")
     for size in sizes:
-        print(f"- {size.title}")
+        print(f"- {size.title}, {size.T} tokens")
 
     def wanted(table: str) -> bool:
         return arguments.only in (None, table)

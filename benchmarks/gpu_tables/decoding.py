@@ -18,7 +18,7 @@ def rows(bench: Bench) -> Iterator[dict[str, Any]]:
             times = bench.medians(
                 {name: partial(_decode, layer, x) for name, layer in make_layers(size, bench).items()}
             )
-            yield {"layer": size.name, "tokens": T, **{f"{name}, ms": value for name, value in times.items()}}
+            yield {"layer": size.title, "tokens": T, **{f"{name}, ms": value for name, value in times.items()}}
 
 
 @torch.no_grad()

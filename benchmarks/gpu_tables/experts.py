@@ -21,7 +21,7 @@ def rows(bench: Bench) -> Iterator[dict[str, Any]]:
             best = min((times[name] for name in BACKENDS[:2] if times.get(name)), default=None)
             rivals = ("LLaMAMoE", "grouped_mm", "dense", "products")
             yield {
-                "layer": size.name,
+                "layer": size.title,
                 "tokens": T,
                 **{f"{name}, ms": times.get(name) for name in names},
                 **{f"{name} / ours": ratio(times.get(name), best) for name in rivals},

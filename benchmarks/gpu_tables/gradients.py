@@ -34,4 +34,4 @@ def rows(bench: Bench) -> Iterator[dict[str, Any]]:
                 calls[f"{name}, ms"] = partial(multiply, outer, torch.float32, total)
                 calls[f"{name} and autograd, ms"] = lambda m=multiply, o=outer, t=total: t.add_(m(o, torch.float32))
             chosen = "torch" if native.sums_fast(outer) else next(iter(engines))
-            yield {"layer": size.name, "tokens": T, "chosen": chosen, **bench.medians(calls, ahead=True)}
+            yield {"layer": size.title, "tokens": T, "chosen": chosen, **bench.medians(calls, ahead=True)}

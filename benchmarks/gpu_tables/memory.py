@@ -15,7 +15,7 @@ def rows(bench: Bench) -> Iterator[dict[str, Any]]:
     T = 64 if bench.tiny else 16384
     for size in sizes(bench.tiny):
         x = torch.randn(1, T, size.D, device=bench.device, dtype=bench.dtype).requires_grad_()
-        row: dict[str, Any] = {"layer": size.name, "tokens": T}
+        row: dict[str, Any] = {"layer": size.title, "tokens": T}
         for name, layer in make_layers(size, bench).items():
             if name in ("triton", "grouped_mm", "LLaMAMoE", "dense"):
                 works = bench.works(name, partial(layer, x))

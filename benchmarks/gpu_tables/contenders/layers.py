@@ -19,7 +19,7 @@ BACKENDS = ("triton", "grouped_mm", "loop")
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """An MoE layer."""
+    """An MoE layer: its width, the hidden width of an expert, the experts, and how many of them a token has."""
 
     name: str
     D: int
@@ -27,23 +27,26 @@ class Size:
     E: int
     K: int
 
+    @property
+    def title(self) -> str:
+        return f"{self.name}: D{self.D} F{self.F} E{self.E} k{self.K}"
+
     def config(self, mlp_class_name: str, **changes: Any) -> Config:
         sizes = {"n_embd": self.D, "n_expert": self.E, "n_expert_per_token": self.K, "moe_intermediate_size": self.F}
         fixed = {"n_layer": 1, "n_head": 4, "bias": False, "intermediate_size": self.K * self.F}
         return Config(**sizes, **fixed, mlp_class_name=mlp_class_name, **changes)
 
 
-# As in `benchmarks/moe_layer.py`.
 SIZES = (
-    Size("60M: D512 F768 E4 k2", 512, 768, 4, 2),
-    Size("200M: D768 F2048 E8 k2", 768, 2048, 8, 2),
-    Size("TinyStories: D256 F1024 E8 k2", 256, 1024, 8, 2),
-    Size("fine-grained: D512 F256 E64 k8", 512, 256, 64, 8),
+    Size("60M", 512, 768, 4, 2),
+    Size("200M", 768, 2048, 8, 2),
+    Size("TinyStories", 256, 1024, 8, 2),
+    Size("fine-grained", 512, 256, 64, 8),
 )
 
 
 def sizes(tiny: bool) -> tuple[Size, ...]:
-    return (Size("tiny: D64 F32 E4 k2", 64, 32, 4, 2),) if tiny else SIZES
+    return (Size("tiny", 64, 32, 4, 2),) if tiny else SIZES
 
 
 def make_layers(size: Size, bench: Bench) -> dict[str, nn.Module]:
