@@ -11,6 +11,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from litgpt_moe_ext.pictures.style import (
@@ -43,13 +45,13 @@ def load_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
         width = min(2.0 + 0.34 * n_expert, 6.5)
         figure = Figure(figsize=(2 * width, 1.1 + 0.32 * len(layers)), layout="constrained")
         for axes, values, title in zip(figure.subplots(1, 2), (load, mass), ("Load", "Gate mass"), strict=True):
-            image = _ratios(axes, np.array(values, dtype=float))
+            _ratios(axes, np.array(values, dtype=float))
             axes.set_title(f"{title} over an even share")
             _expert_ticks(axes, n_expert)
             axes.set_yticks(range(len(layers)), [layer["layer"] for layer in layers])
             axes.set_xlabel("expert")
             axes.set_ylabel("layer")
-        ratio_bar(figure, image)
+        ratio_bar(figure)
     return figure
 
 
@@ -89,12 +91,12 @@ def class_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
         size = (_side(n_expert), 0.5 + 0.16 * len(names))
         figure, panels = _panels(len(layers), size, left=0.9)
         for i, (axes, layer) in enumerate(zip(panels, layers, strict=True)):
-            image = _ratios(axes, _array(list(layer["class_lift"].values())), write=False)
+            _ratios(axes, _array(list(layer["class_lift"].values())), write=False)
             axes.set_title(f"layer {layer['layer']}")
             _expert_ticks(axes, n_expert)
             axes.set_yticks(range(len(names)), names if i % _COLUMNS == 0 else [""] * len(names))
             axes.set_xlabel("expert")
-        ratio_bar(figure, image, "p(expert | class) / p(expert)")
+        ratio_bar(figure, "p(expert | class) / p(expert)")
     return figure
 
 
@@ -105,13 +107,13 @@ def coactivation_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
         side = _side(n_expert)
         figure, panels = _panels(len(layers), (side, side))
         for axes, layer in zip(panels, layers, strict=True):
-            image = _ratios(axes, _array(layer["coactivation_lift"]), write=False)
+            _ratios(axes, _array(layer["coactivation_lift"]), write=False)
             axes.set_title(f"layer {layer['layer']}")
             _expert_ticks(axes, n_expert)
             axes.set_yticks(axes.get_xticks(), [label.get_text() for label in axes.get_xticklabels()])
             axes.set_xlabel("expert")
         panels[0].set_ylabel("expert")
-        ratio_bar(figure, image, "pairs over expectation")
+        ratio_bar(figure, "pairs over expectation")
     return figure
 
 
@@ -138,9 +140,9 @@ def agreement_figure(comparison: Sequence[Mapping[str, Any]], names: tuple[str, 
         first.set_xlabel("layer")
         whole_numbers(first)
         first.legend(loc="best")
-        largest, images = max(share.max() for share in shares), []
+        shades: dict[str, Any] = {"norm": Normalize(0, max(share.max() for share in shares)), "cmap": "Blues"}
         for i, (axes, entry, share) in enumerate(zip(panels[1:], comparison, shares, strict=True), start=1):
-            images.append(axes.imshow(share, vmin=0, vmax=largest, cmap="Blues", interpolation="nearest"))
+            axes.imshow(share, interpolation="nearest", **shades)
             axes.set_title(f"layer {entry['layer']}")
             ticks = _tick_places(n_expert)
             axes.set_xticks(ticks, [entry["matching"][i] for i in ticks])
@@ -148,7 +150,7 @@ def agreement_figure(comparison: Sequence[Mapping[str, Any]], names: tuple[str, 
             axes.set_xlabel(f"expert of {shortened(names[1], _NAME)}")
             if i == 1 or i % _COLUMNS == 0:
                 axes.set_ylabel(f"expert of {shortened(names[0], _NAME)}")
-        color_bar(figure, images[-1], panels[1:], "share of the row")
+        color_bar(figure, ScalarMappable(**shades), panels[1:], "share of the row")
     return figure
 
 
@@ -167,13 +169,13 @@ def _panels(count: int, size: tuple[float, float], left: float = 0.3) -> tuple[F
     return figure, axes[:count]
 
 
-def _ratios(axes: Axes, values: np.ndarray, write: bool = True) -> Any:
+def _ratios(axes: Axes, values: np.ndarray, write: bool = True) -> None:
     if write and values.shape[1] <= _WRITABLE:
         for (row, column), log in np.ndenumerate(clipped_log2(values)):
             color = "white" if abs(log) > 0.7 * LARGEST_LOG2 else "black"
             text = f"{values[row, column]:.2f}"
             axes.text(column, row, text, ha="center", va="center", color=color, fontsize=FONT_SIZE - 2)
-    return ratio_image(axes, values)
+    ratio_image(axes, values)
 
 
 def _tick_places(n_expert: int) -> list[int]:

@@ -53,7 +53,7 @@ def load_over_steps_figure(name: str, steps: Sequence[float], layers: Mapping[in
         half = (steps[-1] - steps[0]) / max(len(steps) - 1, 1) / 2 or 0.5
         for axes, (layer, load) in zip(panels, layers.items(), strict=False):
             extent = (steps[0] - half, steps[-1] + half, len(load) - 0.5, -0.5)
-            image = ratio_image(axes, thinned(spread(steps, load, half), _MOST_COLUMNS), extent=extent)
+            ratio_image(axes, thinned(spread(steps, load, half), _MOST_COLUMNS), extent=extent)
             axes.set_title(f"layer {layer}")
             axes.set_xlabel("step")
             axes.set_ylabel("expert")
@@ -61,7 +61,7 @@ def load_over_steps_figure(name: str, steps: Sequence[float], layers: Mapping[in
             axes.xaxis.get_major_locator().set_params(integer=True, nbins=4)
             axes.yaxis.get_major_locator().set_params(integer=True, nbins=8)
         title_above(figure, f"Load of the experts of {shortened(name, _NAME)} over an even share")
-        ratio_bar(figure, image)
+        ratio_bar(figure)
     return figure
 
 

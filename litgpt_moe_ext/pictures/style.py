@@ -8,10 +8,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
-from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
@@ -42,28 +43,27 @@ STYLE = {
     "savefig.dpi": 200,
     "text.parse_math": False,  # names of runs and arms may contain dollar signs
 }
-# The colours range from a quarter of to four times an even share.
+# The colours range from a quarter of to four times an even share; nan is grey.
 LARGEST_LOG2 = 2.0
+_RATIOS: dict[str, Any] = {
+    "norm": Normalize(-LARGEST_LOG2, LARGEST_LOG2),
+    "cmap": matplotlib.colormaps["RdBu_r"].with_extremes(bad="#d9d9d9"),
+}
 # In inches.
 _BAR_THICKNESS, _LONGEST_BAR = 0.13, 4.0
 # Characters of text per inch, and the length of a legend entry's line in characters.
 _IN_AN_INCH, _LINE = 11, 6
 
 
-def ratio_image(axes: Axes, values: np.ndarray, **options: Any) -> AxesImage:
-    """Draw ratios around 1 as colours, from a quarter to four times; nan is grey.
+def ratio_image(axes: Axes, values: np.ndarray, **options: Any) -> None:
+    """Draw ratios around 1 as colours.
 
     Args:
         axes: Where to draw.
         values: Ratios, (rows, columns).
         **options: Further arguments of `Axes.imshow`.
-
-    Returns:
-        The image, for `ratio_bar`.
     """
-    cmap = matplotlib.colormaps["RdBu_r"].with_extremes(bad="#d9d9d9")
-    limits = {"vmin": -LARGEST_LOG2, "vmax": LARGEST_LOG2}
-    return axes.imshow(clipped_log2(values), cmap=cmap, aspect="auto", interpolation="nearest", **limits, **options)
+    axes.imshow(clipped_log2(values), aspect="auto", interpolation="nearest", **_RATIOS, **options)
 
 
 def clipped_log2(values: np.ndarray) -> np.ndarray:
@@ -72,18 +72,18 @@ def clipped_log2(values: np.ndarray) -> np.ndarray:
         return np.clip(np.log2(values), -LARGEST_LOG2, LARGEST_LOG2)
 
 
-def ratio_bar(figure: Figure, image: AxesImage, label: str = "ratio") -> None:
+def ratio_bar(figure: Figure, label: str = "ratio") -> None:
     """Add the scale of `ratio_image` to a figure, one for all its axes."""
-    bar = color_bar(figure, image, figure.axes, label, extend="both")
+    bar = color_bar(figure, ScalarMappable(**_RATIOS), figure.axes, label, extend="both")
     bar.set_ticks([-2, -1, 0, 1, 2], labels=["1/4", "1/2", "1", "2", "4"])
 
 
-def color_bar(figure: Figure, image: AxesImage, axes: Sequence[Axes], label: str, **options: Any) -> Colorbar:
+def color_bar(figure: Figure, colors: ScalarMappable, axes: Sequence[Axes], label: str, **options: Any) -> Colorbar:
     """Add a colour bar as thick as the text beside it, for any height of the figure.
 
     Args:
         figure: The figure.
-        image: The image that the bar explains.
+        colors: The colours that the bar explains.
         axes: Axes that make room for it.
         label: Its title.
         **options: Further arguments of `Figure.colorbar`.
@@ -91,7 +91,7 @@ def color_bar(figure: Figure, image: AxesImage, axes: Sequence[Axes], label: str
     height = figure.get_figheight()
     length = min(0.8 * height, _LONGEST_BAR)
     shape = {"shrink": length / height, "aspect": length / _BAR_THICKNESS, "pad": 0.01}
-    return figure.colorbar(image, ax=list(axes), label=label, **shape, **options)
+    return figure.colorbar(colors, ax=list(axes), label=label, **shape, **options)
 
 
 def legend_below(figure: Figure, colors: Sequence[tuple[str, str]]) -> None:
