@@ -153,10 +153,9 @@ def _with_equal_cost(
     target, narrow, wide = measure(sibling), measure({**twin, field: 64}), measure({**twin, field: 128})
     slope = (wide - narrow) / 64
     exact = 64 + (target - narrow) / slope
-    for multiple in _MULTIPLES:
-        width = max(1, round(exact / multiple)) * multiple
-        if abs(narrow + slope * (width - 64) - target) <= TOLERANCE * target:
-            break
+    widths = [max(1, round(exact / multiple)) * multiple for multiple in _MULTIPLES]
+    close = (width for width in widths if abs(narrow + slope * (width - 64) - target) <= TOLERANCE * target)
+    width = next(close, widths[-1])
     found = {**twin, field: width}
     reached = measure(found)
     if abs(reached - target) > TOLERANCE * target:
