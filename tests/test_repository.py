@@ -127,8 +127,8 @@ def test_help_loads_neither_torch_nor_litgpt():
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_key_of_a_recipe_is_known(recipe):
     """The parser refuses unknown keys; the model configuration is built and counted."""
-    from litgpt_moe_ext.cli.settings import read_settings
     from litgpt_moe_ext.model_size import count_parameters
+    from tests.settings import read_settings
 
     assert count_parameters(read_settings(["--config", str(recipe)]).model_config).active > 0
 

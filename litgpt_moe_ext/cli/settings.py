@@ -264,7 +264,7 @@ def _make_config(values: dict[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def settings_of(arguments: Sequence[str], default_config: Path = Path("configs/quickstart.yaml")) -> Iterator[Settings]:
+def settings_of(arguments: Sequence[str], default_config: Path) -> Iterator[Settings]:
     """Yield the settings of a command line; errors about them in the scope give their full names and places.
 
     Args:
@@ -278,9 +278,3 @@ def settings_of(arguments: Sequence[str], default_config: Path = Path("configs/q
     given = read_given(arguments, default_config, types)
     with given.naming_places():
         yield make_settings(*parse(given, types))
-
-
-def read_settings(arguments: Sequence[str], default_config: Path = Path("configs/quickstart.yaml")) -> Settings:
-    """Return the settings of `settings_of`, for callers that make no further checks."""
-    with settings_of(arguments, default_config) as settings:
-        return settings

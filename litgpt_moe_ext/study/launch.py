@@ -70,7 +70,7 @@ def check(runs: Iterable[Run]) -> None:
         new = {run.arm, str(run.point)} - seen
         if new:
             try:
-                with settings_of(run.flags(Path("out"))) as settings:
+                with settings_of(run.flags(Path("out")), run.recipe) as settings:
                     refuse_first(_nothing_to_compare(check_plan(settings)))
             except SettingsError as error:
                 raise SettingsError(f"{run.label}: {error}") from error

@@ -12,7 +12,7 @@ from litgpt.config import Config
 
 from litgpt_moe_ext.cli import elsewhere
 from litgpt_moe_ext.cli.given import Given, read_flags
-from litgpt_moe_ext.cli.settings import litgpt_types, normalize, read_given, read_settings
+from litgpt_moe_ext.cli.settings import litgpt_types, normalize, read_given
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.errors import SettingsError
@@ -20,6 +20,7 @@ from litgpt_moe_ext.inspect.recipes import load_recipe
 from litgpt_moe_ext.recipe_files import SECTIONS, load_value, read_recipe
 from litgpt_moe_ext.training.checkpoint.resume import find_resume_file
 from litgpt_moe_ext.training.settings import Section, Settings
+from tests.settings import read_settings
 
 DEFAULT = Path("default.yaml")
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from litgpt.utils import CycleIterator
 
-from litgpt_moe_ext.cli.settings import litgpt_types, parse, read_given, read_settings
+from litgpt_moe_ext.cli.settings import litgpt_types, parse, read_given
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.data import Mixture, PreparedCorpus, PythonStdlib, TextCorpus, TokenShards
 from litgpt_moe_ext.data.loader import Order, Replica, TokenLoader
@@ -31,6 +31,7 @@ from litgpt_moe_ext.training.steps.corpora import CorpusLosses
 from tests.data.test_loader import take
 from tests.data.test_text_corpus import stories
 from tests.runs import ROOT, logged, train
+from tests.settings import read_settings
 from tests.training.processes import Training, in_ranks
 from tests.training.signalling import wait_for_signal
 

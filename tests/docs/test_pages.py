@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.study.file import load_study
 from tests.docs.pages import PAGES, ROOT, blocks, code
 from tests.runs import PATIENCE, run_command
+from tests.settings import read_settings
 
 # The order in which a reader meets them: training comes before what looks at its result.
 READING_ORDER = [ROOT / "docs" / "tutorial.md", *(page for page in PAGES if page.name != "tutorial.md")]

@@ -12,7 +12,6 @@ import torch
 import yaml
 
 from litgpt_moe_ext.cli.main import main
-from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.data.pipeline.shards import write_shard
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.cost.fit import RUNTIME, Fit, best_fit, find_fits
@@ -27,6 +26,7 @@ from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.inputs import check_writable
 from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
 from tests.models import moe_config, needs_fused_loss
+from tests.settings import read_settings
 
 MODEL = {"n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 16, "padded_vocab_size": 320, "vocab_size": 320}
 STDLIB = {"class_path": "litgpt_moe_ext.data.PythonStdlib", "init_args": {"vocab_size": 300}}

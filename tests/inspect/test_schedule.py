@@ -9,11 +9,11 @@ import yaml
 from litgpt import Config
 
 from litgpt_moe_ext.cli.main import main
-from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.cli.train import main as train_main
 from litgpt_moe_ext.inspect.runs.schedule import planned_rates, schedule_figure
 from litgpt_moe_ext.training.settings import ScheduleArgs, TrainArgs
 from tests.runs import logged
+from tests.settings import read_settings
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

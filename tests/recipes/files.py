@@ -32,6 +32,6 @@ def commands(recipe: str, program: str) -> list[list[str]]:
 @functools.cache
 def values_of(recipe: str, *arguments: str) -> dict[str, Any]:
     """Return the settings of a recipe as training gets them; not to be changed."""
-    from litgpt_moe_ext.cli.settings import read_settings
+    from tests.settings import read_settings
 
     return vars(read_settings(["--config", str(path_of(recipe)), *arguments]))

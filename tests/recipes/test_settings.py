@@ -14,13 +14,13 @@ import yaml
 from litgpt.pretrain import validate_args
 
 from litgpt_moe_ext import data as data_modules
-from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checks import check_batch
 from litgpt_moe_ext.training.optim.schedules import Schedule
 from tests.recipes.costs import costs, flops_per_token, parameters_line, size_of
 from tests.recipes.files import RECIPES, ROOT, commands, header, path_of, values_of
+from tests.settings import read_settings
 
 every_recipe = pytest.mark.parametrize("recipe", RECIPES)
 KEY = re.compile(r"( *)(\w+):( |$)")

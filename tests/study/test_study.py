@@ -22,7 +22,7 @@ import yaml
 from litgpt import Config
 
 from litgpt_moe_ext.cli.main import main
-from litgpt_moe_ext.cli.settings import litgpt_types, read_given, read_settings
+from litgpt_moe_ext.cli.settings import litgpt_types, read_given
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.inspect.runs.logs import RunLog
@@ -45,6 +45,7 @@ from litgpt_moe_ext.study.plan import BUDGET, Run, Study
 from litgpt_moe_ext.study.results import MAX_VIO, Result
 from litgpt_moe_ext.study.search import best_in_words, best_points
 from tests.runs import ROOT, run_command
+from tests.settings import read_settings
 
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
 

@@ -6,11 +6,11 @@ import pytest
 import yaml
 
 from litgpt_moe_ext.cli.main import main
-from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.config.fields import expert_fields
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.study.recipes import twin_settings
 from litgpt_moe_ext.study.twin import Experts, cost, dense_twin, moe_twin
+from tests.settings import read_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files.archives import open_archive
 from litgpt_moe_ext.training.callback import EVENTS, Callback
@@ -17,6 +16,7 @@ from litgpt_moe_ext.training.control import TrainingStopped
 from litgpt_moe_ext.training.fabric import TrainingFabric
 from litgpt_moe_ext.training.run import run
 from tests.runs import logged
+from tests.settings import read_settings
 
 
 def test_a_misspelt_event_is_an_error_at_definition():

@@ -13,7 +13,6 @@ from litgpt.data import DataModule
 from litgpt.utils import save_config
 from torch.utils.data import DataLoader
 
-from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files import checksums
@@ -22,6 +21,7 @@ from litgpt_moe_ext.training.inputs import check_own, open_tokenizer
 from litgpt_moe_ext.training.optim.schedules import Schedule
 from litgpt_moe_ext.training.settings import ScheduleArgs, TrainArgs
 from tests.runs import ROOT, logged, refused, train, validation_fell_by, weights_of
+from tests.settings import read_settings
 
 
 def test_a_run_from_start_to_generation(recipe, tmp_path, capsys):

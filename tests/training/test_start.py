@@ -10,7 +10,6 @@ import torch
 import yaml
 from litgpt.utils import save_config
 
-from litgpt_moe_ext.cli.settings import read_settings
 from litgpt_moe_ext.data.loader import corpora_of
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files.lock import ProcessLock
@@ -19,6 +18,7 @@ from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model
 from litgpt_moe_ext.training.plan import make_plan
 from litgpt_moe_ext.training.settings import LogArgs
 from tests.runs import logged, recipe_writer, train
+from tests.settings import read_settings
 
 SHORT = {"max_tokens": 2 * 128}
 

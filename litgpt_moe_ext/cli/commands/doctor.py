@@ -50,9 +50,11 @@ class Doctor:
         from litgpt_moe_ext.cli.settings import settings_of
         from litgpt_moe_ext.inspect.doctor.examination import examine
 
-        recipe = None if self.recipe is None else _load(self.recipe)
-        is_file = recipe is not None and not recipe.checkpoint
-        findings = examine(recipe, settings_of(["--config", str(self.recipe)]) if is_file else None)
+        recipe, settings = None, None
+        if self.recipe is not None:
+            recipe = _load(self.recipe)
+            settings = None if recipe.checkpoint else settings_of([], self.recipe)
+        findings = examine(recipe, settings)
         console = Console(highlight=False, soft_wrap=True)
         for finding in findings:
             style, word = _WORDS[finding.verdict]
