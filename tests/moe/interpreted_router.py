@@ -12,8 +12,9 @@ from litgpt_moe_ext.moe.balancing import update_routers
 from litgpt_moe_ext.moe.batch_metadata import TokenIds
 from litgpt_moe_ext.moe.fixed_routers import FixedRouter
 from litgpt_moe_ext.moe.kernels import fused_router, router_product
-from litgpt_moe_ext.moe.kernels.triton import projecting, routing, routing_sums
+from litgpt_moe_ext.moe.kernels.triton import projecting
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr
+from litgpt_moe_ext.moe.kernels.triton.routing import launches, sums
 from litgpt_moe_ext.moe.layer import MoE
 from litgpt_moe_ext.moe.registry import ROUTERS, load
 from tests.models import moe_config, randomize
@@ -70,9 +71,9 @@ def test_any_shape(T, E, k, name, seed, n_sequence, padded):
 @pytest.mark.parametrize("name", ["sigmoid, sequences", pytest.param("noisy, everything", marks=pytest.mark.slow)])
 def test_blocks_that_several_programs_add_up(monkeypatch, name):
     """Two of three blocks at a time, sixteen of twenty experts in the first program."""
-    monkeypatch.setattr(routing, "_FEW_BLOCKS", 0)
-    monkeypatch.setattr(routing, "_MOST_FOR_ONE", 0)
-    monkeypatch.setattr(routing_sums, "_BLOCKS", constexpr(2))
+    monkeypatch.setattr(launches, "_FEW_BLOCKS", 0)
+    monkeypatch.setattr(launches, "_MOST_FOR_ONE", 0)
+    monkeypatch.setattr(sums, "_BLOCKS", constexpr(2))
     torch.manual_seed(0)
     gate = make_gate(**RULES[name], n_expert=20)
     compare(gate, 262, n_sequence=2, padded=True)
@@ -81,8 +82,8 @@ def test_blocks_that_several_programs_add_up(monkeypatch, name):
 
 @pytest.mark.parametrize("name", ["sigmoid, sequences", pytest.param("noisy, everything", marks=pytest.mark.slow)])
 def test_more_blocks_than_each_looks_at(monkeypatch, name):
-    monkeypatch.setattr(routing, "_FEW_BLOCKS", 2)
-    monkeypatch.setattr(routing, "sum_up_and_place", None)
+    monkeypatch.setattr(launches, "_FEW_BLOCKS", 2)
+    monkeypatch.setattr(launches, "sum_up_and_place", None)
     compare(make_gate(**RULES[name]), 134, n_sequence=2, padded=True)
 
 
@@ -92,7 +93,7 @@ def test_a_few_tokens_are_counted_where_they_are_routed(monkeypatch, name):
     torch.manual_seed(0)
     gate = make_gate(**RULES[name]).eval()
     compare(gate, 65, padded=True)
-    monkeypatch.setattr(routing, "sum_up_and_place", None)
+    monkeypatch.setattr(launches, "sum_up_and_place", None)
     for n_token in (1, 64):
         compare(gate, n_token)
         compare(gate, n_token, padded=True)
@@ -235,9 +236,9 @@ def test_a_layer_in_half_precision(monkeypatch, name):
 
 def test_checkpointing_keeps_the_decision(monkeypatch):
     """As it keeps the choice of torch's operators, so that it cannot come out differently the second time."""
-    gate, calls, decide = make_gate(**BALANCING), [], routing.route
+    gate, calls, decide = make_gate(**BALANCING), [], launches.route
     monkeypatch.setattr(fused_router, "works_on", lambda x: True)
-    monkeypatch.setattr(routing, "route", lambda *arguments: calls.append(1) or decide(*arguments))
+    monkeypatch.setattr(launches, "route", lambda *arguments: calls.append(1) or decide(*arguments))
     gradients = []
     for recompute in (
         lambda forward, x: forward(x),

@@ -31,9 +31,8 @@ from litgpt_moe_ext.moe.kernels.triton import (  # noqa: E402
     gating,
     orthogonality,
     projecting,
-    routing,
-    routing_blocks,
 )
+from litgpt_moe_ext.moe.kernels.triton.routing import blocks, launches  # noqa: E402
 from litgpt_moe_ext.moe.kernels.triton.tiles import CARDS, Work, card_for, precision_of  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -41,8 +40,8 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 AMD_CHIPS = {"gfx90a": 64, "gfx942": 64, "gfx1100": 32, "gfx1201": 32}
 CAPABILITIES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 KERNELS = (
-    *("activation", "balancing", "biases", "combining", "decoding", "gating", "orthogonality", "projecting", "routing"),
-    *("rows", "weights"),
+    *("activation", "balancing", "biases", "combining", "decoding", "gating", "orthogonality", "projecting"),
+    *("routing.launches", "rows", "weights"),
 )
 HALF = (torch.float16, torch.bfloat16)
 # How much a thread copies to shared memory in one instruction, at best 16 bytes, and reads or writes by another.
@@ -209,18 +208,18 @@ def every_rule(n_expert):
         padded = (torch.empty(72, dtype=torch.bool), torch.empty(()))
         for real, other in ((None, None), padded) if rule.score == "softmax" else (padded,):
             given = Given(logits, *beside, real, other)
-            _, experts, _, ends, _, slopes, _ = routing.route(given, rule, True)
-            routing.route_backward(given, rule, experts, ends, slopes, torch.empty(72, rule.top_k), torch.empty(()))
-            routing.route(Given(logits, real_T=real), Rule(*rule[:7]), False)
-        routing.route(Given(logits[:1], None if noisy else beside[0], real_T=padded[0][:1]), Rule(*rule[:7]), False)
+            _, experts, _, ends, _, slopes, _ = launches.route(given, rule, True)
+            launches.route_backward(given, rule, experts, ends, slopes, torch.empty(72, rule.top_k), torch.empty(()))
+            launches.route(Given(logits, real_T=real), Rule(*rule[:7]), False)
+        launches.route(Given(logits[:1], None if noisy else beside[0], real_T=padded[0][:1]), Rule(*rule[:7]), False)
 
 
 def every_router(n_expert):
     """Do that with few blocks, and with many where they have kernels of their own; and all else that routers have."""
     every_rule(n_expert)
-    if n_expert <= routing._FEW_EXPERTS:
+    if n_expert <= launches._FEW_EXPERTS:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(routing, "_FEW_BLOCKS", 0)
+            patch.setattr(launches, "_FEW_BLOCKS", 0)
             every_rule(n_expert)
     products = torch.empty(n_expert, n_expert)
     orthogonality.loss(products, 0.01)
@@ -230,7 +229,7 @@ def every_router(n_expert):
         updates = () if schedule is None else torch.zeros(n_layer, dtype=torch.int64)
         balancing.move_biases(Moved(*map(tuple, moved), tuple(updates), 0.001, schedule))
     hashes = torch.empty(72, n_expert, dtype=torch.int64)
-    routing.route(Given(hashes, real_T=torch.empty(72, dtype=torch.bool)), Rule("even", 2), True)
+    launches.route(Given(hashes, real_T=torch.empty(72, dtype=torch.bool)), Rule("even", 2), True)
 
 
 def every_gate(dtype, n_expert, width=768, narrow=None):
@@ -248,8 +247,8 @@ def test_a_sample(monkeypatch, tmp_path):
     compiler = Compiler(monkeypatch, (8, 6))
     engine.multiply_rows(product(torch.bfloat16, 200, "even", forward=True))
     sum_outer_products(torch.bfloat16, "even", gather_left=False, add=True)
-    routing.route(Given(torch.empty(40, 8), torch.empty(8)), Rule("sigmoid", 2, True, balancing=0.01), True)
-    routing.route(Given(torch.empty(40, 8), torch.empty(8)), Rule("sigmoid", 2, True), False)
+    launches.route(Given(torch.empty(40, 8), torch.empty(8)), Rule("sigmoid", 2, True, balancing=0.01), True)
+    launches.route(Given(torch.empty(40, 8), torch.empty(8)), Rule("sigmoid", 2, True), False)
     every_gate(torch.bfloat16, 8)
     assert compiler.check(tmp_path) == 8
 
@@ -296,8 +295,8 @@ def test_routers_of_many_tokens(monkeypatch, tmp_path, capability):
     compiler = Compiler(monkeypatch, capability)
     for n_expert in (128, 384):
         logits = torch.empty(2**15, n_expert)
-        routing.route(Given(logits, torch.empty(n_expert)), RULES[0], True)
-        routing.route(Given(logits, None, logits, logits), RULES[2], True)
+        launches.route(Given(logits, torch.empty(n_expert)), RULES[0], True)
+        launches.route(Given(logits, None, logits, logits), RULES[2], True)
     assert compiler.check(tmp_path) == 16
 
 
@@ -343,7 +342,7 @@ def test_every_gate_on_hopper(monkeypatch, tmp_path):
 
 @triton.jit
 def _store_softplus(x, out):
-    triton.language.store(out, routing_blocks._softplus(triton.language.load(x)))
+    triton.language.store(out, blocks._softplus(triton.language.load(x)))
 
 
 def test_a_deviation_that_is_no_number_stays_none(monkeypatch):

@@ -186,9 +186,9 @@ _REAL = Given._fields.index("real_T")
 
 
 def _kernels() -> Any:
-    from litgpt_moe_ext.moe.kernels.triton import routing
+    from litgpt_moe_ext.moe.kernels.triton.routing import launches
 
-    return routing
+    return launches
 
 
 def _run_route(*arguments: Any) -> tuple[Tensor, ...]:

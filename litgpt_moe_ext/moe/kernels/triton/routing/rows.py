@@ -1,6 +1,6 @@
 """A counting sort of rows by expert: each block of tokens writes its rows after those of the blocks before it.
 
-Shape legend: as in `litgpt_moe_ext.moe.kernels.triton.routing`.
+Shape legend: as in `litgpt_moe_ext.moe.kernels.triton.routing.launches`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import triton
 
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr
-from litgpt_moe_ext.moe.kernels.triton.routing_blocks import ROWS, block, rank_of
-from litgpt_moe_ext.moe.kernels.triton.routing_sums import sum_up
+from litgpt_moe_ext.moe.kernels.triton.routing.blocks import ROWS, block, rank_of
+from litgpt_moe_ext.moe.kernels.triton.routing.sums import sum_up
 
 if TYPE_CHECKING:
     # Triton's own types take what a reduction returns for several values.

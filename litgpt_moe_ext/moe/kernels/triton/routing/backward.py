@@ -1,6 +1,6 @@
 """The gradients of a router's logits, and of the logits of its noise.
 
-Shape legend: as in `litgpt_moe_ext.moe.kernels.triton.routing`.
+Shape legend: as in `litgpt_moe_ext.moe.kernels.triton.routing.launches`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import triton
 
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr
-from litgpt_moe_ext.moe.kernels.triton.routing_blocks import block, gate_values, margins, rank_of, softmax, text, values
+from litgpt_moe_ext.moe.kernels.triton.routing.blocks import block, gate_values, margins, rank_of, softmax, text, values
 
 if TYPE_CHECKING:
     # Triton's own types take what a reduction returns for several values.

@@ -1,6 +1,6 @@
 """A router's decision for a block of tokens, and the block's share of the statistics.
 
-Shape legend: as in `litgpt_moe_ext.moe.kernels.triton.routing`.
+Shape legend: as in `litgpt_moe_ext.moe.kernels.triton.routing.launches`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import triton
 
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr
-from litgpt_moe_ext.moe.kernels.triton.routing_blocks import (
+from litgpt_moe_ext.moe.kernels.triton.routing.blocks import (
     ROWS,
     block,
     gate_values,
@@ -18,7 +18,7 @@ from litgpt_moe_ext.moe.kernels.triton.routing_blocks import (
     text,
     values,
 )
-from litgpt_moe_ext.moe.kernels.triton.routing_rows import store_rows
+from litgpt_moe_ext.moe.kernels.triton.routing.rows import store_rows
 
 if TYPE_CHECKING:
     # Triton's own types take what a reduction returns for several values.

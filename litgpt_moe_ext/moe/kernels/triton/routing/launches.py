@@ -26,11 +26,11 @@ from torch import Tensor
 
 from litgpt_moe_ext.kernels.launch import ceil_div, launch
 from litgpt_moe_ext.moe.kernels.fused_router import Given, Rule, block_shape
-from litgpt_moe_ext.moe.kernels.triton.routing_backward import route_block_backward
-from litgpt_moe_ext.moe.kernels.triton.routing_blocks import ROWS
-from litgpt_moe_ext.moe.kernels.triton.routing_decision import route_block, route_block_evenly
-from litgpt_moe_ext.moe.kernels.triton.routing_rows import place_rows, sum_up_and_place
-from litgpt_moe_ext.moe.kernels.triton.routing_sums import COLUMNS, sum_blocks, sum_up
+from litgpt_moe_ext.moe.kernels.triton.routing.backward import route_block_backward
+from litgpt_moe_ext.moe.kernels.triton.routing.blocks import ROWS
+from litgpt_moe_ext.moe.kernels.triton.routing.decision import route_block, route_block_evenly
+from litgpt_moe_ext.moe.kernels.triton.routing.rows import place_rows, sum_up_and_place
+from litgpt_moe_ext.moe.kernels.triton.routing.sums import COLUMNS, sum_blocks, sum_up
 
 # More numbers than this (2 MiB) are added up by several programs: one would read them for longer than a launch takes.
 _MOST_FOR_ONE = 2**19
