@@ -61,6 +61,21 @@ def test_windows_documents_and_a_cache_wait_for_nothing(capability: tuple[int, i
                 assert model(idx_BT[:, :1], position_1, input_pos_maxp1=11).shape == (2, 1, 40)
 
 
+def test_a_streaming_cache_waits_for_nothing() -> None:
+    """The host must be told where the text goes on."""
+    yarn = {"factor": 4.0, "original_max_seq_len": 8, "beta_fast": 32.0}
+    settings = {"streaming_cache_first": 2, "streaming_cache_window": 6, "rope_adjustments": yarn}
+    with fake_cuda(), torch.inference_mode():
+        with Fabric(accelerator="cpu", devices=1).init_module(empty_init=True), torch.device("cuda"):
+            model = GPT(attention_config(**settings))
+        model.cos, model.sin = model.rope_cache(device=torch.device("cuda"))
+        model.set_kv_cache(1, device=torch.device("cuda"))
+        idx_BT, position_T = torch.zeros(1, 10, dtype=torch.long, device="cuda"), torch.arange(10, device="cuda")
+        with pytest.raises(ValueError, match="and input_pos_maxp1 unless on a CPU"):
+            model(idx_BT, position_T)
+        assert model(idx_BT, position_T, input_pos_maxp1=10).shape == (1, 10, 40)
+
+
 class Calls(TorchDispatchMode):
     """Records the numbers of documents and the lengths that flash attention is called with."""
 

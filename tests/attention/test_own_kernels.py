@@ -96,7 +96,7 @@ def test_what_is_no_result(changed, message):
         attend(changed)
 
 
-@pytest.mark.parametrize("changed", [lambda g: g[:2], lambda g: (g[0], None, g[2])])
+@pytest.mark.parametrize("changed", [lambda g: g[:2], lambda g: (g[0], None, g[2]), list])
 def test_what_are_no_gradients(changed):
     """One that is missing would train keys by nothing."""
     with pytest.raises(TypeError, match="'mine': backward must return a tuple of dq, dk and dv"):

@@ -177,6 +177,8 @@ def test_a_slow_fallback_is_said_once(recwarn: pytest.WarningsRecorder) -> None:
     sink_attention(q, k, v, sinks, scale=1)
     sink_attention(q, k, v, sinks, scale=1, backend="eager")
     sink_attention(*make_inputs(device="meta"), scale=1)
+    # Windows and documents are cut into pieces, which a kernel computes.
+    assert choose_kernel(q, k, v, ("window",)) == choose_kernel(q, k, v, ("documents",)) == "eager"
     assert not recwarn.list
     for _ in range(2):
         sink_attention(q, k, v[..., :3], sinks, scale=1)

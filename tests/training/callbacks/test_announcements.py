@@ -4,12 +4,14 @@ import re
 
 import pytest
 import torch
+from litgpt.model import GPT
 
 from litgpt_moe_ext.attention.kernels import choice
 from litgpt_moe_ext.training.callbacks.kernel_report import attention_line, experts_line
 from litgpt_moe_ext.training.checks import strategy_note
 from litgpt_moe_ext.training.settings import DistributedArgs
-from tests.models import dense_config, initialized_model, moe_config
+from tests.fake_cuda import fake_cuda
+from tests.models import attention_config, dense_config, initialized_model, moe_config
 from tests.runs import train
 
 CPU = torch.device("cpu")
@@ -41,6 +43,34 @@ def test_attention():
     assert "grow with the square" in line
     model = initialized_model(moe_config(attention_class_name="SinkAttention", attention_sinks=False))
     assert attention_line(model, CPU) == "attention: scaled_dot_product_attention for torch.float32 on cpu (chosen)"
+
+
+WINDOW = {"sliding_window_size": 8}
+SDPA = "scaled_dot_product_attention"
+
+
+@pytest.mark.parametrize(
+    ("capability", "settings", "kernel"),
+    [
+        ((9, 0), {}, "cudnn"),
+        ((9, 0), {"attention_sinks": False}, SDPA),
+        ((9, 0), {"attention_sinks": False, "attention_backend": "flash"}, "flash"),
+        ((9, 0), WINDOW, "flash"),
+        ((9, 0), {**WINDOW, "sliding_window_indices": [0, 1]}, "cudnn and flash"),
+        ((7, 5), WINDOW, "eager"),
+        ((7, 5), {**WINDOW, "attention_sinks": False}, SDPA),
+    ],
+)
+def test_attention_on_a_card(capability, settings, kernel):
+    """One kernel for windows where there is one; otherwise each piece has a mask."""
+    with torch.device("meta"):
+        model = GPT(attention_config(head_size=16, **settings)).half()
+    choice._missing.cache_clear()
+    with fake_cuda(capability):
+        assert attention_line(model, torch.device("cuda")).startswith(f"attention: {kernel} for torch.float16 on cuda")
+        with pytest.raises(ValueError, match="'efficient' cannot be used here: it takes no mask tensor"):
+            attention_line(GPT(attention_config(**WINDOW, attention_backend="efficient")), torch.device("cuda"))
+    choice._missing.cache_clear()
 
 
 def test_litgpts_own_layers_say_nothing():
