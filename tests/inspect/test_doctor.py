@@ -1,5 +1,6 @@
 """The doctor sees what would keep a recipe from running."""
 
+import importlib.metadata
 import itertools
 import json
 import sys
@@ -20,7 +21,7 @@ from litgpt_moe_ext.inspect.cost.memory import graph_memory, training_memory
 from litgpt_moe_ext.inspect.doctor import room
 from litgpt_moe_ext.inspect.doctor.computing import graphs
 from litgpt_moe_ext.inspect.doctor.examination import examine
-from litgpt_moe_ext.inspect.doctor.installation import links
+from litgpt_moe_ext.inspect.doctor.installation import links, versions
 from litgpt_moe_ext.inspect.recipes import Recipe, load_recipe
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.inputs import check_writable
@@ -63,6 +64,14 @@ def test_a_recipe_that_can_run(tmp_path, capsys):
         assert topic in page
     assert "can run here" in page
     assert not (tmp_path / "out").exists(), "looking changes nothing"
+
+
+def test_a_litgpt_that_is_not_tested(monkeypatch):
+    installed = importlib.metadata.version("litgpt")
+    for tested, notes in ((installed, []), ("0.1.0", [f"litgpt {installed} is installed; tested is 0.1.0"])):
+        monkeypatch.setattr("litgpt_moe_ext.host.seams.TESTED_LITGPT", tested)
+        found = [finding.text.split(":")[0] for finding in versions() if finding.topic == "litgpt"]
+        assert found == notes
 
 
 def test_kernels_are_those_that_a_run_announces():

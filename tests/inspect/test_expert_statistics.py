@@ -31,7 +31,8 @@ def test_a_text_is_long_enough_by_the_visits_of_an_expert():
 
 def test_even_pairs_have_lift_one():
     experts = torch.combinations(torch.arange(4), 2)
-    lift = statistics.coactivation_lift(statistics.coactivation(experts, 5))
+    pairs = statistics.coactivation(experts, 5)
+    lift = statistics.coactivation_lift(pairs, least=1)  # as many as are expected
     off_diagonal = ~torch.eye(4, dtype=torch.bool)
     assert torch.allclose(lift[:4, :4][off_diagonal], torch.ones(12, dtype=torch.float64))
     assert lift.diagonal().isnan().all()

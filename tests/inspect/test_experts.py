@@ -149,6 +149,8 @@ def test_report_needs_nothing_else(moe_dir, tmp_path, capsys):
     assert len(layers) == 2
     for layer in layers:
         assert sum(layer["load"]) == 2 * analysis["tokens"]
+        mean = sum(layer["load"]) / layer["n_expert"]
+        assert layer["load_over_mean"] == pytest.approx([load / mean for load in layer["load"]])
         assert sum(layer["gate_mass"]) == pytest.approx(1)
         assert sum(sum(row) for row in layer["class_counts"].values()) == 2 * analysis["tokens"]
     assert 0 <= analysis["comparison"]["layers"][0]["matched"] <= 1
