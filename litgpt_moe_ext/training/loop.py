@@ -168,7 +168,7 @@ class HookedLoop:
             "get_dataloaders": self._adaptable(litgpt.pretrain.get_dataloaders),
             "instantiate_torch_optimizer": self._equipment.optimization.make_optimizer,
             "chunked_cross_entropy": self._means.wrap_loss(self._handover.wrap(cross_entropy)),
-            "validate": self._noted(self._means.wrap_validation(self._validation.wrap(litgpt.pretrain.validate))),
+            "validate": self._noted(self._validate(litgpt.pretrain.validate)),
             "RunningMean": RunningMean,
             "math": SimpleNamespace(**{**vars(math), "exp": exp}),
         }
@@ -235,6 +235,9 @@ class HookedLoop:
                 return batch
 
         return CycleIterator
+
+    def _validate(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return self._means.wrap_validation(self._validation.wrap(self._handover.wrap_validation(original)))
 
     def _noted(self, validate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def noted_validate(*args: Any, verbose: bool = True, **kwargs: Any) -> Tensor:

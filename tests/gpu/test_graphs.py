@@ -65,43 +65,56 @@ def trained(card, dtype, accumulation, graphs, share=True, recomputed=None, muon
         with autocast(card, dtype):
             return chunked_cross_entropy(model(ids), targets.contiguous(), chunk_size=0)
 
-    loss_function, run_task = plain_loss, run_now
+    loss_function = validated = plain_loss
+    run_task = run_now
     if graphs:
         how = GraphOptions(careful=False, room=document_room(model.config) or NoRoom(), sharing=share)
         loss_function = GraphedLoss(plain_loss, model, said.append, how)
-        run_task = loss_function.run_task
+        run_task, validated = loss_function.run_task, loss_function.validated
     GpuStep(optimizer, run_task).install()
     clip = partial(nn.utils.clip_grad_norm_, list(model.parameters()), 1.0)
     torch.manual_seed(1)
-    numbers, rooms = [], set()
+    numbers, norms, rooms = [], [], set()
+
+    def next_batch():
+        # The end of a document is among fewer ids at last, so that there are more documents than were captured.
+        ids = torch.randint(0, 64 if len(norms) < 4 else 8, (4, 65), generator=generator)
+        batch = (ids.pin_memory() if card.type == "cuda" else ids).as_subclass(Rows).to(card, non_blocking=True)
+        return batch[:, :-1], batch[:, 1:]
+
+    def validate():
+        model.eval()
+        with torch.no_grad():
+            numbers.extend(validated(*next_batch()) for _ in range(3))
+        model.train()
 
     def step():
         for i in range(accumulation):
-            # The end of a document is among fewer ids at last, so that there are more documents than were captured.
-            ids = torch.randint(0, 64 if len(numbers) < 4 * (accumulation + 1) else 8, (4, 65), generator=generator)
-            batch = (ids.pin_memory() if card.type == "cuda" else ids).as_subclass(Rows).to(card, non_blocking=True)
-            loss = loss_function(batch[:, :-1], batch[:, 1:])
+            loss = loss_function(*next_batch())
             (loss * (i + 1)).backward()
             numbers.append(loss.detach())
-        numbers.append(run_task(GradientTask("clipping", clip, tuple)))
+        norms.append(run_task(GradientTask("clipping", clip, tuple)))
         for group in optimizer.param_groups:
             group["lr"] *= 0.9  # a graph must not repeat the rate of its capture
         optimizer.step()
         optimizer.zero_grad()
-        if graphs and loss_function._captured is not None:
-            rooms.add(loss_function._captured._inputs.sizes)
+        if graphs and loss_function._graphs is not None:
+            rooms.add(loss_function._graphs.passes._inputs.sizes)
 
     for _ in range(5 if card.type == "cuda" else 3):
         step()
+        validate()
     with no_waits(card):
         for _ in range(2 if card.type == "cuda" else 1):
             step()
+            validate()
     assert said == (["CUDA graphs: on, from this step"] if graphs else [])
     if graphs and card.type == "cuda":
-        assert loss_function._captured.tasks._captured.keys() == {"clipping", "the optimizer"}
+        assert loss_function._graphs.tasks._captured.keys() == {"clipping", "the optimizer"}
+    assert not graphs or loss_function._graphs.validation._captured is not None
     assert not (graphs and changes.keys() >= DOCUMENTS.keys() and card.type == "cuda") or len(rooms) == 2
     loads = [router.record for router in routers_of(model).values()]
-    return [*numbers, *model.state_dict().values(), *loads]
+    return [*numbers, *norms, *model.state_dict().values(), *loads]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None], ids=str)

@@ -7,6 +7,7 @@ Shape legend: B batch, T tokens.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -50,6 +51,9 @@ class Capture(Protocol):
             add: Whether the backward pass adds to the leaves' present gradients; otherwise it writes new ones.
         """
 
+    def forward(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor) -> Replay:
+        """Return the forward pass of `loss` over such tensors, without gradients and without having run it."""
+
     def function(self, function: Callable[[], Tensor | None]) -> Replay:
         """Return a function ready to run again, without having run it."""
 
@@ -59,6 +63,10 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self._pool: Any = None
+
+    def forward(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor) -> Replay:
+        """Return the forward pass of `loss` as a graph; see `Capture`."""
+        return self.function(partial(loss, ids_BT, targets_BT))
 
     def function(self, function: Callable[[], Tensor | None]) -> Replay:
         """Return a function as a graph; see `Capture`."""

@@ -4,31 +4,12 @@ Shape legend: B batch, T tokens.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from litgpt_moe_ext.training.steps.capture import Capture, Loss, Passes, gradients_set_aside
-from litgpt_moe_ext.training.steps.gradient_tasks import TaskGraphs
 from litgpt_moe_ext.training.steps.graph_check import Reference
-
-
-class Inputs(NamedTuple):
-    """A micro-batch, or the static tensors that micro-batches are copied into.
-
-    Attributes:
-        ids_BT: Token ids, int64.
-        targets_BT: Targets, int64.
-        sizes: Sizes that passes need, or have reserved (`litgpt_moe_ext.training.steps.room`).
-    """
-
-    ids_BT: Tensor
-    targets_BT: Tensor
-    sizes: tuple[int, ...]
-
-    def cloned(self) -> "Inputs":
-        """Return a copy."""
-        return Inputs(self.ids_BT.clone(), self.targets_BT.clone(), self.sizes)
+from litgpt_moe_ext.training.steps.static_inputs import Inputs, ModelTensors
 
 
 class CapturedPasses:
@@ -39,45 +20,25 @@ class CapturedPasses:
         loss: Takes ids and targets and returns a scalar.
         model: The model whose parameters and buffers `loss` reads.
         inputs: The static tensors that the passes read.
-
-    Attributes:
-        tasks: Graphs of what happens to the gradients of the passes.
     """
 
     def __init__(self, capture: Capture, loss: Loss, model: nn.Module, inputs: Inputs) -> None:
         self._capture, self._loss = capture, loss
-        self._inputs = inputs
-        self.tasks = TaskGraphs(capture.function)
+        self._inputs, self._tensors = inputs, ModelTensors(model)
         self._first: Passes | None = None
         self._other: Passes | None = None
-        # Holding the tensors keeps their memory from being reused.
-        self._read = [
-            (tensors, name, tensor, tensor.data_ptr())
-            for module in model.modules()
-            for tensors in (module._parameters, module._buffers)
-            for name, tensor in tensors.items()
-            if tensor is not None
-        ]
 
     def fits(self, batch: Inputs) -> bool:
-        """Return whether a batch has the shapes of the inputs and needs no larger sizes."""
-        is_alike = self._has_ids_of(batch) and batch.targets_BT.shape == self._inputs.targets_BT.shape
-        return is_alike and not self.is_outgrown(batch)
+        """Return whether the passes are for batches like this one."""
+        return self._inputs.fits(batch)
+
+    def lacks(self, batch: Inputs) -> bool:
+        """Return whether passes must be captured anew: the model's tensors have moved, or a batch needs more room."""
+        return self._tensors.have_moved() or self.is_outgrown(batch)
 
     def is_outgrown(self, batch: Inputs) -> bool:
-        """Return whether a batch has the shape of the inputs but needs larger sizes."""
-        is_larger = any(size > reserved for size, reserved in zip(batch.sizes, self._inputs.sizes, strict=True))
-        return is_larger and self._has_ids_of(batch)
-
-    def _has_ids_of(self, batch: Inputs) -> bool:
-        return batch.ids_BT.shape == self._inputs.ids_BT.shape
-
-    def has_moved(self) -> bool:
-        """Return whether a parameter or buffer has moved since the capture."""
-        return any(
-            tensors.get(name) is not tensor or tensor.data_ptr() != address
-            for tensors, name, tensor, address in self._read
-        )
+        """Return whether a batch needs more room than the passes have."""
+        return self._inputs.is_outgrown(batch)
 
     def have_written(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Return whether the gradients of parameters are those of the passes, where the passes write them."""
@@ -128,8 +89,7 @@ class CapturedPasses:
 
     def load(self, batch: Inputs) -> None:
         """Copy a micro-batch into the static tensors."""
-        self._inputs.ids_BT.copy_(batch.ids_BT)
-        self._inputs.targets_BT.copy_(batch.targets_BT)
+        self._inputs.load(batch)
 
     def hand_over(self, passes: Passes) -> None:
         """Set the leaves' gradients to those just computed."""

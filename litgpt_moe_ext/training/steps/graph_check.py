@@ -2,7 +2,8 @@
 
 A run checks this with its first captured micro-batch, because a fault in the driver, in torch or in this package would
 otherwise silently train on wrong numbers. The check costs three more passes, a few replays and waits. It compares the
-norms of gradients, because there may be no room for a second copy of the gradients themselves.
+norms of gradients, because there may be no room for a second copy of the gradients themselves. Captured validations are
+checked as well.
 
 Shape legend: B batch, T tokens, N numbers: the loss, and the norm of each leaf's gradient.
 """
@@ -69,6 +70,17 @@ class Reference:
         found, expected = found_N[index].item(), expected_N[index].item()
         what = "the loss is" if index == 0 else f"the gradient of {_name(self.leaves[index - 1], model)} has the norm"
         raise GraphError(f"replayed, {what} {found:.5g}, and without graphs {expected:.5g}")
+
+
+def require_same_loss(found: Tensor, expected: Tensor) -> None:
+    """Compare a replayed loss without gradients with the loss itself, both scalars; wait for the device.
+
+    Raises:
+        GraphError: If they differ.
+    """
+    found_N, expected_N = _numbers(found, []), _numbers(expected, [])
+    if expected_N.isfinite() and (found_N - expected_N).abs() > _PART * expected_N.abs():
+        raise GraphError(f"replayed, the loss is {found_N.item():.5g}, and without graphs {expected_N.item():.5g}")
 
 
 def _name(leaf: Tensor, model: nn.Module) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.kernels.side_stream import side_by_side
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
-from litgpt_moe_ext.moe.step_shares import add_up, nothing_counted
+from litgpt_moe_ext.moe.step_shares import add_up
 from litgpt_moe_ext.training.steps.capture import Capture, CudaCapture, Loss, Passes, gradients_set_aside
-from litgpt_moe_ext.training.steps.captured_passes import CapturedPasses, Inputs
+from litgpt_moe_ext.training.steps.captured_passes import CapturedPasses
 from litgpt_moe_ext.training.steps.detached_loss import DetachedLosses
-from litgpt_moe_ext.training.steps.gradient_tasks import GradientTask, Replay
+from litgpt_moe_ext.training.steps.gradient_tasks import GradientTask
 from litgpt_moe_ext.training.steps.graph_check import Reference, side_effects_undone
 from litgpt_moe_ext.training.steps.graph_obstacles import (
     GraphError,
@@ -39,8 +39,10 @@ from litgpt_moe_ext.training.steps.graph_obstacles import (
     noting_waits,
     reason_of,
 )
+from litgpt_moe_ext.training.steps.graphs import Graphs, SharingCapture
 from litgpt_moe_ext.training.steps.pass_history import PassHistory, Turn
 from litgpt_moe_ext.training.steps.room import NoRoom, Room
+from litgpt_moe_ext.training.steps.static_inputs import Inputs
 
 _Result = TypeVar("_Result")
 
@@ -91,9 +93,9 @@ class GraphedLoss:
         self._history = PassHistory(options.room)
         self._weights = StepWeights()
         self._detached = DetachedLosses()
-        self._captured: CapturedPasses | None = None
+        self._graphs: Graphs | None = None
         self._is_off = False
-        self._left_out: set[str] = set()  # tasks that could not be captured
+        self._left_out: set[str] = set()  # what could not be captured besides passes
 
     def __call__(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Return the loss, a scalar whose backward pass adds to the gradients of the leaves.
@@ -128,38 +130,49 @@ class GraphedLoss:
         Returns:
             What the task returns.
         """
-        captured = self._captured
-        if captured is None or task.name in self._left_out or not captured.have_written(self._parameters):
+        graphs = self._graphs
+        if graphs is None or not graphs.passes.have_written(self._parameters):
             return task.run()
-        replay = self._task_graph(captured, task)
+        replay = self._besides(task.name, partial(graphs.tasks.of, task))
         if replay is None:
             return task.run()
         replay.run()
         # A copy, because the next replay writes to the same address.
         return None if replay.result is None else replay.result.clone()
 
-    def _task_graph(self, captured: CapturedPasses, task: GradientTask) -> Replay | None:
+    def validated(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Return the loss of a model in evaluation mode without gradients, as a graph if there are graphs of passes.
+
+        Args:
+            ids_BT: Token ids, int64.
+            targets_BT: Targets, int64.
+        """
+        loss = None
+        if self._graphs is not None:
+            loss = self._besides("validation", partial(self._graphs.validation, ids_BT, targets_BT))
+        return self._loss(ids_BT, targets_BT) if loss is None else loss
+
+    def _besides(self, name: str, attempt: Callable[[], _Result | None]) -> _Result | None:
+        """Return what an attempt returns; None if it fails, now or earlier, which leaves the passes as they are."""
+        if name in self._left_out:
+            return None
         # As in `_tried`, nothing of the error may outlive this method.
         try:
-            return captured.tasks.of(task)
+            return attempt()
         except Exception as error:
-            self._left_out.add(task.name)
-            self._say(f"CUDA graphs: not for {task.name} ({reason_of(error)})")
+            self._left_out.add(name)
+            self._say(f"CUDA graphs: not for {name} ({reason_of(error)})")
             return None
 
     def _ready(self, turn: Turn) -> tuple[CapturedPasses, Passes] | None:
         """Return the passes for a micro-batch, captured now if it is time to; None if no passes fit."""
-        if turn.captures and self._lacks_passes(turn.inputs):
-            self._captured = self._new_capture(turn.inputs)
-        captured = self._captured
-        if captured is None or not captured.fits(turn.inputs):
+        if turn.captures and (self._graphs is None or self._graphs.passes.lacks(turn.inputs)):
+            self._graphs = self._new_graphs(turn.inputs)
+        if self._graphs is None or not self._graphs.passes.fits(turn.inputs):
             return None
         self._weights.refresh()
+        captured = self._graphs.passes
         return captured, captured.passes(turn.begins)
-
-    def _lacks_passes(self, batch: Inputs) -> bool:
-        captured = self._captured
-        return captured is None or captured.has_moved() or captured.is_outgrown(batch)
 
     def _replayed(self, captured: CapturedPasses, passes: Passes, batch: Inputs) -> Tensor:
         captured.load(batch)
@@ -194,10 +207,10 @@ class GraphedLoss:
 
         return self._detached(loss.detach(), backward)
 
-    def _new_capture(self, batch: Inputs) -> CapturedPasses:
-        is_first = self._captured is None
-        is_outgrown = self._captured is not None and self._captured.is_outgrown(batch)
-        self._captured = None  # frees its memory
+    def _new_graphs(self, batch: Inputs) -> Graphs:
+        is_first = self._graphs is None
+        is_outgrown = self._graphs is not None and self._graphs.passes.is_outgrown(batch)
+        self._graphs = None  # frees their memory
         if is_first and self._options.careful:
             self._require_chances(batch.ids_BT.device)
         inputs, reference, casts = batch.cloned(), None, ""
@@ -207,14 +220,14 @@ class GraphedLoss:
             reference = self._rehearsed(batch, inputs)
         if is_first:
             casts = self._keep_casts(inputs.ids_BT.device)
-        captured = CapturedPasses(self._capture(), self._loss, self._model, inputs)
+        graphs = Graphs.over(inputs, self._capture(), self._loss, self._model, self._options.room)
         if reference is None:
-            captured.passes(begins=True)
+            graphs.passes.passes(begins=True)
         else:
-            captured.check(reference, self._history.accumulates, self._model)
+            graphs.passes.check(reference, self._history.accumulates, self._model)
         if is_first:
             self._say(f"CUDA graphs: on, from this step{casts}")
-        return captured
+        return graphs
 
     def _require_chances(self, device: torch.device) -> None:
         obstacle = hook_of_others(self._model) or lack_of_memory(device)
@@ -248,7 +261,7 @@ class GraphedLoss:
     def _capture(self) -> Capture:
         # No reference to self: graphs should be freed with the run, not when the garbage collector finds a cycle.
         abreast = side_by_side if self._options.abreast else contextlib.nullcontext
-        return _SharingCapture(self._options.make_capture(), self._sharing, abreast)
+        return SharingCapture(self._options.make_capture(), self._sharing, abreast)
 
     def _tried(self, attempt: Callable[[], _Result]) -> _Result | None:
         # None on failure, instead of raising: the error's traceback would keep the memory of a pass alive.
@@ -259,32 +272,9 @@ class GraphedLoss:
             return None
 
     def _stop(self, error: Exception) -> None:
-        self._is_off, self._captured = True, None
+        self._is_off, self._graphs = True, None
         self._weights.clear()
         reason = reason_of(error)
         if not self._options.careful:
             raise SettingsError(f"cuda_graphs: true cannot work here ({reason}); set cuda_graphs: auto") from error
         self._say(f"CUDA graphs: off ({reason})")
-
-
-class _SharingCapture(NamedTuple):
-    """Captures passes that share what they can, in parallel branches.
-
-    Attributes:
-        capture: Captures them.
-        sharing: The scope in which they share.
-        abreast: The scope in which parts of layers get branches of their own.
-    """
-
-    capture: Capture
-    sharing: Callable[[], AbstractContextManager[None]]
-    abreast: Callable[[], AbstractContextManager[None]]
-
-    def passes(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor, add: bool) -> Passes:
-        """See `Capture.passes`."""
-        with self.sharing(), nothing_counted(), self.abreast():
-            return self.capture.passes(loss, ids_BT, targets_BT, add)
-
-    def function(self, function: Callable[[], Tensor | None]) -> Replay:
-        """See `Capture.function`."""
-        return self.capture.function(function)

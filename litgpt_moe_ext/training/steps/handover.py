@@ -1,9 +1,9 @@
 """What the model hands to the loss function in LitGPT's loop.
 
-The loop calls the model for logits, then another function for their loss. For a training batch, the model hands over
-whatever makes the loss cheapest:
+The loop calls the model for logits, then another function for their loss. For a batch of training or validation, the
+model hands over whatever makes the loss cheapest:
 
-- With CUDA graphs, which contain both passes, its input; the loss function does all the work.
+- With CUDA graphs, which contain all passes, its input; the loss function does all the work.
 - Otherwise logits in the precision of the output head, often 16 bits. Fabric would convert them to float32, a copy of
   twice the size, although the loss kernel (`litgpt_moe_ext.loss.cross_entropy`) computes in float32 anyway. Logits for
   any other loss are converted here: the same operators in the same order.
@@ -23,7 +23,7 @@ The loss passes through these functions, outermost first; `litgpt_moe_ext.traini
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,9 +44,15 @@ if TYPE_CHECKING:
 
 
 class _Deferred(NamedTuple):
-    """A placeholder for the logits of a batch that is not computed yet."""
+    """A placeholder for the logits of a batch, which the function of its loss computes.
+
+    Attributes:
+        ids_BT: Token ids, int64.
+        loss: Takes ids and targets and returns the loss.
+    """
 
     ids_BT: Tensor
+    loss: Callable[[Tensor, Tensor], Tensor]
 
 
 class _Handed:
@@ -71,13 +77,32 @@ class Handover:
     def __init__(self, decision: GraphDecision, say: Callable[[str], None], room: Room | None = None) -> None:
         self._decision, self._say, self._room = decision, say, room or NoRoom()
         self._passes: GraphedLoss | None = None
-        self._graphed: Callable[[Tensor, Tensor], Tensor] | None = None
         self._expects = False
         self._cross_entropy: Callable[[Any, Tensor], Tensor]
 
     def expect_batch(self) -> None:
-        """Note that the loop has a batch: only its next call of the model trains."""
+        """Note that the loop has a batch: its next call of the model is for the loss."""
         self._expects = True
+
+    def wrap_validation(self, validate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return LitGPT's validation, which takes the loss of what the model hands over.
+
+        Args:
+            validate: Takes a fabric, the model, the batches and options.
+        """
+
+        def validate_handed(fabric: Any, model: Any, batches: Iterable[Tensor], *args: Any, **kwargs: Any) -> Tensor:
+            try:
+                return validate(fabric, model, self._expected(batches), *args, **kwargs)
+            finally:
+                self._expects = False  # of the batch that it fetched, but had no use for
+
+        return validate_handed
+
+    def _expected(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        for batch in batches:
+            self.expect_batch()
+            yield batch
 
     def wrap(self, cross_entropy: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return a loss function that takes what the model hands over.
@@ -88,8 +113,8 @@ class Handover:
         self._cross_entropy = cross_entropy
 
         def loss(logits: Any, targets: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if isinstance(logits, _Deferred) and self._graphed is not None:
-                return self._graphed(logits.ids_BT, targets)
+            if isinstance(logits, _Deferred):
+                return logits.loss(logits.ids_BT, targets)
             if isinstance(logits, _Handed):
                 logits = logits.take()
             return cross_entropy(logits, targets, *args, **kwargs)
@@ -98,23 +123,24 @@ class Handover:
 
     @contextlib.contextmanager
     def installed(self, model: Any, strategy: Behaviour) -> Iterator[None]:
-        """Within the scope, have the model hand over the loop's training batches.
+        """Within the scope, have the model hand over the loop's batches.
 
         Args:
             model: Fabric's wrapper of the model.
             strategy: Fabric's strategy, in whose precision the model computes.
         """
         compute = model.forward
+        training = validating = None
         if self._decision.obstacle is None:
-            self._passes = self._with_graphs(model, strategy)
-            self._graphed = partial(strategy.in_place_of_forward, self._passes)
+            self._passes = passes = self._with_graphs(model, strategy)
+            training, validating = partial(strategy.in_place_of_forward, passes), passes.validated
 
         def forward(ids_BT: Tensor, *args: Any, **kwargs: Any) -> Any:
             expected, self._expects = self._expects, False
-            if not expected or args or kwargs or not (model.training and torch.is_grad_enabled()):
+            if not expected or args or kwargs or model.training != torch.is_grad_enabled():
                 return compute(ids_BT, *args, **kwargs)
-            if self._graphed is not None:
-                return _Deferred(ids_BT)
+            if (loss := training if model.training else validating) is not None:
+                return _Deferred(ids_BT, loss)
             with _unconverted(strategy.precision):
                 return _Handed(compute(ids_BT))
 
@@ -124,7 +150,7 @@ class Handover:
             yield
         finally:
             object.__delattr__(model, "forward")
-            self._passes = self._graphed = None
+            self._passes = None
 
     def run_task(self, task: GradientTask) -> Tensor | None:
         """Do work on the gradients of a step, as a graph where their passes were; see `GraphedLoss.run_task`."""

@@ -5,11 +5,10 @@ Shape legend: B batch, T tokens.
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from litgpt_moe_ext.training.steps.captured_passes import Inputs
-from litgpt_moe_ext.training.steps.room import Room
+from litgpt_moe_ext.training.steps.room import Room, SizesByShape
+from litgpt_moe_ext.training.steps.static_inputs import Inputs
 
 # The first step compiles kernels, which a capture does not allow, and the optimizer creates its states. The second is
 # watched for waits for the device, which a graph cannot contain.
@@ -43,17 +42,13 @@ class PassHistory:
     """
 
     def __init__(self, room: Room) -> None:
-        self._room, self._steps = room, 0
-        self._sizes: dict[torch.Size, tuple[int, ...]] = {}  # largest sizes needed so far, by shape
+        self._sizes, self._steps = SizesByShape(room), 0
         self.accumulates = False
 
     def note(self, ids_BT: Tensor, targets_BT: Tensor, begins: bool) -> Turn:
         """Return the turn of the next micro-batch, with the largest sizes that its shape has needed so far."""
         self._steps += begins
         self.accumulates |= not begins
-        sizes, before = self._room.needed(ids_BT), self._sizes.get(ids_BT.shape)
-        if before is not None:
-            sizes = tuple(map(max, sizes, before))
-        self._sizes[ids_BT.shape] = sizes
-        captures = begins and self._steps > _WATCHED and before is not None
-        return Turn(Inputs(ids_BT, targets_BT, sizes), begins, self._steps == _WATCHED, captures)
+        captures = begins and self._steps > _WATCHED and ids_BT.shape in self._sizes
+        inputs = Inputs(ids_BT, targets_BT, self._sizes.note(ids_BT))
+        return Turn(inputs, begins, self._steps == _WATCHED, captures)

@@ -5,6 +5,7 @@ Shape legend: B batch, T tokens.
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -31,3 +32,30 @@ class NoRoom:
 
     def reserve(self, ids_BT: Tensor, sizes: tuple[int, ...]) -> None:
         """Do nothing."""
+
+
+class SizesByShape:
+    """The largest sizes that the batches of each shape have needed so far.
+
+    Args:
+        room: Tells what a batch needs.
+    """
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._largest: dict[torch.Size, tuple[int, ...]] = {}
+
+    def note(self, ids_BT: Tensor) -> tuple[int, ...]:
+        """Return the largest sizes for a batch's shape, its own included.
+
+        Args:
+            ids_BT: Token ids, int64.
+        """
+        needed = self._room.needed(ids_BT)
+        largest = tuple(map(max, needed, self._largest.get(ids_BT.shape, needed)))
+        self._largest[ids_BT.shape] = largest
+        return largest
+
+    def __contains__(self, shape: torch.Size) -> bool:
+        """Return whether batches of a shape have been noted."""
+        return shape in self._largest

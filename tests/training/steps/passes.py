@@ -6,6 +6,7 @@ on a CPU, has none; `Reruns` are for it.
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,9 @@ class Recordings(_Functions):
 
     def __init__(self) -> None:
         self.captured = 0
+
+    def forward(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor) -> Replay:
+        return self.function(partial(loss, ids_BT, targets_BT))
 
     def passes(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor, add: bool) -> Passes:
         self.captured += 1
@@ -114,7 +118,13 @@ class Reruns(_Functions):
     """Makes passes that run the loss function again."""
 
     def __init__(self) -> None:
-        self.captured = 0
+        self.captured = self.validations = 0
+
+    def forward(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor) -> Replay:
+        self.validations += 1
+        with torch.random.fork_rng():
+            static = torch.full_like(loss(ids_BT, targets_BT), torch.nan)
+        return Replay(lambda: static.copy_(loss(ids_BT, targets_BT)), static)
 
     def passes(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor, add: bool) -> Passes:
         self.captured += 1

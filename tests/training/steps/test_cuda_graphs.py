@@ -43,7 +43,7 @@ def test_the_run_is_the_same(recipe, graphs, monkeypatch, tmp_path, capsys, pack
     )
     graphed, resumed, plain = (tmp_path / name for name in ("graphed", "resumed", "plain"))
     assert train("--config", file, "--out_dir", graphed, *flags) == 0
-    assert [capture.captured for capture in graphs] == [2]
+    assert [(capture.captured, capture.validations) for capture in graphs] == [(2, 1)]
     assert capsys.readouterr().out.count("CUDA graphs: on, from this step") == 1
     assert train("--config", file, "--out_dir", resumed, *flags, "--train.max_steps", 8) == 0
     assert train("--config", file, "--out_dir", resumed, *flags, "--resume", "auto") == 0

@@ -447,7 +447,7 @@ def test_does_without_where_a_replay_differs(other, wrong, said):
 
 
 def captured_tasks(training):
-    return set(training.loss._captured.tasks._captured)
+    return set(training.loss._graphs.tasks._captured)
 
 
 def changing(kind):

@@ -80,6 +80,35 @@ def test_only_the_loop_gets_logits_in_16_bits():
     assert model(IDS).dtype == torch.float32
 
 
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_validation_leaves_its_batches_to_the_loss(graphs):
+    """Not those of callbacks between them, nor what comes after the batch that LitGPT fetches and does not use."""
+    handover, model, strategy = set_up(graphs, MixedPrecision("bf16-mixed", "cpu"))
+    loss = handover.wrap(lambda logits, targets: made.append(logits.dtype) or logits.sum())
+    made, total = [], 0
+
+    @torch.no_grad()
+    def validate(fabric, model, batches, max_iters):
+        model.eval()
+        for number, batch in enumerate(batches):
+            if number == max_iters:
+                break
+            left = model(batch)
+            assert not isinstance(left, torch.Tensor)
+            assert model(batch).dtype == torch.float32
+            nonlocal total
+            total += loss(left, batch)
+        return total
+
+    with handover.installed(model, strategy):
+        assert handover.wrap_validation(validate)(None, model, [IDS, IDS, IDS], max_iters=2) == total
+        assert made == [torch.bfloat16] * 2
+        with torch.no_grad():
+            assert model(IDS).dtype == torch.float32
+        model.train()
+        assert model(IDS).dtype == torch.float32
+
+
 def test_the_loop_holds_no_logits():
     """Its variable for them lives until the next batch has some, when there would be two of them."""
     handover, model, strategy = set_up(False, MixedPrecision("bf16-mixed", "cpu"))

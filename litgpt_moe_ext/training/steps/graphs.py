@@ -1,0 +1,77 @@
+"""All graphs of a run: what they share, and what becomes of them together.
+
+Shape legend: B batch, T tokens.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from litgpt_moe_ext.moe.step_shares import nothing_counted
+from litgpt_moe_ext.training.steps.capture import Capture, Loss, Passes
+from litgpt_moe_ext.training.steps.captured_passes import CapturedPasses
+from litgpt_moe_ext.training.steps.captured_validation import CapturedValidation
+from litgpt_moe_ext.training.steps.gradient_tasks import Replay, TaskGraphs
+from litgpt_moe_ext.training.steps.room import Room
+from litgpt_moe_ext.training.steps.static_inputs import Inputs
+
+
+class Graphs(NamedTuple):
+    """The graphs of a run. They share memory, so one must have ended before another runs.
+
+    Attributes:
+        passes: Those of micro-batches.
+        tasks: What happens to the gradients of the passes.
+        validation: The loss without gradients.
+    """
+
+    passes: CapturedPasses
+    tasks: TaskGraphs
+    validation: CapturedValidation
+
+    @classmethod
+    def over(cls, inputs: Inputs, capture: Capture, loss: Loss, model: nn.Module, room: Room) -> "Graphs":
+        """Return graphs that are not captured yet.
+
+        Args:
+            inputs: The static tensors that the passes of micro-batches read.
+            capture: Captures them all.
+            loss: Takes ids and targets and returns a scalar.
+            model: The model whose parameters and buffers `loss` reads.
+            room: Sizes that passes must have room for.
+        """
+        return cls(
+            CapturedPasses(capture, loss, model, inputs),
+            TaskGraphs(capture.function),
+            CapturedValidation(capture, loss, model, room),
+        )
+
+
+class SharingCapture(NamedTuple):
+    """Captures passes that share what they can, in parallel branches.
+
+    Attributes:
+        capture: Captures them.
+        sharing: The scope in which they share.
+        abreast: The scope in which parts of layers get branches of their own.
+    """
+
+    capture: Capture
+    sharing: Callable[[], AbstractContextManager[None]]
+    abreast: Callable[[], AbstractContextManager[None]]
+
+    def passes(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor, add: bool) -> Passes:
+        """See `Capture.passes`."""
+        with self.sharing(), nothing_counted(), self.abreast():
+            return self.capture.passes(loss, ids_BT, targets_BT, add)
+
+    def forward(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor) -> Replay:
+        """See `Capture.forward`. What is shared is only kept up to date for `passes`."""
+        with nothing_counted(), self.abreast():
+            return self.capture.forward(loss, ids_BT, targets_BT)
+
+    def function(self, function: Callable[[], Tensor | None]) -> Replay:
+        """See `Capture.function`."""
+        return self.capture.function(function)
