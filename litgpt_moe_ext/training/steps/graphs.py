@@ -69,7 +69,7 @@ class SharingCapture(NamedTuple):
 
     def forward(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor) -> Replay:
         """See `Capture.forward`. What is shared is only kept up to date for `passes`."""
-        with nothing_counted(), self.abreast():
+        with self.abreast():
             return self.capture.forward(loss, ids_BT, targets_BT)
 
     def function(self, function: Callable[[], Tensor | None]) -> Replay:

@@ -19,7 +19,7 @@ def validate(training, data):
     training.model.eval()
     loss = getattr(training.loss, "validated", training.loss)
     with torch.no_grad():
-        losses = [loss(batch[:, :-1], batch[:, 1:]).clone() for batch in data]
+        losses = [loss(batch[:, :-1], batch[:, 1:]) for batch in data]
     training.model.train()
     return losses
 
@@ -87,6 +87,7 @@ def test_is_captured_again_with_more_room(monkeypatch):
     small[0][:, 0] = 31
     graphed = assert_validates_alike([*small, *batches(3)], room=room)
     assert [capture.validations for capture in graphed.captures] == [2]
+    assert [sizes for _, sizes in room.reserved] == [(3,), (1,), (3,)]
 
 
 @pytest.mark.parametrize("kind", ["broken off", "differs", "hook"])
