@@ -253,7 +253,7 @@ SEAMS = (
     ),
     Seam(
         "lightning.fabric.wrappers", "_FabricModule.forward", "run",
-        "Leaves a batch that trains to the loss function, where CUDA graphs hold both.", _LOOP,
+        "Leaves a batch to the loss function, where CUDA graphs hold its passes.", _LOOP,
     ),
     Seam(
         "lightning.fabric.plugins.precision", "Precision.convert_output", "run",

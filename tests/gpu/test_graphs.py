@@ -85,7 +85,7 @@ def trained(card, dtype, accumulation, graphs, share=True, recomputed=None, muon
     def validate():
         model.eval()
         with torch.no_grad():
-            numbers.extend(validated(*next_batch()) for _ in range(3))
+            numbers.extend(validated(*next_batch()) for _ in range(2))
         model.train()
 
     def step():
@@ -101,9 +101,10 @@ def trained(card, dtype, accumulation, graphs, share=True, recomputed=None, muon
         if graphs and loss_function._graphs is not None:
             rooms.add(loss_function._graphs.passes._inputs.sizes)
 
-    for _ in range(5 if card.type == "cuda" else 3):
+    for i in range(5 if card.type == "cuda" else 3):
         step()
-        validate()
+        if i >= 2:
+            validate()
     with no_waits(card):
         for _ in range(2 if card.type == "cuda" else 1):
             step()

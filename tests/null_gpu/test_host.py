@@ -51,10 +51,13 @@ def test_a_step_of_muon_starts_few(gpu):
 def test_a_run_starts_four_graphs_per_step(gpu, tmp_path):
     """Of the quickstart, by the command line: both passes, clipping and Muon, which are hundreds of launches without.
 
-    The host waits for the norm of the gradients, which decides whether the step is taken.
+    The host waits for the norm of the gradients, which decides whether the step is taken. Batches of a validation are
+    one graph each.
     """
     recipe = next(file for file in RECIPES if file.name == "quickstart.yaml")
     shorter = ["--train.max_steps", "8", "--eval.final_validation", "false", "--sample.prompts", "[]"]
+    # Weights that are no numbers could not be saved.
+    shorter += ["--eval.interval", "3", "--eval.max_iters", "5", "--checkpoint.best", "false"]
     command = ["-m", "tests.null_gpu.steps", "--config", recipe, "--out_dir", tmp_path / "run"]
     command += ["--data.data_path", tmp_path / "data", *shorter]
     ended = run_command(sys.executable, *map(str, command), timeout=None, **null_gpu.environment(gpu, 89))
@@ -63,6 +66,8 @@ def test_a_run_starts_four_graphs_per_step(gpu, tmp_path):
     assert first["starts"] > 400
     assert last == {"starts": 22, "waits": 1}, steps[-1]
     assert steps[-1]["started"].count("graph") == 4
+    assert [len(step["started"]) for step in steps[-4:]] == [22, 22, 89, 22]
+    assert steps[-2]["started"].count("graph") == 4 + 5
 
 
 @pytest.mark.parametrize("schedule", [None, {"warmup_steps": 9, "decay_start": 99}], ids=["rate", "schedule"])

@@ -67,8 +67,9 @@ class Settings(Section):
     compile: bool | Literal["auto"] = "auto"
     """Whether to use torch.compile; auto: where it works and pays off, as the log says."""
     cuda_graphs: bool | Literal["auto"] = "auto"
-    """Whether to run passes, clipping and optimizer as CUDA graphs, which saves launch time; auto: on one GPU, if they
-    work and fit in memory; true: insist, also under ddp, which then reduces gradients after the backward pass."""
+    """Whether to run passes, validations, clipping and optimizer as CUDA graphs, which saves launch time; auto: on one
+    GPU, if they work and fit in memory; true: insist, also under ddp, which then reduces gradients after the backward
+    pass."""
     float32_matmul_precision: Literal["highest", "high", "medium"] | None = None
     """As in torch.set_float32_matmul_precision: high and medium let GPUs use TF32 or bf16 for float32 products, medium
     lets CPUs use oneDNN; null: torch's default."""
