@@ -116,29 +116,37 @@ def verdicts(study: Study, results: Sequence[Result]) -> list[str]:
     """Return the study's conclusions: arms that differ from the control, compute multiplier, break-even time."""
     groups = grouped(results)
     lines = comparison(study, groups) + (best_in_words(study.searched, groups) if study.searched else [])
-    if not study.compare:
-        return lines
-    moe, dense = ([result for result in results if result.run.arm == study.compare[side]] for side in ("moe", "dense"))
+    if sides := study.compare:
+        moe, dense = ([result for result in results if result.run.arm == sides[side]] for side in ("moe", "dense"))
+        lines += [*_by_flops(moe, dense), *_by_seconds(moe, dense)]
+    return lines
+
+
+def _by_flops(moe: Sequence[Result], dense: Sequence[Result]) -> list[str]:
     # A diverged run has no finite loss.
     costs, reached = ([(r.flops, r.val_loss) for r in side if math.isfinite(r.val_loss)] for side in (dense, moe))
-    if len({result.run.point.get(BUDGET) for result in dense}) >= 2 and costs and reached:
-        try:
-            found = compute_multiplier(costs, reached)
-        except ValueError as error:
-            lines.append(f"No compute multiplier: {error}.")
-        else:
-            lines.append(
-                f"Compute multiplier {_interval(found, 2)}: the dense family needs so many times the training FLOPs "
-                "for the MoE's loss."
-            )
-    if moe and dense and all(result.timed for result in (*moe, *dense)):
-        largest = max(result.tokens for result in moe)
-        sides = [_mean_over_seconds([r for r in side if r.tokens == largest]) for side in (dense, moe)]
-        if all(np.isfinite(seconds[-1:]).any() and np.isfinite(losses).all() for seconds, losses in sides):
-            even = break_even(*sides)
-            when = "is never ahead within the run" if even is None else f"is ahead from {even:,.0f} s on"
-            lines.append(f"In seconds, the MoE {when} (training loss, on the machine that trained both).")
-    return lines
+    if len({result.run.point.get(BUDGET) for result in dense}) < 2 or not (costs and reached):
+        return []
+    try:
+        found = compute_multiplier(costs, reached)
+    except ValueError as error:
+        return [f"No compute multiplier: {error}."]
+    return [
+        f"Compute multiplier {_interval(found, 2)}: the dense family needs so many times the training FLOPs for the "
+        "MoE's loss."
+    ]
+
+
+def _by_seconds(moe: Sequence[Result], dense: Sequence[Result]) -> list[str]:
+    if not (moe and dense and all(result.timed for result in (*moe, *dense))):
+        return []
+    largest = max(result.tokens for result in moe)
+    sides = [_mean_over_seconds([r for r in side if r.tokens == largest]) for side in (dense, moe)]
+    if not all(np.isfinite(seconds[-1:]).any() and np.isfinite(losses).all() for seconds, losses in sides):
+        return []
+    even = break_even(*sides)
+    when = "is never ahead within the run" if even is None else f"is ahead from {even:,.0f} s on"
+    return [f"In seconds, the MoE {when} (training loss, on the machine that trained both)."]
 
 
 def _shown(cells: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
