@@ -142,13 +142,12 @@ def _train(settings: "Settings") -> int:
 
 
 def _stopped(message: str, status: int) -> int:
-    from lightning.fabric.utilities.rank_zero import rank_zero_only
-
+    from litgpt_moe_ext.data.modules.base import is_first_rank
     from litgpt_moe_ext.training.parallel.processes import started_by_fabric
 
     # All processes have agreed to stop, which the first reports. One that is stopped at once (`exit_status`) cannot
     # know whether the others are, and speaks for itself.
-    if rank_zero_only.rank == 0:
+    if is_first_rank():
         with contextlib.suppress(OSError):  # a terminal that is gone
             print(message, file=sys.stderr, flush=True)
     # Fabric would kill the first process if one that it has started ended with an error.
