@@ -1,12 +1,14 @@
 """Text written by the model while it trains."""
 
+from collections import defaultdict
 from typing import Any
 
 import lightning as L
 import torch
-from litgpt.generate.base import generate
 from litgpt.tokenizer import Tokenizer
 
+from litgpt_moe_ext.evaluation.generation import GenerationSettings, generate
+from litgpt_moe_ext.evaluation.sampling import Sampling
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.parallel.random_state import undisturbed
 from litgpt_moe_ext.training.settings import SampleArgs
@@ -31,36 +33,38 @@ class TextSamples(Callback):
     def on_logged(self, metrics: dict[str, Any]) -> None:
         """Write after a validation, on the first process."""
         if "val_loss" in metrics and self._fabric.is_global_zero:
-            for prompt in self._args.prompts:
-                try:
-                    text = self._continue(prompt)
-                except Exception as error:  # a failed sample should not end the run
-                    text = f"(failed: {type(error).__name__}: {error})"
+            for text in self._written():
                 self._fabric.print(f"  sample | {_visible(text)}".replace("\n", "\n         | "))
 
-    def _continue(self, prompt: str) -> str:
-        model, fabric = self._model, self._fabric
-        ids = self._tokenizer.encode(prompt, device=fabric.device)
-        # The cache holds all generated tokens except the last.
-        room = model.max_seq_length - ids.numel()
-        new_tokens = min(self._args.max_new_tokens, room)
-        if ids.numel() == 0 or new_tokens < 1:
-            return f"(the prompt {prompt!r} has {ids.numel()} tokens; it must have 1 to {model.max_seq_length - 1})"
-        with undisturbed(fabric, model), fabric.init_tensor():
-            torch.manual_seed(0)
-            model.set_kv_cache(batch_size=1, device=fabric.device)
+    def _written(self) -> list[str]:
+        """Return what became of each prompt."""
+        texts, size = [""] * len(self._args.prompts), self._model.max_seq_length
+        # For all prompts at once a pass takes hardly longer than for one; those at the end of the context write less.
+        together: dict[int, dict[int, list[int]]] = defaultdict(dict)
+        for number, prompt in enumerate(self._args.prompts):
+            ids = self._tokenizer.encode(prompt).tolist()
+            if 0 < len(ids) < size:
+                together[min(self._args.max_new_tokens, size - len(ids))][number] = ids
+            else:
+                texts[number] = f"(the prompt {prompt!r} has {len(ids)} tokens; it must have 1 to {size - 1})"
+        for new_tokens, prompts in together.items():
             try:
-                written = generate(
-                    model,
-                    ids,
-                    max_returned_tokens=ids.numel() + new_tokens,
-                    temperature=self._args.temperature,
-                    top_k=self._args.top_k,
-                    eos_id=self._tokenizer.eos_id,
-                )
-            finally:
-                model.clear_kv_cache()
-        return self._tokenizer.decode(written)
+                written = self._continue(list(prompts.values()), new_tokens)
+            except Exception as error:  # a failed sample should not end the run
+                written = [f"(failed: {type(error).__name__}: {error})"] * len(prompts)
+            for number, text in zip(prompts, written, strict=True):
+                texts[number] = text
+        return texts
+
+    def _continue(self, prompts: list[list[int]], new_tokens: int) -> list[str]:
+        sampling = Sampling(self._args.temperature, self._args.top_k)
+        settings = GenerationSettings(max_gen_toks=new_tokens, sampling=sampling)
+        with undisturbed(self._fabric, self._model) as model:
+            torch.manual_seed(0)
+            written = generate(model, prompts, settings, lambda ids: ids[-1] == self._tokenizer.eos_id)
+        return [
+            self._tokenizer.decode(torch.tensor(prompt + ids)) for prompt, ids in zip(prompts, written, strict=True)
+        ]
 
 
 def _visible(text: str) -> str:

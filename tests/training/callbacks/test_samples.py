@@ -3,9 +3,9 @@
 from types import SimpleNamespace
 
 import lightning as L
-import pytest
 import torch
 from litgpt import GPT
+from litgpt.generate.base import generate
 
 from litgpt_moe_ext.training.callbacks import samples
 from litgpt_moe_ext.training.callbacks.samples import TextSamples
@@ -14,59 +14,88 @@ from tests.models import dense_config, randomize
 
 TOKENIZER = SimpleNamespace(
     eos_id=5,
-    encode=lambda text, device: torch.arange(len(text), device=device),
+    encode=lambda text: torch.tensor([ord(letter) % 64 for letter in text], dtype=torch.int32),
     decode=lambda ids: f"{len(ids)} tokens\n{ids.tolist()}",
 )
 
 
-@pytest.mark.parametrize(("prompt", "returned"), [("abc", 3 + 8), ("a" * 27, 32)])
-def test_settings_reach_the_generation(monkeypatch, prompt, returned):
-    """Up to the end of the model's context; the same numbers are drawn every time, and the training's go on."""
-    given, drawn = [], []
-
-    def generate(model, ids, **settings):
-        assert model.transformer.h[0].attn.kv_cache is not None
-        given.append(settings)
-        drawn.append(torch.rand(()).item())
-        if len(drawn) == 3:
-            raise RuntimeError("out of luck")
-        return ids
-
-    monkeypatch.setattr(samples, "generate", generate)
-    printed = []
-    model = randomize(GPT(dense_config()))
-    writer = TextSamples(SampleArgs([prompt], max_new_tokens=8, temperature=0.3, top_k=7), TOKENIZER)
-    fabric = L.Fabric(accelerator="cpu", devices=1)
+def make_writer(monkeypatch, *prompts, **settings):
+    """Return what writes samples, of 32 tokens at most, its model, and the list of what it prints."""
+    printed, fabric = [], L.Fabric(accelerator="cpu", devices=1)
     monkeypatch.setattr(fabric, "print", printed.append)
+    model = randomize(GPT(dense_config()))
+    writer = TextSamples(SampleArgs(list(prompts), **settings), TOKENIZER)
     writer.on_after_setup(fabric, SimpleNamespace(module=model))
+    return writer, model, printed
+
+
+def expected_text(model, prompt, new_tokens, **settings):
+    """Return what LitGPT's own loop writes after a prompt by itself."""
+    ids = TOKENIZER.encode(prompt)
+    torch.manual_seed(0)
+    model.eval().set_kv_cache(batch_size=1)
+    with torch.no_grad():
+        text = generate(model, ids, len(ids) + new_tokens, **settings, eos_id=TOKENIZER.eos_id)
+    model.clear_kv_cache()
+    lines = TOKENIZER.decode(text)
+    return f"  sample | {lines}".replace("\n", "\n         | ")
+
+
+def test_each_prompt_is_continued_as_by_itself(monkeypatch):
+    """Up to the end of the model's context, or of the text."""
+    prompts = ("abc", "a" * 27, "de", "x" * 27, "fghij")
+    writer, model, printed = make_writer(monkeypatch, *prompts, max_new_tokens=8, temperature=0.0)
+    whole = expected_text(model, "abc", 8, temperature=0.0)
+    monkeypatch.setattr(TOKENIZER, "eos_id", int(whole.split(", ")[5]))
+    writer.on_logged({"val_loss": 1.0})
+    assert printed == [expected_text(model, prompt, min(8, 32 - len(prompt)), temperature=0.0) for prompt in prompts]
+    assert "11 tokens" in whole
+    assert "6 tokens" in printed[0]
+
+
+def test_settings_reach_the_sampling(monkeypatch):
+    writer, model, printed = make_writer(monkeypatch, "abc", max_new_tokens=8, temperature=0.3, top_k=7)
+    writer.on_logged({"val_loss": 1.0})
+    assert printed == [expected_text(model, "abc", 8, temperature=0.3, top_k=7)]
+
+
+def test_samples_leave_the_training_as_it_was(monkeypatch):
+    """They are alike after every validation; the numbers that training draws go on."""
+    writer, model, printed = make_writer(monkeypatch, "abc", "de", max_new_tokens=8)
+    model.train()
     writer.on_logged({"loss": 1.0})
-    for step in range(3):
+    assert not printed
+    for step in range(2):
         torch.manual_seed(step)
         before = torch.get_rng_state()
         writer.on_logged({"val_loss": 1.0})
         assert torch.equal(torch.get_rng_state(), before)
         assert model.transformer.h[0].attn.kv_cache is None
-    assert given == 3 * [{"max_returned_tokens": returned, "temperature": 0.3, "top_k": 7, "eos_id": 5}]
-    assert len(set(drawn)) == 1
-    assert printed[0].startswith(f"  sample | {len(prompt)} tokens\n         | [0, 1, 2")
-    assert "RuntimeError: out of luck" in printed[2]
+        assert model.training
+    assert printed[:2] == printed[2:]
 
 
-def test_a_prompt_that_leaves_no_room_is_named():
-    writer = TextSamples(SampleArgs(["x" * 32]), TOKENIZER)
-    model, fabric = randomize(GPT(dense_config())), L.Fabric(accelerator="cpu", devices=1)
-    writer.on_after_setup(fabric, SimpleNamespace(module=model))
-    assert "has 32 tokens; it must have 1 to 31" in writer._continue("x" * 32)
-    assert "has 0 tokens" in writer._continue("")
+def test_a_prompt_that_leaves_no_room_is_named(monkeypatch):
+    """And one that fails; the others are continued."""
+    writer, model, printed = make_writer(monkeypatch, "x" * 32, "abc", "", "d" * 30, max_new_tokens=4, temperature=0.0)
+
+    def failing(model, prompts, settings, is_finished):
+        if settings.max_gen_toks == 2:
+            raise RuntimeError("out of luck")
+        return original(model, prompts, settings, is_finished)
+
+    original = samples.generate
+    monkeypatch.setattr(samples, "generate", failing)
+    writer.on_logged({"val_loss": 1.0})
+    assert "has 32 tokens; it must have 1 to 31" in printed[0]
+    assert printed[1] == expected_text(model, "abc", 4, temperature=0.0)
+    assert "has 0 tokens" in printed[2]
+    assert printed[3] == "  sample | (failed: RuntimeError: out of luck)"
 
 
 def test_what_moves_the_cursor_of_a_terminal_is_shown(monkeypatch):
-    monkeypatch.setattr(samples, "generate", lambda model, ids, **settings: ids)
-    printed = []
-    tokenizer = SimpleNamespace(**vars(TOKENIZER) | {"decode": lambda ids: "\x1b[2J\x00a\rb\tc\u2028ä \ufffd\nd"})
-    fabric = L.Fabric(accelerator="cpu", devices=1)
-    monkeypatch.setattr(fabric, "print", printed.append)
-    writer = TextSamples(SampleArgs(["abc"]), tokenizer)
-    writer.on_after_setup(fabric, SimpleNamespace(module=randomize(GPT(dense_config()))))
+    text = "\x1b[2J\x00a\rb\tc\u2028ä \ufffd\nd"
+    monkeypatch.setattr(TOKENIZER, "decode", lambda ids: text)
+    writer, _, printed = make_writer(monkeypatch, "abc")
     writer.on_logged({"val_loss": 1.0})
     assert printed == ["  sample | \\x1b[2J\\x00a\\rb\tc\\u2028ä \ufffd\n         | d"]
