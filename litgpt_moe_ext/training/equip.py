@@ -21,8 +21,8 @@ from litgpt_moe_ext.training.checks import check_whole_model
 from litgpt_moe_ext.training.compilation import CompileDecision, decide, probe_platform
 from litgpt_moe_ext.training.gpu_peaks import peak_flops
 from litgpt_moe_ext.training.optim.optimization import Optimization
-from litgpt_moe_ext.training.steps.cuda_graphs import Conditions, GraphDecision
-from litgpt_moe_ext.training.steps.cuda_graphs import decide as decide_graphs
+from litgpt_moe_ext.training.steps.graphs.decision import Conditions, GraphDecision
+from litgpt_moe_ext.training.steps.graphs.decision import decide as decide_graphs
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.training.callback import Callback

@@ -23,7 +23,7 @@ from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.control import StopRequests
 from litgpt_moe_ext.training.parallel.random_state import RankStreams
-from litgpt_moe_ext.training.steps.gradient_tasks import GradientTask, run_now
+from litgpt_moe_ext.training.steps.graphs.gradient_tasks import GradientTask, run_now
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies import Strategy

@@ -18,13 +18,13 @@ from litgpt_moe_ext.training.optim.muon import MuonAdamW
 from litgpt_moe_ext.training.optim.parameter_groups import group_parameters
 from litgpt_moe_ext.training.parallel.strategies import ReplicatedStrategy
 from litgpt_moe_ext.training.settings import DistributedArgs, ParameterGroupArgs
-from litgpt_moe_ext.training.steps.gradient_tasks import GradientTask, run_now
-from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss, GraphOptions
-from litgpt_moe_ext.training.steps.room import NoRoom
+from litgpt_moe_ext.training.steps.graphs.gradient_tasks import GradientTask, run_now
+from litgpt_moe_ext.training.steps.graphs.graphed_loss import GraphedLoss, GraphOptions
+from litgpt_moe_ext.training.steps.graphs.room import NoRoom
 from tests.gpu.card import no_waits, require_bfloat16
 from tests.gpu.test_steps import autocast, loss_of, make_config, make_model
 from tests.runs import logged, train, weights_of
-from tests.training.steps.passes import Recordings
+from tests.training.steps.graphs.passes import Recordings
 
 pytestmark = pytest.mark.gpu
 

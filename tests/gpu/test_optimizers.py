@@ -10,7 +10,7 @@ from litgpt_moe_ext.training.optim.muon import MuonAdamW
 from litgpt_moe_ext.training.optim.optimization import Optimization
 from litgpt_moe_ext.training.optim.parameter_groups import group_parameters
 from litgpt_moe_ext.training.settings import ParameterGroupArgs, ScheduleArgs
-from litgpt_moe_ext.training.steps.gradient_tasks import run_now
+from litgpt_moe_ext.training.steps.graphs.gradient_tasks import run_now
 from tests.gpu.card import no_waits
 
 pytestmark = pytest.mark.gpu

@@ -12,7 +12,7 @@ from litgpt_moe_ext.moe.kernels.backend import ExpertBackend
 from litgpt_moe_ext.moe.kernels.registry import BACKENDS, register_backend
 from litgpt_moe_ext.moe.registry import EXPERT_BACKENDS
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
-from litgpt_moe_ext.training.steps.capture import CudaCapture
+from litgpt_moe_ext.training.steps.graphs.capture import CudaCapture
 from tests.models import initialized_model, moe_config
 from tests.null_gpu.computing import capture
 

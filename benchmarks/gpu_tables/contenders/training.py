@@ -13,8 +13,8 @@ from gpu_tables.measuring.bench import Bench
 from litgpt_moe_ext.moe.gradient_injection import remember_scale
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.optim.gpu_step import GpuStep
-from litgpt_moe_ext.training.steps.gradient_tasks import GradientTask, run_now
-from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss, GraphOptions
+from litgpt_moe_ext.training.steps.graphs.gradient_tasks import GradientTask, run_now
+from litgpt_moe_ext.training.steps.graphs.graphed_loss import GraphedLoss, GraphOptions
 from litgpt_moe_ext.training.steps.handover import loss_of_logits
 
 

@@ -103,7 +103,7 @@ def graphs(recipe: Recipe, device_type: str) -> Finding:
         device_type: Where it runs.
     """
     from litgpt_moe_ext.training.parallel.facts import STRATEGIES
-    from litgpt_moe_ext.training.steps.cuda_graphs import Conditions, decide
+    from litgpt_moe_ext.training.steps.graphs.decision import Conditions, decide
 
     facts = STRATEGIES.get(recipe.strategy, STRATEGIES["auto"])  # another check reports an unknown one
     world_size = processes(recipe) * recipe.num_nodes

@@ -18,7 +18,7 @@ from torch import Tensor
 from litgpt_moe_ext.host.without_compiler import bare_step, replace_step
 from litgpt_moe_ext.training.optim.muon import MuonAdamW
 from litgpt_moe_ext.training.optim.shards import is_shard
-from litgpt_moe_ext.training.steps.gradient_tasks import GradientTask, run_now
+from litgpt_moe_ext.training.steps.graphs.gradient_tasks import GradientTask, run_now
 
 
 class GpuStep:

@@ -1,1 +1,1 @@
-"""The parts of a step: its micro-batches, its loss, its CUDA graphs, and validation."""
+"""The parts of a step: its micro-batches, its loss and validation; `graphs` repeats them as CUDA graphs."""

@@ -32,15 +32,15 @@ from torch import Tensor
 
 from litgpt_moe_ext.loss.cross_entropy import has_kernel, mean_cross_entropy
 from litgpt_moe_ext.moe.gradient_injection import remember_scale
-from litgpt_moe_ext.training.steps.gradient_tasks import GradientTask
-from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss, GraphOptions
-from litgpt_moe_ext.training.steps.room import NoRoom, Room
+from litgpt_moe_ext.training.steps.graphs.gradient_tasks import GradientTask
+from litgpt_moe_ext.training.steps.graphs.graphed_loss import GraphedLoss, GraphOptions
+from litgpt_moe_ext.training.steps.graphs.room import NoRoom, Room
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins.precision import Precision
 
     from litgpt_moe_ext.training.parallel.behaviour import Behaviour
-    from litgpt_moe_ext.training.steps.cuda_graphs import GraphDecision
+    from litgpt_moe_ext.training.steps.graphs.decision import GraphDecision
 
 
 class _Deferred(NamedTuple):

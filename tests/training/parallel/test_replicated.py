@@ -10,10 +10,10 @@ from torch import nn
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.parallel.strategies import ReplicatedStrategy
 from litgpt_moe_ext.training.settings import DistributedArgs
-from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss, GraphOptions
+from litgpt_moe_ext.training.steps.graphs.graphed_loss import GraphedLoss, GraphOptions
 from tests.models import initialized_model, moe_config
 from tests.training.processes import in_ranks
-from tests.training.steps.passes import Recordings, Reruns
+from tests.training.steps.graphs.passes import Recordings, Reruns
 
 STEPS = 6
 

@@ -10,7 +10,7 @@ from lightning.fabric.plugins import MixedPrecision
 from lightning.fabric.wrappers import _FabricModule
 
 from litgpt_moe_ext.training.parallel.strategies import SingleProcessStrategy
-from litgpt_moe_ext.training.steps.cuda_graphs import GraphDecision
+from litgpt_moe_ext.training.steps.graphs.decision import GraphDecision
 from litgpt_moe_ext.training.steps.handover import Handover, loss_of_logits
 from tests.models import needs_fused_loss
 from tests.runs import train

@@ -17,10 +17,10 @@ from litgpt_moe_ext.training.callbacks.ema import WeightAverage
 from litgpt_moe_ext.training.callbacks.step_metrics import GradientNorm
 from litgpt_moe_ext.training.optim.optimization import Optimization
 from litgpt_moe_ext.training.settings import EmaArgs, ParameterGroupArgs, ScheduleArgs
-from litgpt_moe_ext.training.steps.gradient_tasks import run_now
+from litgpt_moe_ext.training.steps.graphs.gradient_tasks import run_now
 from litgpt_moe_ext.training.steps.losses import RunningMean
 from tests.fake_cuda import RECIPES, fake_cuda
-from tests.training.steps.passes import LOOKS
+from tests.training.steps.graphs.passes import LOOKS
 
 # As others of the recipes, but larger, or without experts.
 ALIKE = ("code-moe-800m", "nanogpt-tinystories")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.training.steps.gradient_tasks import Replay
+from litgpt_moe_ext.training.steps.graphs.gradient_tasks import Replay
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

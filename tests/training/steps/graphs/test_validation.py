@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from litgpt_moe_ext import padding
-from tests.training.steps.passes import Recordings, Reruns
-from tests.training.steps.test_graphed_loss import BROKEN_OFF, GROUPED, RoomForIds, Training, batches
+from tests.training.steps.graphs.passes import Recordings, Reruns
+from tests.training.steps.graphs.test_graphed_loss import BROKEN_OFF, GROUPED, RoomForIds, Training, batches
 
 
 @pytest.fixture(autouse=True)

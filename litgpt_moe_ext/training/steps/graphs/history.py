@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from litgpt_moe_ext.training.steps.room import Room, SizesByShape
-from litgpt_moe_ext.training.steps.static_inputs import Inputs
+from litgpt_moe_ext.training.steps.graphs.inputs import Inputs
+from litgpt_moe_ext.training.steps.graphs.room import Room, SizesByShape
 
 # The first step compiles kernels, which a capture does not allow, and the optimizer creates its states. The second is
 # watched for waits for the device, which a graph cannot contain.

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from litgpt_moe_ext.training.steps.capture import Capture, Loss, Passes, gradients_set_aside
-from litgpt_moe_ext.training.steps.graph_check import Reference
-from litgpt_moe_ext.training.steps.static_inputs import Inputs, ModelTensors
+from litgpt_moe_ext.training.steps.graphs.capture import Capture, Loss, Passes, gradients_set_aside
+from litgpt_moe_ext.training.steps.graphs.check import Reference
+from litgpt_moe_ext.training.steps.graphs.inputs import Inputs, ModelTensors
 
 
 class CapturedPasses:

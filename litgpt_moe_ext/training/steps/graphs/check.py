@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from litgpt_moe_ext.moe.step_shares import nothing_counted
-from litgpt_moe_ext.training.steps.capture import Loss, Passes, leaves_of
-from litgpt_moe_ext.training.steps.graph_obstacles import GraphError
+from litgpt_moe_ext.training.steps.graphs.capture import Loss, Passes, leaves_of
+from litgpt_moe_ext.training.steps.graphs.obstacles import GraphError
 
 # Tolerances relative to each number and to the norm of the whole gradient. Sums in another order differ by less than a
 # tenth of them; a gradient that is missing, counted twice, or computed from the wrong memory differs by far more.

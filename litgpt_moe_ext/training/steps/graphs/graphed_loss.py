@@ -27,22 +27,22 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.kernels.side_stream import side_by_side
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
 from litgpt_moe_ext.moe.step_shares import add_up
-from litgpt_moe_ext.training.steps.capture import Capture, CudaCapture, Loss, Passes, gradients_set_aside
-from litgpt_moe_ext.training.steps.captured_passes import CapturedPasses
-from litgpt_moe_ext.training.steps.detached_loss import DetachedLosses
-from litgpt_moe_ext.training.steps.gradient_tasks import GradientTask
-from litgpt_moe_ext.training.steps.graph_check import Reference, side_effects_undone
-from litgpt_moe_ext.training.steps.graph_obstacles import (
+from litgpt_moe_ext.training.steps.graphs.capture import Capture, CudaCapture, Loss, Passes, gradients_set_aside
+from litgpt_moe_ext.training.steps.graphs.check import Reference, side_effects_undone
+from litgpt_moe_ext.training.steps.graphs.detached_loss import DetachedLosses
+from litgpt_moe_ext.training.steps.graphs.gradient_tasks import GradientTask
+from litgpt_moe_ext.training.steps.graphs.graphs import Graphs, SharingCapture
+from litgpt_moe_ext.training.steps.graphs.history import PassHistory, Turn
+from litgpt_moe_ext.training.steps.graphs.inputs import Inputs
+from litgpt_moe_ext.training.steps.graphs.obstacles import (
     GraphError,
     hook_of_others,
     lack_of_memory,
     noting_waits,
     reason_of,
 )
-from litgpt_moe_ext.training.steps.graphs import Graphs, SharingCapture
-from litgpt_moe_ext.training.steps.pass_history import PassHistory, Turn
-from litgpt_moe_ext.training.steps.room import NoRoom, Room
-from litgpt_moe_ext.training.steps.static_inputs import Inputs
+from litgpt_moe_ext.training.steps.graphs.passes import CapturedPasses
+from litgpt_moe_ext.training.steps.graphs.room import NoRoom, Room
 
 _Result = TypeVar("_Result")
 
@@ -72,13 +72,13 @@ class GraphOptions:
 class GraphedLoss:
     """A loss function whose passes are captured in the third optimizer step and replayed from then on.
 
-    The first two steps run eagerly (`litgpt_moe_ext.training.steps.pass_history` says why). A step begins when no
+    The first two steps run eagerly (`litgpt_moe_ext.training.steps.graphs.history` says why). A step begins when no
     parameter has a gradient.
 
     Batches of another shape than the captured one run eagerly. So do micro-batches that need more room than was
-    captured (`litgpt_moe_ext.training.steps.room`), until the next step captures anew. If capturing fails, or a replay
-    computes something else (`litgpt_moe_ext.training.steps.graph_check`), gradients and random generators are restored,
-    and this micro-batch and all later ones run eagerly.
+    captured (`litgpt_moe_ext.training.steps.graphs.room`), until the next step captures anew. If capturing fails, or a
+    replay computes something else (`litgpt_moe_ext.training.steps.graphs.check`), gradients and random generators are
+    restored, and this micro-batch and all later ones run eagerly.
 
     Args:
         loss: Takes ids and targets, both int64, (B, T), and returns a scalar.

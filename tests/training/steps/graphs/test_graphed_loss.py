@@ -12,12 +12,12 @@ from litgpt_moe_ext.moe.kernels.operators import parts
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights, cast
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.optim.gpu_step import GpuStep
-from litgpt_moe_ext.training.steps.capture import Passes
-from litgpt_moe_ext.training.steps.gradient_tasks import GradientTask, run_now
-from litgpt_moe_ext.training.steps.graph_check import Reference
-from litgpt_moe_ext.training.steps.graphed_loss import GraphedLoss, GraphOptions
+from litgpt_moe_ext.training.steps.graphs.capture import Passes
+from litgpt_moe_ext.training.steps.graphs.check import Reference
+from litgpt_moe_ext.training.steps.graphs.gradient_tasks import GradientTask, run_now
+from litgpt_moe_ext.training.steps.graphs.graphed_loss import GraphedLoss, GraphOptions
 from tests.models import initialized_model, moe_config
-from tests.training.steps.passes import Recordings, Reruns
+from tests.training.steps.graphs.passes import Recordings, Reruns
 
 VOCABULARY = 64
 
@@ -218,7 +218,7 @@ def test_nothing_of_python_is_in_a_replay(monkeypatch, kind, padded):
 def test_casts_are_not_kept_where_memory_is_short(monkeypatch):
     lacks = iter([None, "with them 7.0 GiB would be needed, 5.0 are there"])
     asked = []
-    place = "litgpt_moe_ext.training.steps.graphed_loss.lack_of_memory"
+    place = "litgpt_moe_ext.training.steps.graphs.graphed_loss.lack_of_memory"
     monkeypatch.setattr(place, lambda device, more=0: asked.append(more) or next(lacks))
     data = batches(8)
 
@@ -529,7 +529,7 @@ def test_what_follows_may_be_no_graph(careful):
 
 @pytest.mark.parametrize(("careful", "tried"), [(True, False), (False, True)])
 def test_leaves_room_unless_asked_for(monkeypatch, careful, tried):
-    place = "litgpt_moe_ext.training.steps.graphed_loss.lack_of_memory"
+    place = "litgpt_moe_ext.training.steps.graphs.graphed_loss.lack_of_memory"
     lack = "with them 7.0 GiB would be needed, 5.0 are there"
     monkeypatch.setattr(place, lambda *_: lack)
     graphed = Training(True, GROUPED, torch.bfloat16, careful=careful)

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from litgpt_moe_ext.moe.kernels import step_weights
-from litgpt_moe_ext.training.steps.capture import Loss, Passes, gradients_set_aside, leaves_of
-from litgpt_moe_ext.training.steps.gradient_tasks import Replay
+from litgpt_moe_ext.training.steps.graphs.capture import Loss, Passes, gradients_set_aside, leaves_of
+from litgpt_moe_ext.training.steps.graphs.gradient_tasks import Replay
 
 # Their results, or the sizes of these, are known to the host only after the device has answered.
 LOOKS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from litgpt_moe_ext.training.steps.capture import CudaCapture
+from litgpt_moe_ext.training.steps.graphs.capture import CudaCapture
 
 
 class Card:

@@ -7,12 +7,12 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from litgpt_moe_ext.training.steps.capture import Capture, Loss
-from litgpt_moe_ext.training.steps.gradient_tasks import Replay
-from litgpt_moe_ext.training.steps.graph_check import require_same_loss
-from litgpt_moe_ext.training.steps.graph_obstacles import GraphError, hook_of_others
-from litgpt_moe_ext.training.steps.room import Room, SizesByShape
-from litgpt_moe_ext.training.steps.static_inputs import Inputs, ModelTensors
+from litgpt_moe_ext.training.steps.graphs.capture import Capture, Loss
+from litgpt_moe_ext.training.steps.graphs.check import require_same_loss
+from litgpt_moe_ext.training.steps.graphs.gradient_tasks import Replay
+from litgpt_moe_ext.training.steps.graphs.inputs import Inputs, ModelTensors
+from litgpt_moe_ext.training.steps.graphs.obstacles import GraphError, hook_of_others
+from litgpt_moe_ext.training.steps.graphs.room import Room, SizesByShape
 
 
 class CapturedValidation:

@@ -10,12 +10,12 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from litgpt_moe_ext.moe.step_shares import nothing_counted
-from litgpt_moe_ext.training.steps.capture import Capture, Loss, Passes
-from litgpt_moe_ext.training.steps.captured_passes import CapturedPasses
-from litgpt_moe_ext.training.steps.captured_validation import CapturedValidation
-from litgpt_moe_ext.training.steps.gradient_tasks import Replay, TaskGraphs
-from litgpt_moe_ext.training.steps.room import Room
-from litgpt_moe_ext.training.steps.static_inputs import Inputs
+from litgpt_moe_ext.training.steps.graphs.capture import Capture, Loss, Passes
+from litgpt_moe_ext.training.steps.graphs.gradient_tasks import Replay, TaskGraphs
+from litgpt_moe_ext.training.steps.graphs.inputs import Inputs
+from litgpt_moe_ext.training.steps.graphs.passes import CapturedPasses
+from litgpt_moe_ext.training.steps.graphs.room import Room
+from litgpt_moe_ext.training.steps.graphs.validation import CapturedValidation
 
 
 class Graphs(NamedTuple):

@@ -9,11 +9,11 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.loss.linear import _HalfProducts
 from litgpt_moe_ext.training.parallel.facts import facts_of
 from litgpt_moe_ext.training.steps import handover
-from litgpt_moe_ext.training.steps.cuda_graphs import Conditions, GraphDecision, decide
-from litgpt_moe_ext.training.steps.graphed_loss import GraphOptions
+from litgpt_moe_ext.training.steps.graphs.decision import Conditions, GraphDecision, decide
+from litgpt_moe_ext.training.steps.graphs.graphed_loss import GraphOptions
 from tests.models import moe_config, needs_fused_loss
 from tests.runs import logged, train, weights_of
-from tests.training.steps.passes import Recordings, Reruns
+from tests.training.steps.graphs.passes import Recordings, Reruns
 
 
 @pytest.fixture
