@@ -29,7 +29,8 @@ def kv_cache(model: GPT, batch_size: int, length: int) -> Iterator[None]:
         yield
     finally:
         model.clear_kv_cache()
-        model.max_seq_length = size  # which a streaming cache raises to the length of its text
+        if model.max_seq_length != size:  # a streaming cache raises it to the length of its text
+            model.max_seq_length = size
 
 
 @torch.inference_mode()
