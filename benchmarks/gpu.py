@@ -29,6 +29,7 @@ from gpu_tables import (
     router,
     router_product,
     steps,
+    validation,
 )
 from gpu_tables.contenders.warm_up import warm_up
 from gpu_tables.measuring.bench import Bench
@@ -51,6 +52,7 @@ TABLES = {
     "router_product": Table("Routers' products", 0.6, router_product.rows),
     "loss": Table("Output head and loss, forward and backward", 0.5, loss.rows),
     "steps": Table("Whole training steps", 5.0, steps.rows),
+    "validation": Table("A batch of a validation", 0.3, validation.rows),
     "attention": Table("Attention against SDPA", 1.0, attention.rows),
     "decoding": Table("Decoding, no gradients", 0.5, decoding.rows),
     "memory": Table("Saved for the backward pass", 0.5, memory.rows),

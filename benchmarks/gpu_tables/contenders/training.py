@@ -13,6 +13,7 @@ from gpu_tables.measuring.bench import Bench
 from litgpt_moe_ext.moe.gradient_injection import remember_scale
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.optim.gpu_step import GpuStep
+from litgpt_moe_ext.training.steps.graphs.capture import Loss
 from litgpt_moe_ext.training.steps.graphs.gradient_tasks import GradientTask, run_now
 from litgpt_moe_ext.training.steps.graphs.graphed_loss import GraphedLoss, GraphOptions
 from litgpt_moe_ext.training.steps.handover import loss_of_logits
@@ -55,11 +56,12 @@ class Trainee:
             # Otherwise the compiler would assume that the next recipe's sizes change from step to step.
             torch._dynamo.reset()
         self.model = torch.compile(model) if how == "compiled" else model
-        self.loss, self.run_task = self.plain_loss, run_now
+        self.loss, self.run_task, self.validated = self.plain_loss, run_now, None
         graphs = how.startswith("graphs") and bench.is_cuda
         if graphs:
             options = GraphOptions(True, sharing=how != "graphs, unshared", abreast=how != "graphs, one stream")
             self.loss = GraphedLoss(self.plain_loss, model, partial(_note_if_off, bench), options)
+            self.validated = self.loss.validated
             if how != "graphs, passes only":
                 self.run_task = self.loss.run_task
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -75,6 +77,11 @@ class Trainee:
     def plain_loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         with self.autocast():
             return _cross_entropy(self.model(ids), targets)
+
+    @torch.no_grad()
+    def validate(self, loss: Loss) -> None:
+        """Compute a loss of the first micro-batch, with the model in evaluation mode."""
+        loss(self.batches[0, :, :-1], self.batches[0, :, 1:].contiguous())
 
     def step(self) -> None:
         for batch in self.batches:
