@@ -11,6 +11,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import load_yaml_config
 
 from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.evaluation.lm_eval_names import check_names
 
 # The loaders of `datasets` for plain files. Any other `dataset_path` names a dataset with files of its own.
 FILE_LOADERS = ("arrow", "csv", "json", "pandas", "parquet", "text")
@@ -93,6 +94,7 @@ def load_task_file(path: Path) -> ConfigurableTask:
             f"tasks: {path} defines a task by a Python class (`class`); only tasks written in YAML can be named"
         )
     config = {"metadata": {}, **config}
+    check_names(config, path)
     if config.get("dataset_path") in FILE_LOADERS:
         config["dataset_kwargs"] = _locate_data(config.get("dataset_kwargs") or {}, path)
     try:

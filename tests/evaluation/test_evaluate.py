@@ -13,10 +13,12 @@ import litgpt.eval.evaluate
 import pytest
 from datasets.exceptions import DatasetNotFoundError
 from jsonargparse import CLI
+from lm_eval.api.registry import METRIC_REGISTRY
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation import litgpt_evaluate, lm_eval_tasks
 from litgpt_moe_ext.evaluation.litgpt_evaluate import EvaluateSettings, evaluate_checkpoint, wrap_convert_and_evaluate
+from litgpt_moe_ext.evaluation.lm_eval_names import REPORTED
 from litgpt_moe_ext.evaluation.lm_eval_tasks import load_task_file, load_tasks
 from tests.runs import run_command
 
@@ -222,6 +224,9 @@ TASK = "task: a\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: g
         (f"{TASK}output_type: other\n", "cannot be used: .*invalid output_type 'other'"),
         (TASK.replace("good", "broken"), r"cannot be used: .*Missing a closing .* \(ArrowInvalid\)"),
         (TASK.replace("good", "empty"), "cannot be used: "),
+        (f"{TASK}metric_list: [acc]\n", "cannot be used: "),
+        (f"{TASK}metric_list: acc\n", "cannot be used: "),
+        (f"{TASK}filter_list: [{{name: f, filter: [regex]}}]\n", "does not accept: "),
     ],
 )
 def test_malformed_task_files_are_named(tmp_path, content, message):
@@ -231,6 +236,49 @@ def test_malformed_task_files_are_named(tmp_path, content, message):
         (tmp_path / f"{name}.json").write_text(text)
     with pytest.raises(SettingsError, match=f"tasks: .*bad.yaml.*{message}"):
         load_tasks(str(path))
+
+
+CHOICE, TEXT = f"{TASK}output_type: multiple_choice\n", f"{TASK}output_type: generate_until\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (f"{CHOICE}metric_list: [{{metric: accc, aggregation: mean}}]\n", "metric: 'accc' is not .*; did you mean acc"),
+        (
+            f"{CHOICE}metric_list: [{{metric: bleu}}]\n",
+            "metric: 'bleu' .* multiple_choice; choose from acc, acc_mu",
+        ),
+        (
+            f"{TEXT}metric_list: [{{metric: acc}}]\n",
+            "'acc' .* generate_until; choose from bleu, chrf, exact_match",
+        ),
+        (f"{TEXT}metric_list: [{{metric: exact_macht}}]\n", "metric: 'exact_macht' .*; did you mean exact_match"),
+        (f"{CHOICE}metric_list: [{{metric: acc, aggregation: meen}}]\n", "aggregation: 'meen' is unknown .* mean"),
+        (f"{TEXT}filter_list: [{{name: f, filter: [{{function: regexx}}]}}]\n", "filter: 'regexx' .* mean regex"),
+    ],
+)
+def test_what_is_not_reported_is_named(tmp_path, content, message, monkeypatch):
+    """Before anything is evaluated; lm-eval would print a table without it, or fail at the end."""
+    monkeypatch.setattr("evaluate.load", Mock(side_effect=FileNotFoundError))
+    (tmp_path / "bad.yaml").write_text(content)
+    (tmp_path / "good.json").write_text('{"question": "so?"}\n')
+    with pytest.raises(SettingsError, match=f"^tasks: .*bad.yaml: .*{message}"):
+        load_task_file(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize(
+    ("kind", "answers"),
+    [
+        ("multiple_choice", [(-1.0, True), (-2.0, False)] * 2),
+        ("loglikelihood", [(-1.0, True)]),
+        ("loglikelihood_rolling", [-1.0]),
+    ],
+)
+def test_what_is_reported(task_file, kind, answers):
+    task = load_task_file(task_file)
+    task.OUTPUT_TYPE, task.doc_to_target, task._metric_fn_list = kind, lambda doc: " yes", METRIC_REGISTRY
+    assert sorted(task.process_results(task.task_docs[0], answers)) == list(REPORTED[kind])
 
 
 @pytest.mark.parametrize("error", [ConnectionError("no hub"), DatasetNotFoundError("no hub")])
