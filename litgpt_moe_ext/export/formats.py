@@ -46,7 +46,9 @@ def export(checkpoint_dir: Path, out_dir: Path, name: str, dtype: str | None = N
 def check_exportable(config: "Config", name: str) -> None:
     """Raise SettingsError if a trained model of a configuration cannot be exported in a format."""
     from litgpt_moe_ext.export.facts import facts_of
+    from litgpt_moe_ext.export.source import with_own_experts
 
+    config = with_own_experts(config)
     # A balancing bias that moves will differ between experts.
     facts = facts_of(config, {})
     facts = dataclasses.replace(facts, balancing_bias=bool(config.router_bias_update_rate))

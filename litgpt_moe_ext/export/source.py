@@ -4,7 +4,7 @@ import functools
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,14 @@ class Source:
         """True if output head and token embeddings are equal, as after `train.tie_embeddings`."""
         return torch.equal(self.state[_HEAD], self.state[_EMBEDDINGS])
 
+    def with_own_experts(self) -> "Source":
+        """Return the same model with this package's experts, which exports know, in place of LitGPT's `LLaMAMoE`."""
+        config, state = with_own_experts(self.config), self.state
+        if config is not self.config:
+            gates = [name.removesuffix("weight") for name in state if name.endswith(".mlp.gate.weight")]
+            state = {f"{gate}{BALANCING_BIAS}": torch.zeros(config.n_expert) for gate in gates} | state
+        return replace(self, config=config, state=state)
+
     def writes_once(self, architecture: "Architecture") -> bool:
         """Return whether output head and token embeddings are one table in a class."""
         return architecture.ties and self.tied
@@ -91,6 +99,21 @@ class Source:
     def _stored(self, architecture: "Architecture") -> dict[str, Tensor]:
         left_out = {_HEAD} if self.writes_once(architecture) else set()
         return {name: tensor for name, tensor in self.state.items() if name not in left_out}
+
+
+def with_own_experts(config: "Config") -> "Config":
+    """Return the configuration of the MoE of this package that computes what a `LLaMAMoE` does; any other as it is."""
+    if config.mlp_class_name != "LLaMAMoE":
+        return config
+    grouped = bool(config.n_expert_groups)
+    return replace(
+        config,
+        mlp_class_name="MoE",
+        mlp_activation="swiglu",
+        router_type="topk",
+        router_score_function="sigmoid" if grouped else "softmax",
+        norm_topk_prob=config.norm_topk_prob if grouped else True,
+    )
 
 
 def without_negatives(bias_E: Tensor) -> Tensor:

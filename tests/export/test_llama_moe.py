@@ -5,14 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from gguf import GGUFReader
 from litgpt import GPT, Config
+from safetensors.torch import load_file
 
 from litgpt_moe_ext.cli.main import main
-from litgpt_moe_ext.export.llama_moe import obstacles, to_llama_moe
+from litgpt_moe_ext.export.formats import check_exportable, export
+from litgpt_moe_ext.export.llama_moe import convert_checkpoint, obstacles, to_llama_moe
 from litgpt_moe_ext.export.source import read_source
 from litgpt_moe_ext.inspect.recipes import load_recipe
 from litgpt_moe_ext.moe.expert_layouts import unstack_experts
-from tests.evaluation.conftest import write_checkpoint
+from tests.evaluation.conftest import VOCABULARY_SIZE, write_checkpoint
 from tests.evaluation.test_loading import Payload
 from tests.models import initialized_model, moe_config, noisy_config
 
@@ -78,6 +81,36 @@ def test_a_bias_without_groups_is_named():
     assert obstacles(config, model.state_dict()) == []
     model.transformer.h[1].mlp.gate.e_score_correction_bias[3] = 0.1
     assert "e_score_correction_bias" in obstacles(config, model.state_dict())[0]
+
+
+@pytest.mark.parametrize("name", ["hf", "gguf"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SOFTMAX,
+        {**SOFTMAX, "n_shared_expert": 2, "first_k_dense_replace": 1, "intermediate_size": 20},
+        {**GROUPS, "norm_topk_prob": True, "routed_scaling_factor": 1.5, "n_shared_expert": 1},
+    ],
+    ids=["softmax", "shared_dense", "groups"],
+)
+def test_both_layouts_are_exported_as_the_same_model(tmp_path, name, settings):
+    write_checkpoint(tmp_path / "ours", moe_config(**settings, padded_vocab_size=VOCABULARY_SIZE))
+    convert_checkpoint(tmp_path / "ours", tmp_path / "theirs")
+    check_exportable(read_source(tmp_path / "theirs").config, name)
+    exports = [tmp_path / "exports" / layout for layout in ("ours", "theirs")]
+    for out_dir in exports:
+        export(tmp_path / out_dir.name, out_dir, name)
+    if name == "gguf":
+        ours, theirs = (
+            {tensor.name: tensor.data.tobytes() for tensor in GGUFReader(out_dir / "model.gguf").tensors}
+            for out_dir in exports
+        )
+        assert ours == theirs
+        return
+    ours, theirs = (load_file(out_dir / "model.safetensors") for out_dir in exports)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(theirs[key], tensor) for key, tensor in ours.items())
+    assert len({(out_dir / "config.json").read_text() for out_dir in exports}) == 1
 
 
 def test_command(tmp_path, capsys):

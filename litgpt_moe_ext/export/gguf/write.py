@@ -55,7 +55,7 @@ def export_gguf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None) -
     require_absent(out_dir)
     require_package()
     chosen = parse_dtype(dtype)
-    source = read_source(checkpoint_dir)
+    source = read_source(checkpoint_dir).with_own_experts()
     facts = facts_of(source.config, source.state)
     graph = choose_graph(facts)
     tokenizer = tokenizer_metadata(checkpoint_dir, source.config.padded_vocab_size)

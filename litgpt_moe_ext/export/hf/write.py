@@ -57,7 +57,7 @@ def export_checkpoint(
         SettingsError: If there is no whole checkpoint, if `out_dir` exists, or if the model cannot be exported.
     """
     require_absent(out_dir)
-    source = read_source(checkpoint_dir)
+    source = read_source(checkpoint_dir).with_own_experts()
     facts = facts_of(source.config, source.state)
     architecture, rejected = choose_class(facts)
     chosen = parse_dtype(dtype)
