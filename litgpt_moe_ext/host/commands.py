@@ -118,6 +118,36 @@ def _refuse_training_checkpoint(setting: str, checkpoint_dir: Path, instead: str
         )
 
 
+def refuse_empty_prompts(module: Any) -> None:
+    """Refuse, in one line, an empty prompt, where the tokenizer puts no token at its beginning."""
+    original = module.generate_fn
+
+    @wraps(original)
+    def generate_fn(model: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        if not prompt.size(0) and uses_plugin(model.config):
+            raise SettingsError("prompt: '' has no tokens to continue from; give some text")
+        return original(model, prompt, *args, **kwargs)
+
+    module.generate_fn = generate_fn
+
+
+def end_chat_with_its_input(module: Any) -> None:
+    """End a chat at the end of its input (Ctrl-D) as at Ctrl-C."""
+    original = module.interact
+    signature = inspect.signature(original)
+
+    @wraps(original)
+    def interact(*args: Any, **kwargs: Any) -> None:
+        try:
+            original(*args, **kwargs)
+        except EOFError:
+            if not uses_plugin(signature.bind(*args, **kwargs).arguments["model"].config):
+                raise
+            print()
+
+    module.interact = interact
+
+
 def name_checkpoints(utils: Any) -> None:
     """Name the checkpoint inside a run's folder, and refuse, in one line, folders without one."""
     original = utils.check_valid_checkpoint_dir

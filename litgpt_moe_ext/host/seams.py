@@ -181,6 +181,14 @@ SEAMS = (
         for module in ("litgpt.generate.tp", "litgpt.generate.sequentially")
     ),
     Seam(
+        "litgpt.generate.base", "generate_fn", "wrap", "Ends with one line at a prompt without tokens.",
+        "LitGPT does", commands.refuse_empty_prompts,
+    ),
+    Seam(
+        "litgpt.chat.base", "interact", "wrap", "Ends at the end of its input.", "LitGPT's chat does",
+        commands.end_chat_with_its_input,
+    ),
+    Seam(
         "litgpt.pretrain", "main", "wrap", "Ends with one line at a training checkpoint to start from.",
         "LitGPT finds the weights in one", commands.require_weights_to_start,
     ),

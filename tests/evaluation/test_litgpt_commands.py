@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from unittest.mock import Mock
 
 import litgpt.chat.base
 import litgpt.generate.base
@@ -27,7 +28,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.litgpt_evaluate import EvaluateSettings, evaluate_checkpoint
 from litgpt_moe_ext.evaluation.loading import load_model, load_tokenizer
 from tests.evaluation.conftest import VOCABULARY_SIZE, write_checkpoint, write_tokenizer
-from tests.models import moe_config, randomize
+from tests.models import dense_config, moe_config, randomize
 from tests.runs import PATIENCE
 from tests.training.processes import free_port
 
@@ -142,6 +143,39 @@ def test_chat(name, request, capsys, monkeypatch):
     assert len(replies) == 3
     assert replies[0].strip()
     assert replies[1].strip("\n") == replies[2].strip("\n") == expected_text(folder)
+
+
+@pytest.mark.parametrize("text", ["", "the"])
+def test_a_chat_ends_with_its_input(documents_dir, capsys, monkeypatch, text):
+    """At Ctrl-D, or where a file has no more lines."""
+    lines = iter([text] if text else [])
+
+    def read(_: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    litgpt.chat.base.main(documents_dir, **GREEDY)
+    assert capsys.readouterr().out.count(">> Reply: ") == bool(text)
+
+
+def test_an_empty_prompt_is_refused_in_a_line(documents_dir):
+    """Its tokenizer has no token that begins a text."""
+    with pytest.raises(SettingsError, match="^prompt: '' has no tokens to continue from; give some text$"):
+        litgpt.generate.base.main(documents_dir, "", **GREEDY)
+
+
+def test_litgpts_own_models_end_as_without_the_plugin(tmp_path, monkeypatch):
+    write_tokenizer(tmp_path)
+    config = dense_config(vocab_size=VOCABULARY_SIZE, padded_vocab_size=VOCABULARY_SIZE)
+    write_checkpoint(tmp_path, config, GPT(config))
+    with pytest.raises(IndexError):
+        litgpt.generate.base.main(tmp_path, "", max_new_tokens=2, precision="32-true")
+    monkeypatch.setattr("builtins.input", Mock(side_effect=EOFError))
+    with pytest.raises(EOFError):
+        litgpt.chat.base.main(tmp_path, max_new_tokens=2, precision="32-true")
 
 
 @pytest.mark.parametrize("name", FOLDERS)
