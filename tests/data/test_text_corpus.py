@@ -13,6 +13,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -613,6 +614,8 @@ def test_find_files(tmp_path):
         find_files("source_path", tmp_path, "*.json")
     with pytest.raises(SettingsError, match="source_path: '.*nowhere' does not exist"):
         find_files("source_path", tmp_path / "nowhere", "*")
+    with pytest.raises(SettingsError, match="does not exist; it is an address, so download what is there, and set so"):
+        find_files("source_path", Path("https://host/a.jsonl"), "*")
 
 
 def test_a_folder_that_may_not_be_entered_is_named(tmp_path, monkeypatch, capsys):

@@ -161,6 +161,12 @@ def test_smallest_vocabulary(tmp_path):
         train_bpe(TEXTS, BPESettings(300, ()), tmp_path)
 
 
+def test_a_vocabulary_beyond_all_memory():
+    """For which the tokenizers library would end the process."""
+    with pytest.raises(SettingsError, match="vocab_size: 1000000000 must be at most 10000000; usual are 2048 to"):
+        BPESettings(10**9).check()
+
+
 CHAT = ("<|unknown|>", "<|im_start|>", "<|im_end|>")
 
 

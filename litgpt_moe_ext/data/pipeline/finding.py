@@ -1,6 +1,7 @@
 """Finds the files that a setting names: a single file, or those in a folder that match a glob."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,7 +30,9 @@ def find_files(setting: str, path: Path, pattern: str, otherwise: str = _OTHER_F
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise SettingsError(f"{setting}: {str(path)!r} does not exist; set {setting} to a file or a folder")
+        address = re.match(r"[a-z0-9]+:/", str(path))  # of which `Path` has made two slashes one
+        download = "it is an address, so download what is there, and " if address else ""
+        raise SettingsError(f"{setting}: {str(path)!r} does not exist; {download}set {setting} to a file or a folder")
     found = [file for file in sorted(matches("pattern", path, pattern)) if file.is_file()]
     _refuse_links_out(setting, path, found)
     # The cache may be inside the folder of the documents, but its corpora are not documents.

@@ -17,6 +17,7 @@ from litgpt_moe_ext.wording import counted
 
 EOS_TOKEN = "<|endoftext|>"
 _BYTES = 256
+_MOST = 10_000_000  # the tokenizers library takes memory for all entries at once, and ends the process if there is none
 # GPT-2's division of text into words with their leading space, numbers, punctuation and white space.
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -65,6 +66,8 @@ class BPESettings:
                 f"{counted(len(self.special_tokens), 'special token')} take {smallest} entries; set vocab_size to "
                 f"{smallest} or more"
             )
+        if self.vocab_size > _MOST:
+            raise SettingsError(f"vocab_size: {self.vocab_size} must be at most {_MOST}; usual are 2048 to 262144")
 
 
 def train_bpe(texts: Iterable[str], settings: BPESettings, directory: str | os.PathLike) -> Tokenizer:
