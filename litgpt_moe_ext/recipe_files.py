@@ -68,7 +68,7 @@ def _read_mapping(file: Path, setting: str) -> tuple[dict[str, Any], dict[str, i
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise SettingsError(f"{name} is not a text file ({error})") from error
+        raise SettingsError(f"{name} is not a text file in UTF-8 ({error}); save it as one") from error
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         hint = "; name a recipe (YAML file) that you may read"
         if isinstance(error, FileNotFoundError):
@@ -156,7 +156,8 @@ def _compose(name: str, text: str) -> yaml.Node | None:
     except yaml.MarkedYAMLError as error:
         where = "" if error.problem_mark is None or "\n" not in text else f" line {error.problem_mark.line + 1}"
         problem = error.problem or error.context
-        raise SettingsError(f"{name}{where} is not YAML: {problem}; put text in quotes") from error
+        remedy = "indent with spaces, close brackets, and put text" if where else "put text"
+        raise SettingsError(f"{name}{where} is not YAML: {problem}; {remedy} in quotes") from error
     except yaml.YAMLError as error:
         raise SettingsError(f"{name} is not YAML: {one_line(error)}") from error
     except RecursionError as error:

@@ -222,9 +222,10 @@ def _connection_errors(minutes: float) -> Iterator[None]:
         yield
     except torch.distributed.DistError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).splitlines()[0].rstrip(".")
         raise SettingsError(
             f"the processes could not be connected through {address} within {minutes:g} minutes "
-            f"(distributed.timeout_minutes): {str(error).splitlines()[0]}. One of them may have ended; see its output."
+            f"(distributed.timeout_minutes): {reason}. One of them may have ended; see its output."
         ) from error
 
 

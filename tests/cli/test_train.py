@@ -284,10 +284,11 @@ def test_wrong_values_of_a_file_have_a_line(recipe, capsys, changes, message, ke
         (b"- seed: 1\n", "holds no settings"),
         (b"seed: 1\ntrain: [1, 2\n", "line 3 is not YAML"),
         (b"seed: 1\ntrain:\n  max_tokens: 1\n  max_norm: 2\n  max_tokens: 3\n", "line 5 repeats train.max_tokens"),
-        (b"\x9d\xff", "is not a text file"),
+        (b"\x9d\xff", "is not a text file in UTF-8"),
+        ("seed: 1\n".encode("utf-16"), "invalid start byte); save it as one"),
         (None, "cannot be read (No such file"),
     ],
-    ids=["empty", "list", "syntax", "repeated", "binary", "missing"],
+    ids=["empty", "list", "syntax", "repeated", "binary", "utf-16", "missing"],
 )
 def test_files_that_are_no_recipes(tmp_path, content, message):
     file = tmp_path / "recipe.yaml"

@@ -514,7 +514,8 @@ def test_wrong_recipes_are_named(tmp_path):
         ("model_config: {name: 7}", "name: 7 must be text"),
         ("model_config: [1]", "model_config: .1. must be settings, NAME: VALUE"),
         ("- a list", "holds no settings; it must consist of"),
-        ("train:\n  a: [\n", "line 3 is not YAML: expected .*; put text in quotes"),
+        ("train:\n  a: [\n", "line 3 is not YAML: expected .*; indent with spaces, close brackets, and put text in"),
+        ("train:\n\ta: 1\n", "line 2 is not YAML: found character .* cannot start any token; indent with spaces"),
         ("model_config: {n_layer: 1}\nmodel_config: {n_layer: 2}", "line 2 repeats model_config"),
     ):
         recipe.write_text(text)
