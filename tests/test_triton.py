@@ -10,7 +10,7 @@ from tests.runs import run_command
 INTERPRETED = (
     "tests/interpreted_memory.py",
     *(
-        f"tests/moe/interpreted_{name}.py"
+        f"tests/moe/kernels/interpreted_{name}.py"
         for name in ("triton", "router", "product", "orthogonality", "balancing", "far")
     ),
     *(f"tests/attention/interpreted_{name}.py" for name in ("epilogue", "rotation")),

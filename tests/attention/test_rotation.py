@@ -17,8 +17,8 @@ from tests.models import attention_config
 pytest.importorskip("triton")
 
 from litgpt_moe_ext.attention.kernels import rotation
+from tests.moe.kernels.test_triton_compiles import AMD_CHIPS, CAPABILITIES, Compiler, compiler_for_amd
 from tests.moe.test_launches import Launches
-from tests.moe.test_triton_compiles import AMD_CHIPS, CAPABILITIES, Compiler, compiler_for_amd
 
 
 def heads(d: int, dtype: torch.dtype = torch.bfloat16, H: int = 4, G: int = 2) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,8 @@ from litgpt_moe_ext.kernels.launch import triton_works_on
 pytest.importorskip("triton")
 
 from litgpt_moe_ext.attention.kernels import sink_epilogue
+from tests.moe.kernels.test_triton_compiles import AMD_CHIPS, CAPABILITIES, Compiler, compiler_for_amd
 from tests.moe.test_launches import Launches
-from tests.moe.test_triton_compiles import AMD_CHIPS, CAPABILITIES, Compiler, compiler_for_amd
 
 FLASH = Call("flash_cpu", 0.4, True, None, 0.0)
 

@@ -10,7 +10,7 @@ from litgpt_moe_ext.moe.kernels import balancing
 from litgpt_moe_ext.moe.layer import MoE
 from tests.gpu.card import no_waits
 from tests.models import moe_config
-from tests.moe.biases import RATE, SCHEDULES, compare, compare_rates, make_moved
+from tests.moe.kernels.biases import RATE, SCHEDULES, compare, compare_rates, make_moved
 from tests.moe.test_launches import Launches
 
 pytestmark = pytest.mark.gpu

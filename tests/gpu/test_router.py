@@ -5,8 +5,8 @@ import torch
 
 from litgpt_moe_ext.moe.kernels import fused_router, router_product
 from tests.gpu.card import no_waits, require_bfloat16
-from tests.moe import directions
-from tests.moe.products import PASSED, compare_passed, compare_product, every_bit, gradients_of
+from tests.moe.kernels import directions
+from tests.moe.kernels.products import PASSED, compare_passed, compare_product, every_bit, gradients_of
 from tests.moe.routers import LAYERS, RULES, compare, compare_fixed, compare_layer, make_gate, run
 
 pytestmark = pytest.mark.gpu

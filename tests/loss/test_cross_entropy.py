@@ -17,8 +17,8 @@ from litgpt_moe_ext.loss import cross_entropy
 pytest.importorskip("triton")
 
 from litgpt_moe_ext.loss import cross_entropy_kernels as kernels
+from tests.moe.kernels.test_triton_compiles import AMD_CHIPS, CAPABILITIES, Compiler, compiler_for_amd
 from tests.moe.test_launches import Launches
-from tests.moe.test_triton_compiles import AMD_CHIPS, CAPABILITIES, Compiler, compiler_for_amd
 
 
 def compile_all(

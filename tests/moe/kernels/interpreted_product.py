@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from litgpt_moe_ext.moe.kernels import fused_router, router_product
 from litgpt_moe_ext.moe.kernels.router_product import ProjectionBackward, project, project_and_pass, project_backward
 from litgpt_moe_ext.moe.kernels.triton import projecting
-from tests.moe.interpreted_triton import EXAMPLES
-from tests.moe.products import PASSED, compare_passed, compare_product, every_bit, gradients_of
+from tests.moe.kernels.interpreted_triton import EXAMPLES
+from tests.moe.kernels.products import PASSED, compare_passed, compare_product, every_bit, gradients_of
 from tests.moe.routers import keep_choices, make_gate
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

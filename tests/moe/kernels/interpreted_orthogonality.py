@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.moe.directions import compare_orthogonality, gradients_of, weighted
-from tests.moe.interpreted_triton import EXAMPLES
+from tests.moe.kernels.directions import compare_orthogonality, gradients_of, weighted
+from tests.moe.kernels.interpreted_triton import EXAMPLES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -18,7 +18,7 @@ from litgpt_moe_ext.moe.kernels.triton.routing import launches, sums
 from litgpt_moe_ext.moe.layer import MoE
 from litgpt_moe_ext.moe.registry import ROUTERS, load
 from tests.models import moe_config, randomize
-from tests.moe.interpreted_triton import EXAMPLES
+from tests.moe.kernels.interpreted_triton import EXAMPLES
 from tests.moe.routers import (
     BALANCING,
     GLOBAL,
