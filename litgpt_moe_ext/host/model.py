@@ -176,7 +176,7 @@ def extend_model_init(model: ModuleType) -> None:
         if uses_plugin(config):
             for module in self.modules():
                 if isinstance(module, model.RMSNorm):
-                    module.is_fusible = module.dim == -1 and not module.add_unit_offset
+                    module.is_fusible = not module.add_unit_offset
 
     model.GPT.__init__ = __init__
 
