@@ -95,6 +95,27 @@ def test_takes_the_largest_first(monkeypatch, kind, fails):
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.0625]
 
 
+@pytest.mark.parametrize("kind", READ_RATES)
+def test_knows_only_during_a_capture_that_it_is_captured(monkeypatch, kind):
+    """torch's optimizers ask to be told; Muon has no such setting."""
+    optimizer, parameters = made(kind)
+    seen = []
+
+    def noted(self, *args):
+        seen.append([group.get("capturable") for group in self.param_groups])
+
+    monkeypatch.setattr("litgpt_moe_ext.training.optim.gpu_step.bare_step", lambda _optimizer: noted)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    GpuStep(optimizer).install()
+    before = [dict(group) for group in optimizer.param_groups]
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        step(optimizer, parameters, 0)
+    assert seen == ([[None, None]] * 2 if kind == "Muon" else [[False, False], [True, True]])
+    assert [group.keys() for group in optimizer.param_groups] == [group.keys() for group in before]
+    assert not any(group.get("capturable") for group in optimizer.param_groups)
+
+
 def test_a_closure_is_called():
     optimizer, parameters = made("fused AdamW", lambda task: pytest.fail("not with a closure"))
     for parameter in parameters:

@@ -287,7 +287,9 @@ def test_the_rest_is_adamw_and_state_survives(model):
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("setting", [{"lr": -1}, {"momentum": 1.0}, {"ns_steps": 0}, {"betas": (0.9, 1.0)}])
+@pytest.mark.parametrize(
+    "setting", [{"lr": -1}, {"momentum": 1.0}, {"ns_steps": 0}, {"ns_steps": 100}, {"betas": (0.9, 1.0)}]
+)
 def test_wrong_settings(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         MuonAdamW([torch.nn.Parameter(torch.zeros(2))], **setting)
