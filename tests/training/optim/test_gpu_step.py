@@ -68,6 +68,15 @@ def test_steps_as_torch_does(kind):
     assert optimizer.state_dict()["param_groups"] == reference.state_dict()["param_groups"]
 
 
+def test_rates_of_shards_are_numbers(monkeypatch):
+    monkeypatch.setattr("litgpt_moe_ext.training.optim.gpu_step.is_shard", lambda parameter: parameter.ndim == 2)
+    optimizer, ours = made("fused AdamW", lambda task: pytest.fail("with rates in tensors"))
+    reference, theirs = made("fused AdamW")
+    step(optimizer, ours, 0)
+    step(reference, theirs, 0)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("fails", [False, True])
 def test_takes_the_largest_first(monkeypatch, kind, fails):
