@@ -105,15 +105,12 @@ def with_own_experts(config: "Config") -> "Config":
     """Return the configuration of the MoE of this package that computes what a `LLaMAMoE` does; any other as it is."""
     if config.mlp_class_name != "LLaMAMoE":
         return config
-    grouped = bool(config.n_expert_groups)
-    return replace(
-        config,
-        mlp_class_name="MoE",
-        mlp_activation="swiglu",
-        router_type="topk",
-        router_score_function="sigmoid" if grouped else "softmax",
-        norm_topk_prob=config.norm_topk_prob if grouped else True,
-    )
+    same: dict[str, Any] = {"mlp_class_name": "MoE", "mlp_activation": "swiglu", "router_type": "topk"}
+    if config.n_expert_groups:
+        same["router_score_function"] = "sigmoid"
+    else:
+        same |= {"router_score_function": "softmax", "norm_topk_prob": True}
+    return replace(config, **same)
 
 
 def without_negatives(bias_E: Tensor) -> Tensor:
