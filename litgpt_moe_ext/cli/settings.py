@@ -5,7 +5,7 @@ Recipes and flags become one tree of plain data (`cli.given`), of which jsonargp
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -177,11 +177,25 @@ def _read_model(text: str) -> tuple[Any, bool]:
 def _complete_data_module(tree: dict[str, Any]) -> None:
     from litgpt_moe_ext import data
 
+    if "data" in tree:
+        tree["data"] = _with_import_path(tree["data"], data.import_path)
     match tree.get("data"):
+        case {"init_args": {"corpora": dict(corpora)} as arguments}:
+            # A mixture takes this package's only.
+            own = {name: f"{data.__name__}.{name}" for name in data.MODULES}
+            named = {
+                key: _with_import_path(corpus, lambda name: own.get(name, name)) for key, corpus in corpora.items()
+            }
+            tree["data"] = {**tree["data"], "init_args": {**arguments, "corpora": named}}
+
+
+def _with_import_path(module: Any, import_path: Callable[[str], str]) -> Any:
+    match module:
         case str(name):
-            tree["data"] = data.import_path(name)
+            return import_path(name)
         case {"class_path": str(name)}:
-            tree["data"] = {**tree["data"], "class_path": data.import_path(name)}
+            return {**module, "class_path": import_path(name)}
+    return module
 
 
 def _make_dense(given: Given, by: str, own_out_dir: bool) -> None:

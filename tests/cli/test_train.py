@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -441,6 +442,16 @@ def test_a_data_module_named_alone(recipe):
         "class_path": "litgpt_moe_ext.data.TextCorpus",
         "init_args": {"source_path": "12"},
     }
+
+
+def test_the_corpora_of_a_mixture_named_alone(recipe):
+    """They are of this package, also where LitGPT has one of that name."""
+    corpora = {"a": "TinyStories", "b": {"class_path": "TextCorpus"}, "c": {"class_path": "mine.Corpus"}}
+    file = recipe(data=None)
+    flags = ("--data=Mixture", f"--data.corpora={json.dumps(corpora)}")
+    found = read_given(["--config", str(file), *flags], Path(), litgpt_types()).tree["data"]["init_args"]["corpora"]
+    home = "litgpt_moe_ext.data"
+    assert found == {"a": f"{home}.TinyStories", "b": {"class_path": f"{home}.TextCorpus"}, "c": corpora["c"]}
 
 
 def test_a_class_whose_module_lacks_something_says_what(recipe, tmp_path, capsys, monkeypatch):
