@@ -1,6 +1,7 @@
 """LitGPT's commands on checkpoints of the plugin: one is made to work, the others say why they cannot."""
 
 import inspect
+import shlex
 import sys
 from collections.abc import Iterator
 from functools import wraps
@@ -111,10 +112,10 @@ def _refuse_training_checkpoint(setting: str, checkpoint_dir: Path, instead: str
 
     file = extend_checkpoint_dir(Path(checkpoint_dir)) / WEIGHTS_FILE
     if file.is_file() and "model" in open_archive(file, setting):
+        command = shlex.join(["litgpt", "convert_pretrained_checkpoint", str(checkpoint_dir), "OUTPUT_DIR"])
         raise SettingsError(
             f"{setting}: {str(checkpoint_dir)!r} is a training checkpoint, but this command needs the weights alone; "
-            f"write them with `litgpt convert_pretrained_checkpoint {checkpoint_dir} OUTPUT_DIR`, or use "
-            f"{instead}, which takes both"
+            f"write them with `{command}`, or use {instead}, which takes both"
         )
 
 

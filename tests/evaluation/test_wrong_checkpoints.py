@@ -82,13 +82,13 @@ def test_a_path_to_nothing_is_refused_in_a_line(name: str, path: str):
 
 @pytest.mark.parametrize("command", [litgpt.generate.tp.main, litgpt.generate.sequentially.main])
 def test_a_training_checkpoint_is_no_weights_alone(command: Callable):
-    Path("final").mkdir()
-    torch.save({"model": {}, "iter_num": 1}, "final/lit_model.pth")
+    Path("the final").mkdir()
+    torch.save({"model": {}, "iter_num": 1}, "the final/lit_model.pth")
     with pytest.raises(SettingsError) as refused:
-        command(Path("final"))
+        command(Path("the final"))
     assert str(refused.value) == (
-        "checkpoint_dir: 'final' is a training checkpoint, but this command needs the weights alone; write them "
-        "with `litgpt convert_pretrained_checkpoint final OUTPUT_DIR`, or use litgpt generate, which takes both"
+        "checkpoint_dir: 'the final' is a training checkpoint, but this command needs the weights alone; write them "
+        "with `litgpt convert_pretrained_checkpoint 'the final' OUTPUT_DIR`, or use litgpt generate, which takes both"
     )
 
 

@@ -323,13 +323,13 @@ def test_shipped_studies_name_no_place_of_one_machine():
 def test_slurm_array_has_a_task_for_every_run(gpus, tmp_path, monkeypatch, capsys):
     """Each with a GPU; how to ask for one is said where the script is written on a machine without."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    script, study = tmp_path / "array.sh", ROOT / "studies" / "qk_norm.yaml"
+    script, study = tmp_path / "an array.sh", ROOT / "studies" / "qk_norm.yaml"
     assert main(["study", str(study), "--slurm", str(script)]) == 0
     assert f"#SBATCH --array=0-{len(load_study(study).runs) - 1}\n" in script.read_text()
     assert "\nsrun litgpt-moe study" in script.read_text(), "SLURM signals what srun started, and nothing beside it"
     assert '--only "$SLURM_ARRAY_TASK_ID"' in script.read_text()
     assert re.findall(r"#SBATCH --gres=(.*)", script.read_text()) == (["gpu:1"] if gpus else [])
-    assert (f"`sbatch --gres=gpu:1 {script}`" in capsys.readouterr().out) == (not gpus)
+    assert (f"`sbatch --gres=gpu:1 '{script}'`" in capsys.readouterr().out) == (not gpus)
 
 
 def test_no_run_is_repeated_and_a_failed_one_is_tried_again(tmp_path, monkeypatch):

@@ -99,7 +99,8 @@ class Study:
         write_text(file, slurm_script(self._command(), runs, min(gpus, 1)))
         print(f"Wrote {file}, {counted(runs, 'run')}; afterwards `{self._command()} --report` writes the page")
         if not gpus:
-            print(f"This machine has no GPU, so its tasks ask for none; `sbatch --gres=gpu:1 {file}` does")
+            command = shlex.join(["sbatch", "--gres=gpu:1", str(file)])
+            print(f"This machine has no GPU, so its tasks ask for none; `{command}` does")
         return 0
 
     def _limits(self) -> "Limits":
