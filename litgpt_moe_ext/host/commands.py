@@ -119,17 +119,26 @@ def _refuse_training_checkpoint(setting: str, checkpoint_dir: Path, instead: str
         )
 
 
-def refuse_empty_prompts(module: Any) -> None:
-    """Refuse, in one line, an empty prompt, where the tokenizer puts no token at its beginning."""
+def refuse_to_generate_nothing(module: Any) -> None:
+    """Refuse, in one line, an empty prompt (where its tokenizer puts no token first), and no tokens to choose."""
     original = module.generate_fn
 
     @wraps(original)
-    def generate_fn(model: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-        if not prompt.size(0) and uses_plugin(model.config):
-            raise SettingsError("prompt: '' has no tokens to continue from; give some text")
-        return original(model, prompt, *args, **kwargs)
+    def generate_fn(model: Any, prompt: Any, max_returned_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        if uses_plugin(model.config):
+            refuse_first(_nothing(prompt.size(0), max_returned_tokens, kwargs.get("top_k")))
+        return original(model, prompt, max_returned_tokens, *args, **kwargs)
 
     module.generate_fn = generate_fn
+
+
+def _nothing(prompt: int, returned: int, top_k: int | None) -> Iterator[str]:
+    if prompt == 0:
+        yield "prompt: '' has no tokens to continue from; give some text"
+    if returned <= prompt:
+        yield f"max_new_tokens: {returned - prompt} must be at least 1"
+    if top_k is not None and top_k < 1:
+        yield f"top_k: {top_k} must be at least 1"
 
 
 def end_chat_with_its_input(module: Any) -> None:

@@ -181,8 +181,8 @@ SEAMS = (
         for module in ("litgpt.generate.tp", "litgpt.generate.sequentially")
     ),
     Seam(
-        "litgpt.generate.base", "generate_fn", "wrap", "Ends with one line at a prompt without tokens.",
-        "LitGPT does", commands.refuse_empty_prompts,
+        "litgpt.generate.base", "generate_fn", "wrap", "Ends with one line where there is nothing to generate.",
+        "LitGPT does", commands.refuse_to_generate_nothing,
     ),
     Seam(
         "litgpt.chat.base", "interact", "wrap", "Ends at the end of its input.", "LitGPT's chat does",

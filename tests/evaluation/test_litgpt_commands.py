@@ -161,10 +161,17 @@ def test_a_chat_ends_with_its_input(documents_dir, capsys, monkeypatch, text):
     assert capsys.readouterr().out.count(">> Reply: ") == bool(text)
 
 
-def test_an_empty_prompt_is_refused_in_a_line(documents_dir):
-    """Its tokenizer has no token that begins a text."""
-    with pytest.raises(SettingsError, match="^prompt: '' has no tokens to continue from; give some text$"):
-        litgpt.generate.base.main(documents_dir, "", **GREEDY)
+@pytest.mark.parametrize(
+    ("prompt", "settings", "message"),
+    [
+        ("", {}, "prompt: '' has no tokens to continue from; give some text"),  # nothing begins a text here
+        (PROMPT, {"max_new_tokens": 0}, "max_new_tokens: 0 must be at least 1"),
+        (PROMPT, {"top_k": 0}, "top_k: 0 must be at least 1"),
+    ],
+)
+def test_to_generate_nothing_is_refused_in_a_line(documents_dir, prompt, settings, message):
+    with pytest.raises(SettingsError, match=f"^{message}$"):
+        litgpt.generate.base.main(documents_dir, prompt, **GREEDY | settings)
 
 
 def test_litgpts_own_models_end_as_without_the_plugin(tmp_path, monkeypatch):
