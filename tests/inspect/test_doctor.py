@@ -290,6 +290,7 @@ def test_settings_that_fit_fit(monkeypatch):
         assert taken == fit.bytes <= memory - RUNTIME
     plain = next(fit for fit in fits if fit.step == own)
     assert plain.micro_batch_size == 6
+    assert plain in find_fits(recipe, RUNTIME + plain.bytes), "no more is needed"
     assert best_fit(fits) == plain, "it holds the recipe's micro-batch of 4 as it is"
     assert plain.flags(recipe) == "--precision bf16-mixed --train.micro_batch_size 6"
 

@@ -131,6 +131,13 @@ def test_a_directory_without_logs_is_named(tmp_path, capsys):
     assert "logger_name: csv" in capsys.readouterr().err
 
 
+def test_a_log_that_ends_before_its_first_line_is_said(tmp_path, capsys):
+    for text in ("", "step,total_tokens,loss\n", "step,val_loss\n1,2.0\n"):
+        (tmp_path / "metrics-wide.csv").write_text(text)
+        assert main(["compare-runs", str(tmp_path)]) == 2
+        assert "must have logged a line with total_tokens; train for at least" in capsys.readouterr().err
+
+
 def test_logs_that_others_have_changed(tmp_path, resumed, capsys):
     write_log(resumed, "copy", ["8,4,0.5,9.0,400,,,,,"])
     assert load_run(resumed).series("loss")[1].tolist() == [3.0, 2.0, 1.5]
