@@ -324,10 +324,10 @@ def test_missing_parts(tmp_path):
     (tmp_path / "file-000000000001.json.gz").write_bytes(gzip.compress(lines(TRAIN, "content")))
     with pytest.raises(ValueError, match="has a single shard, file-000000000001.json.gz, which would validate"):
         CodeParrot(source_path=tmp_path, bpe=BPE).prepare_data()
-    with pytest.raises(ValueError, match="has none of TinyStories' forms with both"):
-        TinyStories(source_path=tmp_path, bpe=BPE).prepare_data()
     story = tmp_path / "TinyStoriesV2-GPT4-train.txt"
     story.write_text("Once<|endoftext|>")
+    with pytest.raises(ValueError, match="has none of TinyStories' forms with both"):
+        TinyStories(source_path=tmp_path, bpe=BPE).prepare_data()
     with pytest.raises(ValueError, match=r"source_path: '.*train.txt' must be the archive"):
         TinyStories(source_path=story, bpe=BPE).prepare_data()
     with pytest.raises(ValueError, match="would train and validate; set val_path"):

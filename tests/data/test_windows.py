@@ -42,6 +42,7 @@ def test_document_lengths():
 def test_first_documents_of_several_shards():
     shards = [np.array([5, 0, 7, 0]), np.array([8, 0, 6, 6, 0]), np.array([9, 0])]
     assert [shard.tolist() for shard in first_documents(shards, 3, 0)] == [[5, 0, 7, 0], [8, 0]]
+    assert [shard.tolist() for shard in first_documents(shards, 2, 0)] == [[5, 0, 7, 0]]
     assert len(first_documents(shards, 9, 0)) == 3
 
 
