@@ -294,7 +294,9 @@ def test_validation_by_corpus_is_a_mean_over_the_tokens_of_all_ranks(ranks):
 def test_the_first_tokenizer_encodes_the_others(texts, sources):
     code = PythonStdlib(data_path=texts / "cache", source_path=sources, vocab_size=300, val_fraction=0.2)
     mixture = Mixture({"code": code, "text": text(texts, 1, tokenizer_dir=None)}, {"code": 1, "text": 1})
-    assert opened(mixture).prepare_tokenizer() == code.corpus_path / "tokenizer"
+    mixture.connect(batch_size=2, max_seq_length=16)
+    mixture.setup()  # alone, as on ranks that are not the first
+    assert mixture.prepare_tokenizer() == code.corpus_path / "tokenizer"
     known = (code.corpus_path / "tokenizer" / "tokenizer.json").read_text()
     assert (mixture.parts["text"].corpus_path / "tokenizer" / "tokenizer.json").read_text() == known
 

@@ -452,7 +452,7 @@ def test_a_prepared_corpus_elsewhere(tmp_path):
         PreparedCorpus(tmp_path).prepare_data()
 
 
-def test_a_model_must_find_the_documents_of_a_corpus(tmp_path):
+def test_a_model_must_find_the_documents_of_a_corpus(tmp_path, monkeypatch):
     data = tiny_txt(tmp_path)
     data.require_documents("eos", 7)
     with pytest.raises(SettingsError, match=r"attention_document_token_id: 7 must be 0, the eos token of the corpus"):
@@ -460,6 +460,11 @@ def test_a_model_must_find_the_documents_of_a_corpus(tmp_path):
     with pytest.raises(SettingsError, match=r"attention_document_token_id: 7 must be 0, the bos token of the corpus"):
         Mixture({"all": data}, {"all": 1.0}).require_documents("bos", 7)
     Mixture({"all": data}, {"all": 1.0}).require_documents("bos", 0)
+    monkeypatch.setattr(TinyStories, "manifest", {**data.manifest, "bos_id": 5})
+    for boundary, token_id, other in (("eos", 0, 5), ("bos", 5, 0)):
+        data.require_documents(boundary, token_id)
+        with pytest.raises(SettingsError, match=f"{other} must be {token_id}, the {boundary} token of the corpus"):
+            data.require_documents(boundary, other)
 
 
 def test_documents_are_counted_and_packed_whole_where_one_token_begins_and_ends_them(tmp_path):

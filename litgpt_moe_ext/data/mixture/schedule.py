@@ -117,7 +117,7 @@ class Phases:
 
     def look_up(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See `Schedule.look_up`."""
-        if self.second is None or rows.max(initial=0) < self.border:
+        if self.second is None:
             return self.first.look_up(rows)
         corpora, before = self.first.look_up(rows)
         late = np.flatnonzero(rows >= self.border)
