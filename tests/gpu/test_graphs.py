@@ -278,7 +278,8 @@ def test_runs(card, recipe, tmp_path, capsys, precision, packing):
     assert "CUDA graphs: off (as asked)" in capsys.readouterr().out
     weights = weights_of(without / "final")
     for other in (straight, twice):
-        assert logged(other, "loss") == logged(without, "loss")
+        for column in ("loss", "val_loss"):
+            assert logged(other, column) == logged(without, column)
         ours = weights_of(other / "final")
         assert all(torch.equal(ours[name], value) for name, value in weights.items())
 
