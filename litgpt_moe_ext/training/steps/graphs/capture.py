@@ -55,7 +55,7 @@ class Capture(Protocol):
         """Return the forward pass of `loss` over such tensors, without gradients and without having run it."""
 
     def function(self, function: Callable[[], Tensor | None]) -> Replay:
-        """Return a function ready to run again, without having run it."""
+        """Return a function that draws no random numbers ready to run again, without having run it."""
 
 
 class CudaCapture:
@@ -71,7 +71,7 @@ class CudaCapture:
     def function(self, function: Callable[[], Tensor | None]) -> Replay:
         """Return a function as a graph; see `Capture`."""
         graph = torch.cuda.CUDAGraph()
-        with self._capturing(graph):
+        with _generator_set_aside(), self._capturing(graph):
             result = function()
         return Replay(graph.replay, result)
 
@@ -124,6 +124,21 @@ class CudaCapture:
             raise failure or error from None
         finally:
             failure = None  # its traceback holds this frame, and the memory of the pass
+
+
+@contextlib.contextmanager
+def _generator_set_aside() -> Iterator[None]:
+    """Keep a capture that draws no random numbers from the state of the generator, which graphs of passes share.
+
+    After an aborted capture, the state would still expect its end.
+    """
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    state = generator.graphsafe_get_state()
+    generator.graphsafe_set_state(generator.clone_state())
+    try:
+        yield
+    finally:
+        generator.graphsafe_set_state(state)
 
 
 def leaves_of(loss: Tensor) -> list[Tensor]:

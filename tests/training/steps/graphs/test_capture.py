@@ -1,11 +1,19 @@
 """A capture that is broken off leaves torch as it was, on a card that is not there."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from litgpt_moe_ext.training.steps.graphs.capture import CudaCapture
+
+
+class State:
+    """The state of a random generator, which refuses to be used while it is part of a capture."""
+
+    def __init__(self):
+        self.is_captured = False
 
 
 class Card:
@@ -16,7 +24,7 @@ class Card:
 
     def __init__(self, monkeypatch, fails_in, torch_mends=False):
         self.fails_in, self.mends = fails_in, torch_mends
-        self.stream, self.generator, self.filling, self.users = "usual", "before", [], []
+        self.stream, self.generator, self.filling, self.users = "usual", State(), [], []
         self.begun = 0
         card = self
 
@@ -36,7 +44,7 @@ class Card:
 
             def __enter__(self):
                 card.begun += 1
-                card.stream, card.generator = "capturing", "capturing"
+                card.stream, card.generator.is_captured = "capturing", True
                 card.filling.append(self.graph.pool)
                 card.users.append(self.graph.pool)
                 card.fail("begin")
@@ -48,7 +56,7 @@ class Card:
                 if kind is RuntimeError:
                     raise RuntimeError("operation failed due to a previous error during capture")
                 card.fail("end")
-                card.stream, card.generator = "usual", "before"
+                card.stream, card.generator.is_captured = "usual", False
                 if not card.mends:
                     card.users.remove(self.graph.pool)  # the end of its graph is not looked at here
 
@@ -65,11 +73,13 @@ class Card:
             card.stream = stream.name
 
         generator = SimpleNamespace(
-            clone_state=lambda: card.generator, graphsafe_set_state=lambda state: setattr(card, "generator", state)
+            clone_state=lambda: copy.copy(card.generator),
+            graphsafe_get_state=lambda: card.generator,
+            graphsafe_set_state=lambda state: setattr(card, "generator", state),
         )
         functions = {
             "CUDAGraph": Graph, "graph": Capture, "graph_pool_handle": lambda: (0, 1), "set_stream": set_stream,
-            "default_generators": [generator],
+            "default_generators": [generator], "current_device": lambda: 0,
             "current_stream": lambda: SimpleNamespace(name=card.stream, device_index=0),
         }  # fmt: skip
         for name, function in functions.items():
@@ -108,11 +118,24 @@ def test_a_capture_that_fails_leaves_nothing(monkeypatch, graph, where, torch_me
     with pytest.raises(KeyError if in_python else RuntimeError) as caught:
         CudaCapture().passes(loss, torch.ones(3), torch.ones(3), add=False)
     assert str(caught.value) == ("'no such thing'" if in_python else f"failed in the {where} of {graph}")
-    assert (card.stream, card.filling, card.generator) == ("usual", [], "before")
+    assert (card.stream, card.filling, card.generator.is_captured) == ("usual", [], False)
     # The graph of a forward pass gives its part up when it is deleted.
     assert len(card.users) == int(torch_mends and graph == 2)
     assert weight.grad is kept
     assert kept.tolist() == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("torch_mends", [False, True], ids=["torch 2.11", "torch 2.15"])
+@pytest.mark.parametrize("where", ["begin", "function", "end"])
+def test_a_function_whose_capture_fails_leaves_nothing(monkeypatch, where, torch_mends):
+    """As of a validation: the generator keeps its state, which graphs of passes draw from."""
+    card = Card(monkeypatch, (1, where), torch_mends)
+    state = card.generator
+    with pytest.raises(RuntimeError, match=f"failed in the {where} of 1"):
+        CudaCapture().function(lambda: card.fail("function"))
+    assert (card.stream, card.filling, card.users) == ("usual", [], [])
+    assert card.generator is state
+    assert not state.is_captured
 
 
 def test_passes_that_do_not_add(monkeypatch):
