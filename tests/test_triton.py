@@ -15,6 +15,7 @@ INTERPRETED = (
     ),
     *(f"tests/attention/interpreted_{name}.py" for name in ("epilogue", "rotation")),
     "tests/loss/interpreted_cross_entropy.py",
+    "tests/inspect/interpreted_tuning.py",
 )
 
 

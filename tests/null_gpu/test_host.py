@@ -103,3 +103,19 @@ def test_the_benchmark_measures_steps_as_graphs(gpu, tmp_path):
     for model in ("dense twin, graphs", "ours, graphs", *apart):
         assert f"| quickstart | 1 x 1 x 64 | {model} |" in ended.stdout
     assert "CUDA graphs: not for" not in ended.stdout
+
+
+def test_blocks_are_measured_by_the_command(gpu, tmp_path):
+    """In the order of the products of a step, added gradients last; without numbers no block is faster."""
+    recipe = yaml.safe_load(next(file for file in RECIPES if file.name == "quickstart.yaml").read_text("utf-8"))
+    recipe["train"] |= {"micro_batch_size": 4}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
+    command = ("-m", "litgpt_moe_ext.cli.main", "tune", str(tmp_path / "recipe.yaml"))
+    figures = tmp_path / "figures.json"
+    environment = null_gpu.environment(gpu, 86) | {"XDG_CACHE_HOME": str(tmp_path)}
+    ended = run_command(sys.executable, *command, "--json", str(figures), timeout=None, **environment)
+    assert "null GPU, micro-batches of 4 x 256 tokens" in ended.stdout
+    works = [product["work"] for product in json.loads(figures.read_text("utf-8"))["products"]]
+    assert [(work["n_in"], work["n_out"]) for work in works[:4]] == [(128, 128), (64, 128), (128, 64), (128, 128)]
+    assert [work["add"] for work in works[4:]] == [False, False, True, True]
+    assert {(work["n_expert"], work["n_row"], work["precision"]) for work in works} == {(16, 4096, "half")}

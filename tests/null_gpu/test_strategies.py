@@ -55,7 +55,7 @@ def test_two_ranks_train_as_one(gpu, recipe, tmp_path, strategy, precision):
 
     (one,), two = train("one", 1), train("two", 2)
     # In 16 bits tokens between two experts may go to the other one.
-    of_losses = 5e-4 if precision == "32-true" else 1e-3
+    of_losses = 5e-4 if precision == "32-true" else 2e-3
     for column, tolerance in (("loss", of_losses), ("val_loss", of_losses), ("grad_norm", 2e-2)):
         ours, theirs = (numbers(tmp_path / name, column) for name in ("two", "one"))
         assert ours == pytest.approx(theirs, rel=tolerance), column

@@ -81,7 +81,21 @@ def experts_line(model: nn.Module, device: torch.device, compiled: bool) -> str 
     x_TD = torch.empty(1, experts.n_embd, device=device, dtype=experts.down_proj.dtype)
     backend = experts.backend_for(x_TD, compiled)
     how = "forced" if experts.forced_backend else "chosen"
-    return f"experts: {backend} for {matmul_dtype(x_TD)} on {device.type} ({how})"
+    blocks = _measured_blocks(experts, device) if backend == "triton" and device.type == "cuda" else ""
+    return f"experts: {backend} for {matmul_dtype(x_TD)} on {device.type} ({how}{blocks})"
+
+
+def _measured_blocks(experts: Experts, device: torch.device) -> str:
+    """Say for how many tokens `litgpt-moe tune` has measured blocks for such experts on this card."""
+    from litgpt_moe_ext.moe.kernels.triton.tuned_tiles import read
+
+    works = [work for works in read(device) for work in works]
+    sizes = {
+        work.n_row // work.top_k
+        for work in works
+        if work.n_expert == experts.n_expert and experts.n_embd in (work.n_out, work.n_in)
+    }
+    return f", blocks measured for {' and '.join(f'{size:,}' for size in sorted(sizes))} tokens" if sizes else ""
 
 
 def attention_line(model: nn.Module, device: torch.device) -> str | None:

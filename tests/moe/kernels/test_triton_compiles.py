@@ -31,9 +31,12 @@ from litgpt_moe_ext.moe.kernels.triton import (  # noqa: E402
     gating,
     orthogonality,
     projecting,
+    rows,
+    tile_choice,
+    weights,
 )
 from litgpt_moe_ext.moe.kernels.triton.routing import blocks, launches  # noqa: E402
-from litgpt_moe_ext.moe.kernels.triton.tiles import CARDS, Work, card_for, precision_of  # noqa: E402
+from litgpt_moe_ext.moe.kernels.triton.tiles import CARDS, RowsWork, WeightsWork, card_for, precision_of  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # MI200, MI300, RX 7900 and RX 9070, and how many threads work in step on them.
@@ -85,10 +88,11 @@ class Compiler:
         monkeypatch.setattr(common, "capability_of", lambda device: capability)
         for name in KERNELS:
             monkeypatch.setattr(f"litgpt_moe_ext.moe.kernels.triton.{name}.launch", self.launch)
-        for name in ("rows", "weights"):
-            monkeypatch.setattr(
-                f"litgpt_moe_ext.moe.kernels.triton.{name}.processors_of", lambda device: self.processors
-            )
+        monkeypatch.setattr(tile_choice, "capability_of", lambda device: capability)
+        monkeypatch.setattr(tile_choice, "processors_of", lambda device: self.processors)
+        for module, choice in ((rows, "rows_tile"), (weights, "weights_tile")):
+            # What a card has been given once is not asked for again.
+            monkeypatch.setattr(module, choice, getattr(tile_choice, choice).__wrapped__)
 
     def launch(self, kernel, grid, arguments, warps, stages=1):
         options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
@@ -418,13 +422,19 @@ def test_operands_of_more_than_2_31_elements_are_counted_in_64_bits(monkeypatch,
 def test_small_products_have_small_blocks():
     """So that most multiprocessors have one, and narrow weights no block of which half lies beyond them."""
     tiles = card_for((9, 0)).tiles["half"]
-    rows = {n_row: tiles.for_rows(Work(8, n_row, 256, 1024, 132)) for n_row in (128, 512, 4096, 2**15)}
-    assert list(rows.values()) == [tiles.few, tiles.some, tiles.some, tiles.many]
-    assert tiles.for_rows(Work(8, 2**20, 128, 1024, 132)) == tiles.some
-    assert tiles.for_rows(Work(8, 4096, 100, 1024, 132)) == tiles.odd
-    weights = {n_out: tiles.for_weights(Work(8, 4096, n_out, 1024, 132), add=False) for n_out in (256, 512, 100)}
-    assert list(weights.values()) == [tiles.few_weights, tiles.weights, tiles.odd_weights]
-    assert tiles.for_weights(Work(8, 4096, 512, 1024, 132), add=True) == tiles.added_weights
+
+    def rows(n_row, n_out):
+        return tiles.for_rows(RowsWork("half", 8, n_row, n_out, 1024, 2, True, False, False), 132)
+
+    def weights(n_out, add=False):
+        return tiles.for_weights(WeightsWork("half", 8, 4096, n_out, 1024, 2, False, True, add), 132)
+
+    by_rows = [rows(n_row, 256) for n_row in (128, 512, 4096, 2**15)]
+    assert by_rows == [tiles.few, tiles.some, tiles.some, tiles.many]
+    assert rows(2**20, 128) == tiles.some
+    assert rows(4096, 100) == tiles.odd
+    assert [weights(n_out) for n_out in (256, 512, 100)] == [tiles.few_weights, tiles.weights, tiles.odd_weights]
+    assert weights(512, add=True) == tiles.added_weights
 
 
 def test_every_card_has_blocks():

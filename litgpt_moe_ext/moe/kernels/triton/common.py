@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from litgpt_moe_ext.kernels.launch import power_of_two
-from litgpt_moe_ext.moe.kernels.triton.tiles import Tiles, card_for, precision_of
+from litgpt_moe_ext.moe.kernels.triton.tiles import Precision, precision_of
 
 if TYPE_CHECKING:
     # To a type checker a constant of a kernel is whatever it was called with.
@@ -84,18 +84,12 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
-@functools.cache
-def processors_of(device: torch.device) -> int:
-    """Return how many multiprocessors a card has; for the interpreter few, so that small tests have all blocks."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-
-
-def tiles_for(device: torch.device, dtype: torch.dtype) -> tuple[Tiles, str]:
-    """Return the blocks for products of `dtype` on `device`, and the precision that `dot` is to be told."""
+def precision_for(device: torch.device, dtype: torch.dtype) -> tuple[Precision, str]:
+    """Return how `dtype` is multiplied on `device`, for its blocks and for `dot`."""
     capability = capability_of(device)
     precision = precision_of(dtype, capability)
     how = "widened" if capability is None and dtype == torch.bfloat16 else "tf32" if precision == "tf32" else "ieee"
-    return card_for(capability).tiles[precision], how
+    return precision, how
 
 
 def block_of(width: int) -> tuple[int, int]:

@@ -16,13 +16,13 @@ from litgpt_moe_ext.moe.kernels.triton.common import (
     constexpr,
     dot,
     find_tile,
-    processors_of,
+    precision_for,
     rows_of,
     stack_of,
-    tiles_for,
     token_of,
 )
-from litgpt_moe_ext.moe.kernels.triton.tiles import Work
+from litgpt_moe_ext.moe.kernels.triton.tile_choice import rows_tile
+from litgpt_moe_ext.moe.kernels.triton.tiles import RowsWork
 
 
 class _Result(NamedTuple):
@@ -48,15 +48,16 @@ def multiply_rows(product: Product) -> Tensor:
     y_RO = x.new_empty(n_row, n_out)
     if not n_row:
         return y_RO
-    tiles, precision = tiles_for(x.device, x.dtype)
-    tile = tiles.for_rows(Work(plan.n_expert, n_row, n_out, n_in, processors_of(x.device)))
+    precision, how = precision_for(x.device, x.dtype)
     rows, stack = rows_of(x), stack_of(weight)
+    sizes = plan.n_expert, n_row, n_out, n_in, plan.top_k
+    tile = rows_tile(RowsWork(precision, *sizes, gather, scatter, stack.stride_i != 1), x.device)
     form = _Form(
         gather,
         scatter,
         n_out % tile.out == 0,
         n_in % tile.inner == 0,
-        precision,
+        how,
         max(power_of_two(plan.n_expert), 16),
         plan.top_k,
         max(rows.reach, stack.reach) >= 2**31,

@@ -1,10 +1,12 @@
 """Block sizes of the Triton kernels, for each kind of NVIDIA card and each kind of number.
 
-Tables instead of autotuning, because another block size means another order of additions, and two runs should give the
-same bits. Every entry must fit into the shared memory of its cards without spilling registers; the tests compile all of
-them. Hopper's `some`, `many`, `weights` and `few_weights` for 16-bit numbers are among the fastest of a dozen on an
-H200; no other entry was timed on a card. TF32 on Hopper and on Blackwell for data centres may have faster ones: their
-Tensor Cores want the numbers of a sum side by side, so the operands of backward passes are copied one by one.
+Tables instead of autotuning in every run, because another block size means another order of additions, and two runs
+should give the same bits. `litgpt-moe tune` measures once, and what it found takes precedence (`tile_choice`).
+
+Every entry must fit into the shared memory of its cards without spilling registers; the tests compile all of them.
+Hopper's `some`, `many`, `weights` and `few_weights` for 16-bit numbers are among the fastest of a dozen on an H200; no
+other entry was timed on a card. TF32 on Hopper and on Blackwell for data centres may have faster ones: their Tensor
+Cores want the numbers of a sum side by side, so the operands of backward passes are copied one by one.
 
 A large block reads its operands less often, but a small product then has fewer blocks than a card has multiprocessors.
 On the H200, small blocks win below 50 to 75 % as many blocks as multiprocessors for products of rows, and below 145 to
@@ -39,28 +41,67 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.out}x{self.inner} w{self.warps} s{self.stages}"
 
-class Work(NamedTuple):
-    """A grouped product, as far as its blocks depend on it.
+
+class RowsWork(NamedTuple):
+    """A product of routed rows, as far as its block depends on it.
 
     Attributes:
+        precision: How numbers are multiplied.
         n_expert: Number of experts.
         n_row: Routed rows.
         n_out: Outputs of the weights.
         n_in: Inputs of the weights.
-        processors: Multiprocessors of the card.
+        top_k: Chosen experts per token.
+        gather: Whether tokens are read, not rows in the order of experts.
+        scatter: Whether rows are written in the order of tokens.
+        transposed: Whether the weights' outputs, not their inputs, lie side by side in memory.
     """
 
+    precision: Precision
     n_expert: int
     n_row: int
     n_out: int
     n_in: int
-    processors: int
+    top_k: int
+    gather: bool
+    scatter: bool
+    transposed: bool
 
-    @property
-    def aligned(self) -> bool:
-        """Whether the widths are multiples of 16."""
-        return self.n_out % 16 == self.n_in % 16 == 0
+    def __str__(self) -> str:
+        of = "tokens" if self.gather else "rows"
+        return f"{self.n_row} {of} of {self.n_in} to {self.n_out}{', backward' if self.transposed else ''}"
+
+
+class WeightsWork(NamedTuple):
+    """A gradient of experts' weights, as far as its block depends on it.
+
+    Attributes:
+        precision: How numbers are multiplied.
+        n_expert: Number of experts.
+        n_row: Routed rows.
+        n_out: Outputs of the weights.
+        n_in: Inputs of the weights.
+        top_k: Chosen experts per token.
+        gather_left: Whether the left operand is one of tokens.
+        gather_right: Whether the right one is.
+        add: Whether it is added to another gradient.
+    """
+
+    precision: Precision
+    n_expert: int
+    n_row: int
+    n_out: int
+    n_in: int
+    top_k: int
+    gather_left: bool
+    gather_right: bool
+    add: bool
+
+    def __str__(self) -> str:
+        return f"gradient of {self.n_out} x {self.n_in}, {self.n_row} rows{', added' if self.add else ''}"
 
 
 class Tiles(NamedTuple):
@@ -88,26 +129,26 @@ class Tiles(NamedTuple):
     odd: Tile
     odd_weights: Tile
 
-    def for_rows(self, work: Work) -> Tile:
-        """Return the block of a product of rows."""
-        if not work.aligned:
+    def for_rows(self, work: RowsWork, processors: int) -> Tile:
+        """Return the block of a product of rows on a card with so many multiprocessors."""
+        if work.n_out % 16 or work.n_in % 16:
             return self.odd
         mean_rows = work.n_row // work.n_expert
         if mean_rows <= 24:
             return self.few
         # On average, the last block of an expert is half empty.
         blocks = (work.n_row / self.many.rows + work.n_expert / 2) * ceil_div(work.n_out, self.many.out)
-        small = work.n_out < self.many.out or blocks < 0.65 * work.processors
+        small = work.n_out < self.many.out or blocks < 0.65 * processors
         return self.some if small or mean_rows <= 96 else self.many
 
-    def for_weights(self, work: Work, add: bool) -> Tile:
-        """Return the block of a gradient of weights, which may be added to another."""
-        if not work.aligned:
+    def for_weights(self, work: WeightsWork, processors: int) -> Tile:
+        """Return the block of a gradient of weights on a card with so many multiprocessors."""
+        if work.n_out % 16 or work.n_in % 16:
             return self.odd_weights
         blocks = work.n_expert * ceil_div(work.n_out, self.weights.out) * ceil_div(work.n_in, self.weights.inner)
-        if blocks < 1.5 * work.processors:
+        if blocks < 1.5 * processors:
             return self.few_weights
-        return self.added_weights if add else self.weights
+        return self.added_weights if work.add else self.weights
 
 
 class Card(NamedTuple):

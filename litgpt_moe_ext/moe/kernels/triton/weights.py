@@ -19,13 +19,13 @@ from litgpt_moe_ext.moe.kernels.plan import Outer, Plan
 from litgpt_moe_ext.moe.kernels.triton.common import (
     constexpr,
     dot,
-    processors_of,
+    precision_for,
     rows_of,
     stack_of,
-    tiles_for,
     token_of,
 )
-from litgpt_moe_ext.moe.kernels.triton.tiles import Work
+from litgpt_moe_ext.moe.kernels.triton.tile_choice import weights_tile
+from litgpt_moe_ext.moe.kernels.triton.tiles import WeightsWork
 
 
 class _Form(NamedTuple):
@@ -45,12 +45,13 @@ def sum_outer_products(outer: Outer, dtype: torch.dtype, total_EOI: Tensor | Non
     add = total_EOI is not None
     n_out, n_in = left.size(1), right.size(1)
     sum_EOI = total_EOI if add else left.new_empty(plan.n_expert, n_out, n_in, dtype=dtype)
-    tiles, precision = tiles_for(left.device, left.dtype)
-    tile = tiles.for_weights(Work(plan.n_expert, plan.rows.size(0), n_out, n_in, processors_of(left.device)), add)
+    precision, how = precision_for(left.device, left.dtype)
+    sizes = plan.n_expert, plan.rows.size(0), n_out, n_in, plan.top_k
+    tile = weights_tile(WeightsWork(precision, *sizes, gather_left, gather_right, add), left.device)
     left_rows, right_rows = rows_of(left), rows_of(right)
     wide = max(left_rows.reach, right_rows.reach) >= 2**31
     even = n_out % tile.out == 0, n_in % tile.inner == 0
-    form = _Form(gather_left, gather_right, *even, precision, wide, add, plan.top_k)
+    form = _Form(gather_left, gather_right, *even, how, wide, add, plan.top_k)
     grid = (ceil_div(n_out, tile.out) * ceil_div(n_in, tile.inner), plan.n_expert)
     arguments = (left_rows, right_rows, stack_of(sum_EOI), plan, form, tile)
     launch(_sum_outer_products, grid, arguments, tile.warps, tile.stages)

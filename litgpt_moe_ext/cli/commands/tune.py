@@ -1,0 +1,122 @@
+"""`litgpt-moe tune`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.field_types import PositiveInt
+from litgpt_moe_ext.wording import counted
+
+if TYPE_CHECKING:
+    import torch
+
+    from litgpt_moe_ext.inspect.recipes import Recipe
+    from litgpt_moe_ext.inspect.tuning import Measured, Work
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Measure which block sizes are the fastest on this GPU for the experts of a recipe, and keep them for later runs.
+
+    It takes some minutes, most of them for compiling, and nothing else should use the GPU meanwhile. Runs whose
+    micro-batches have as many tokens then use these blocks. Another block adds up in another order, so tune before a
+    training, not between its parts, if you want the same bits.
+
+    Attributes:
+        recipe: A recipe (YAML file), or a checkpoint directory.
+        micro_batch_size: Sequences per forward pass. Default: as in the recipe.
+        json: File to write all figures to.
+    """
+
+    recipe: Path
+    micro_batch_size: PositiveInt | None = None
+    json: Path | None = None
+
+    def run(self) -> None:
+        """Measure, print and keep."""
+        from litgpt_moe_ext.cli.output import progress, write_json
+        from litgpt_moe_ext.inspect.recipes import load_recipe
+
+        recipe = load_recipe(self.recipe)
+        _require_triton(recipe, self.recipe)
+        import torch
+
+        from litgpt_moe_ext.inspect.tuning import measure, worthwhile
+        from litgpt_moe_ext.moe.kernels.triton import tuned_tiles
+
+        device = torch.device("cuda", torch.cuda.current_device())
+        batch = (self.micro_batch_size or recipe.micro_batch_size, recipe.sequence_length)
+        works, found = _products(recipe, batch, device), []
+        with progress("Measuring", len(works)) as advance:
+            for work in works:
+                found.append(measure(work, device))
+                advance(1)
+        _print_times(found, f"{torch.cuda.get_device_name()}, micro-batches of {batch[0]} x {batch[1]} tokens")
+        if self.json is not None:
+            rows = [{**measured._asdict(), "work": measured.work._asdict()} for measured in found]
+            write_json(self.json, {"card": torch.cuda.get_device_name(), "products": rows})
+        best = worthwhile(found)
+        if not any(best):
+            print("No other block is clearly faster than those that runs have anyway, so nothing is kept.")
+            return
+        file = tuned_tiles.add(best, device)
+        print(f"Kept in {file}, for every run on this kind of card with as many tokens in a micro-batch.")
+        print("To go back, delete that file.")
+
+
+def _require_triton(recipe: "Recipe", path: Path) -> None:
+    import torch
+
+    from litgpt_moe_ext.inspect.doctor.run_here import computing
+    from litgpt_moe_ext.meta.models import meta_model
+    from litgpt_moe_ext.moe.experts import Experts
+
+    experts = next((m for m in meta_model(recipe.config).modules() if isinstance(m, Experts)), None)
+    if experts is None:
+        raise SettingsError(f"recipe: {str(path)!r} must have experts of this package, whose products can be measured")
+    if not torch.cuda.is_available():
+        raise SettingsError("tune: needs a GPU, and torch finds none here; `litgpt-moe doctor` says more")
+    device, dtype, autocast = computing(recipe)
+    with autocast:
+        backend = experts.backend_for(torch.empty(1, experts.n_embd, device=device, dtype=dtype))
+    if backend != "triton":
+        raise SettingsError(
+            f"recipe: {str(path)!r} has its experts computed by {backend} here, which has no blocks to choose; tune is "
+            "for triton (expert_backend)"
+        )
+
+
+def _products(recipe: "Recipe", batch: tuple[int, int], device: "torch.device") -> "list[Work]":
+    import torch
+
+    from litgpt_moe_ext.inspect.doctor.run_here import computing
+    from litgpt_moe_ext.inspect.tuning import Pass, products_of
+
+    _, dtype, autocast = computing(recipe)
+    try:
+        return products_of(recipe.config, Pass(batch, dtype, autocast, recipe.global_batch_size > batch[0]), device)
+    except torch.OutOfMemoryError as error:
+        raise SettingsError(
+            f"micro_batch_size: {batch[0]} does not fit into the memory of this GPU; take a smaller one, here and in "
+            "training"
+        ) from error
+
+
+def _print_times(found: "Sequence[Measured]", title: str) -> None:
+    from litgpt_moe_ext.cli.output import print_table
+
+    rows = [
+        (
+            str(measured.work),
+            str(measured.table),
+            f"{measured.table_us:.1f}",
+            str(measured.best) if measured.best != measured.table else "the same",
+            f"{measured.best_us:.1f}",
+        )
+        for measured in found
+    ]
+    print_table(title, ("product", "block", "us", "fastest", "us"), rows)
+    before, after = (sum(getattr(m, name) for m in found) for name in ("table_us", "best_us"))
+    print(f"{counted(len(found), 'product')}: {before:.0f} us before, {after:.0f} us with the fastest blocks.")

@@ -1,0 +1,55 @@
+"""Which block a product of the experts gets: the one measured on this card for it, otherwise the tables'."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+
+from litgpt_moe_ext.moe.kernels.triton.common import capability_of
+from litgpt_moe_ext.moe.kernels.triton.tiles import RowsWork, Tile, WeightsWork, card_for
+from litgpt_moe_ext.moe.kernels.triton.tuned_tiles import TunedTiles, read
+
+_TUNED: dict[torch.device, TunedTiles] = {}
+
+
+def processors_of(device: torch.device) -> int:
+    """Return how many multiprocessors a card has; for the interpreter few, so that small tests have all blocks."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+@functools.lru_cache(maxsize=1024)
+def rows_tile(work: RowsWork, device: torch.device) -> Tile:
+    """Return the block of a product of rows."""
+    tables = card_for(capability_of(device)).tiles[work.precision]
+    return _tuned(device).rows.get(work) or tables.for_rows(work, processors_of(device))
+
+
+@functools.lru_cache(maxsize=1024)
+def weights_tile(work: WeightsWork, device: torch.device) -> Tile:
+    """Return the block of a gradient of weights."""
+    tables = card_for(capability_of(device)).tiles[work.precision]
+    return _tuned(device).weights.get(work) or tables.for_weights(work, processors_of(device))
+
+
+@contextlib.contextmanager
+def tuned_as(tuned: TunedTiles, device: torch.device) -> Iterator[None]:
+    """Within the scope, products on `device` have these blocks, and those of the tables where there is none."""
+    before = _tuned(device)
+    try:
+        _set(tuned, device)
+        yield
+    finally:
+        _set(before, device)
+
+
+def _set(tuned: TunedTiles, device: torch.device) -> None:
+    _TUNED[device] = tuned
+    rows_tile.cache_clear()
+    weights_tile.cache_clear()
+
+
+def _tuned(device: torch.device) -> TunedTiles:
+    if device not in _TUNED:
+        _TUNED[device] = read(device) if device.type == "cuda" else TunedTiles({}, {})
+    return _TUNED[device]
