@@ -1,5 +1,6 @@
 """What README and docs show is run, or says why it is not."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -37,6 +38,16 @@ def test_recipes_and_studies_have_keys_that_exist(tmp_path, text):
     else:
         file.write_text(text)
         read_settings(["--config", str(ROOT / "configs" / "quickstart.yaml"), "--config", str(file)])
+
+
+def test_whatever_opens_an_export_with_its_own_code_says_that_it_is_trusted():
+    """In transformers 5 the tokenizer too, which otherwise asks at the terminal, although it runs none of the code."""
+    programs = [program for page in PAGES for program in code(page, "python")]
+    calls = [node for program in programs for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Call)]
+    opening = [call for call in calls if any(ast.unparse(a) == "'exported/quickstart'" for a in call.args)]
+    assert {ast.unparse(call.func).partition(".")[0] for call in opening} >= {"AutoTokenizer", "pipeline"}
+    for call in opening:
+        assert "trust_remote_code=True" in ast.unparse(call), ast.unparse(call)
 
 
 @pytest.fixture(scope="module")
