@@ -133,6 +133,45 @@ def test_where_things_are(tmp_path):
     assert np.array_equal(stored["blk.1.attn_v.weight"], qkv[-24:])
 
 
+@pytest.mark.parametrize(
+    ("name", "neighbours"),
+    [
+        ("llama-yarn", True),
+        ("mixtral", True),
+        ("ernie", True),
+        ("qwen3", False),
+        ("qwen3-moe", False),
+        ("qwen2-moe", False),
+        ("olmoe", False),
+        ("glm", False),
+        ("gpt-oss", False),
+    ],
+)
+def test_which_graphs_rotate_neighbours(tmp_path, name, neighbours):
+    """As `llama_model_rope_type` of llama.cpp says; the others rotate halves of a head, as we do."""
+    model, reader = exported(tmp_path, *GRAPH_CASES[name][1:])
+    (stored,) = (t for t in reader.tensors if t.name == "blk.0.attn_k.weight")
+    config = model.config
+    queries, size = config.n_head * config.head_size, config.head_size
+    expected = model.state_dict()["transformer.h.0.attn.qkv.weight"][queries : queries + size]
+    if neighbours:
+        expected = expected.view(2, size // 2, -1).transpose(0, 1).flatten(0, 1)
+    assert np.array_equal(np.array(stored.data).reshape(-1, config.n_embd)[:size], expected.numpy())
+
+
+def test_latent_attention_rotates_neighbours(tmp_path):
+    """The last elements of each query's head, and those of the key that the heads share."""
+    model, reader = exported(tmp_path, *GRAPH_CASES["deepseek-v3-half"][1:])
+    stored = {t.name: np.array(t.data).reshape(t.shape.tolist()[::-1]) for t in reader.tensors}
+    order = [0, 4, 1, 5, 2, 6, 3, 7]
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    keys_LD = state["transformer.h.0.attn.kv_a_proj_with_mqa.weight"]
+    assert np.array_equal(stored["blk.0.attn_kv_a_mqa.weight"], np.concatenate([keys_LD[:16], keys_LD[16:][order]]))
+    heads_HdR = state["transformer.h.0.attn.q_b_proj.weight"].reshape(4, 10 + 8, 20)
+    expected = np.concatenate([heads_HdR[:, :10], heads_HdR[:, 10:][:, order]], axis=1)
+    assert np.array_equal(stored["blk.0.attn_q_b.weight"].reshape(4, 18, 20), expected)
+
+
 def test_where_keys_and_values_of_latent_attention_are(tmp_path):
     """Of each head first the part for keys, which is turned round, then that for values."""
     _, settings, biased = GRAPH_CASES["deepseek-v3"]
@@ -252,11 +291,14 @@ def test_an_attention_factor_without_a_stretch_is_refused():
         choose_graph(facts)
 
 
-def test_a_depth_that_means_another_model_is_refused():
+@pytest.mark.parametrize(("depth", "vocabulary"), [(26, 97), (27, 97), (48, 128256)])
+def test_a_depth_that_means_another_model_is_refused(depth, vocabulary):
     """llama.cpp takes latent attention in so many layers for that of a model without compressed queries."""
-    config = Config(**{**GRAPH_CASES["deepseek-v3"][1], "n_layer": 27})
-    with pytest.raises(SettingsError, match="format: gguf: n_layer: 27 with latent attention is a model without"):
-        choose_graph(facts_of(config, {}))
+    sizes = {"vocab_size": vocabulary, "padded_vocab_size": vocabulary}
+    with pytest.raises(SettingsError, match=f"format: gguf: n_layer: {depth} with latent attention is a model without"):
+        choose_graph(facts_of(Config(**{**GRAPH_CASES["deepseek-v3"][1], **sizes, "n_layer": depth}), {}))
+    for other in ({"n_layer": 28}, {"n_layer": 48, "padded_vocab_size": 97}, {"padded_vocab_size": 128256}):
+        choose_graph(facts_of(Config(**{**GRAPH_CASES["deepseek-v3"][1], **other}), {}))
 
 
 def test_rotations_of_llama3_are_divided():
@@ -292,6 +334,13 @@ def test_bfloat16(tmp_path):
         assert next(t for t in other.tensors if t.name == added).tensor_type.name == "F32"
     expected = model.state_dict()["transformer.h.0.mlp.experts.down_proj"].bfloat16().view(torch.int16)
     assert np.array_equal(np.array(tensor.data).view(np.int16).reshape(expected.shape), expected.numpy())
+
+
+def test_float16(tmp_path):
+    model, reader = exported(tmp_path, *CASES["glm"][1:], dtype="float16")
+    (tensor,) = (t for t in reader.tensors if t.name == "output.weight")
+    assert (keys(reader)["general.file_type"], tensor.tensor_type.name) == (1, "F16")
+    assert np.array_equal(np.array(tensor.data), model.lm_head.weight.detach().half().numpy())
 
 
 class TestTokenizer:
