@@ -57,7 +57,10 @@ def test_every_tensor_is_in_the_file(tmp_path, name):
     assert not stored
 
 
-@pytest.mark.parametrize(("name", "once"), [("llama-yarn", True), ("deepseek-v3", True), ("gpt-oss", False)])
+@pytest.mark.parametrize(
+    ("name", "once"),
+    [("llama-yarn", True), ("deepseek-v3", True), ("gpt-oss", False), ("qwen2-moe", False), ("olmoe", False)],
+)
 def test_one_table_is_written_once_where_the_graph_takes_it(tmp_path, name, once):
     """Without `output.weight` the graphs read the embeddings, or refuse the file."""
     model, reader = exported(tmp_path, *GRAPH_CASES[name][1:], tied=True)
