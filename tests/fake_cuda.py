@@ -34,7 +34,7 @@ def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[FakeTensorMode]:
         patch.setattr(fake_tensor, "init_gpu_context", lambda device: None)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        properties = SimpleNamespace(multi_processor_count=100)
+        properties = SimpleNamespace(name="faked", multi_processor_count=100)
         patch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: capability >= (8, 0))
         patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)

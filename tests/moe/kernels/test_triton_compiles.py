@@ -31,9 +31,7 @@ from litgpt_moe_ext.moe.kernels.triton import (  # noqa: E402
     gating,
     orthogonality,
     projecting,
-    rows,
     tile_choice,
-    weights,
 )
 from litgpt_moe_ext.moe.kernels.triton.routing import blocks, launches  # noqa: E402
 from litgpt_moe_ext.moe.kernels.triton.tiles import CARDS, RowsWork, WeightsWork, card_for, precision_of  # noqa: E402
@@ -90,9 +88,6 @@ class Compiler:
             monkeypatch.setattr(f"litgpt_moe_ext.moe.kernels.triton.{name}.launch", self.launch)
         monkeypatch.setattr(tile_choice, "capability_of", lambda device: capability)
         monkeypatch.setattr(tile_choice, "processors_of", lambda device: self.processors)
-        for module, choice in ((rows, "rows_tile"), (weights, "weights_tile")):
-            # What a card has been given once is not asked for again.
-            monkeypatch.setattr(module, choice, getattr(tile_choice, choice).__wrapped__)
 
     def launch(self, kernel, grid, arguments, warps, stages=1):
         options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}

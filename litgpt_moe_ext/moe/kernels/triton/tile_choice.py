@@ -13,19 +13,18 @@ from litgpt_moe_ext.moe.kernels.triton.tuned_tiles import TunedTiles, read
 _TUNED: dict[torch.device, TunedTiles] = {}
 
 
+@functools.cache
 def processors_of(device: torch.device) -> int:
     """Return how many multiprocessors a card has; for the interpreter few, so that small tests have all blocks."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
-@functools.lru_cache(maxsize=1024)
 def rows_tile(work: RowsWork, device: torch.device) -> Tile:
     """Return the block of a product of rows."""
     tables = card_for(capability_of(device)).tiles[work.precision]
     return _tuned(device).rows.get(work) or tables.for_rows(work, processors_of(device))
 
 
-@functools.lru_cache(maxsize=1024)
 def weights_tile(work: WeightsWork, device: torch.device) -> Tile:
     """Return the block of a gradient of weights."""
     tables = card_for(capability_of(device)).tiles[work.precision]
@@ -37,16 +36,10 @@ def tuned_as(tuned: TunedTiles, device: torch.device) -> Iterator[None]:
     """Within the scope, products on `device` have these blocks, and those of the tables where there is none."""
     before = _tuned(device)
     try:
-        _set(tuned, device)
+        _TUNED[device] = tuned
         yield
     finally:
-        _set(before, device)
-
-
-def _set(tuned: TunedTiles, device: torch.device) -> None:
-    _TUNED[device] = tuned
-    rows_tile.cache_clear()
-    weights_tile.cache_clear()
+        _TUNED[device] = before
 
 
 def _tuned(device: torch.device) -> TunedTiles:
