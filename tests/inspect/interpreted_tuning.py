@@ -15,12 +15,12 @@ from tests.models import moe_config
 
 CPU = torch.device("cpu")
 PRODUCTS = [
-    RowsWork("ieee", 4, 24, 48, 32, 2, True, False, False),
-    RowsWork("ieee", 4, 24, 32, 16, 2, False, True, False),
-    RowsWork("ieee", 4, 24, 16, 32, 2, True, False, True),
-    RowsWork("half", 4, 24, 32, 48, 2, False, True, True),
-    WeightsWork("ieee", 4, 24, 48, 32, 2, False, True, False),
-    WeightsWork("half", 4, 24, 32, 16, 2, True, False, True),
+    RowsWork("ieee", 2, 8, 32, 16, 2, True, False, False),
+    pytest.param(RowsWork("ieee", 2, 8, 16, 32, 2, False, True, False), marks=pytest.mark.slow),
+    pytest.param(RowsWork("ieee", 2, 8, 16, 16, 2, True, False, True), marks=pytest.mark.slow),
+    pytest.param(RowsWork("half", 2, 8, 32, 32, 2, False, True, True), marks=pytest.mark.slow),
+    pytest.param(WeightsWork("ieee", 2, 8, 32, 16, 2, False, True, False), marks=pytest.mark.slow),
+    WeightsWork("half", 2, 8, 16, 32, 2, True, False, True),
 ]
 
 
@@ -57,11 +57,11 @@ def test_the_fastest_block_is_found_and_used(work, used):
     choice = rows_tile if isinstance(work, RowsWork) else weights_tile
     with tuned_as(worthwhile([found]), CPU):
         assert choice(work, CPU) == found.best
-        assert choice(work._replace(n_row=26), CPU) != found.best
+        assert choice(work._replace(n_row=10), CPU) != found.best
     assert choice(work, CPU) == found.table
 
 
-@pytest.mark.parametrize("work", [PRODUCTS[0], PRODUCTS[5]], ids=str)
+@pytest.mark.parametrize("work", [PRODUCTS[0]], ids=str)
 def test_a_little_faster_is_chance(work, used):
     def milliseconds(call):
         call()
@@ -73,7 +73,7 @@ def test_a_little_faster_is_chance(work, used):
 
 
 @pytest.mark.parametrize("fault", ["does not fit", "computes something else"])
-@pytest.mark.parametrize("work", [PRODUCTS[0], PRODUCTS[4], PRODUCTS[5]], ids=str)
+@pytest.mark.parametrize("work", [PRODUCTS[0], PRODUCTS[5]], ids=str)
 def test_a_faulty_block_is_never_the_fastest(work, fault, used, monkeypatch):
     name = "multiply_rows" if isinstance(work, RowsWork) else "sum_outer_products"
     original = getattr(tuning, name)
