@@ -12,6 +12,7 @@ from litgpt_moe_ext.config.fields import uses_plugin
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.errors import PERHAPS_OF_AN_EXTENSION, SettingsError
 from litgpt_moe_ext.host.config import extend_config, fields_to_save
+from litgpt_moe_ext.host.replaced import wrapping
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config as ExtendedConfig
@@ -123,17 +124,13 @@ def write_mark(utils: Any) -> None:
     """Leave unused fields and backends out of saved configurations, and mark those that need the plugin."""
     from litgpt.config import Config
 
-    original = utils.asdict
-
-    @wraps(original)
-    def asdict(obj: Any, **kwargs: Any) -> Any:
+    @wrapping(utils, "asdict")
+    def asdict(original: Any, obj: Any, **kwargs: Any) -> Any:
         result = original(obj, **kwargs)
         if not isinstance(obj, Config):
             return result
         result = fields_to_save(result)
         return {REQUIRES_MARK: __version__, **result} if uses_plugin(cast("ExtendedConfig", obj)) else result
-
-    utils.asdict = asdict
 
 
 def _check_written_by(version: str, path: str | Path) -> None:

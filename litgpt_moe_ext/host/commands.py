@@ -4,7 +4,6 @@ import inspect
 import shlex
 import sys
 from collections.abc import Iterator
-from functools import wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +12,7 @@ from litgpt_moe_ext.config.features import MLP_CLASS_NAMES, MOE_CLASS_NAMES
 from litgpt_moe_ext.config.fields import uses_plugin
 from litgpt_moe_ext.errors import WRONG_SETTING, SettingsError, did_you_mean_inside, one_line, refuse_first
 from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, WEIGHTS_FILE
+from litgpt_moe_ext.host.replaced import wrapping
 
 
 class NoCheckpointError(SettingsError, FileNotFoundError):
@@ -35,30 +35,24 @@ def refuse_mlp_classes(module: ModuleType) -> None:
 
 def refuse_division(module: Any) -> None:
     """Say which of a model's layers `litgpt generate_tp` cannot divide; it supports only LitGPT's own."""
-    original = module.tensor_parallel
 
-    @wraps(original)
-    def tensor_parallel(fabric: Any, model: Any) -> Any:
+    @wrapping(module, "tensor_parallel")
+    def tensor_parallel(original: Any, fabric: Any, model: Any) -> Any:
         refuse_first(_undivided(model))
         return original(fabric, model)
-
-    module.tensor_parallel = tensor_parallel
 
 
 def refuse_division_first(module: Any) -> None:
     """Say so before `litgpt generate_tp` starts processes and loads weights."""
-    original = module.main
 
-    @wraps(original)
-    def main(checkpoint_dir: Path, *args: Any, **kwargs: Any) -> None:
+    @wrapping(module, "main")
+    def main(original: Any, checkpoint_dir: Path, *args: Any, **kwargs: Any) -> None:
         config = _config_in(checkpoint_dir)
         if config is not None and uses_plugin(config):
             from litgpt_moe_ext.meta.models import meta_model
 
             refuse_first(_undivided(meta_model(config)))
         original(checkpoint_dir, *args, **kwargs)
-
-    module.main = main
 
 
 def _undivided(model: Any) -> Iterator[str]:
@@ -77,32 +71,25 @@ def _undivided(model: Any) -> Iterator[str]:
 
 def require_weights_alone(module: Any) -> None:
     """Refuse a training checkpoint, in one line, where LitGPT expects a file of weights alone."""
-    original = module.main
 
-    @wraps(original)
-    def main(checkpoint_dir: Path, *args: Any, **kwargs: Any) -> None:
+    @wrapping(module, "main")
+    def main(original: Any, checkpoint_dir: Path, *args: Any, **kwargs: Any) -> None:
         _refuse_training_checkpoint("checkpoint_dir", checkpoint_dir, "litgpt generate")
         original(checkpoint_dir, *args, **kwargs)
-
-    module.main = main
 
 
 def require_weights_to_start(pretrain: Any) -> None:
     """Do the same where plain `litgpt pretrain` starts from weights; this package's training accepts both kinds."""
-    original = pretrain.main
-    signature = inspect.signature(original)
 
-    @wraps(original)
-    def main(*args: Any, **kwargs: Any) -> Any:
+    @wrapping(pretrain, "main")
+    def main(original: Any, *args: Any, **kwargs: Any) -> Any:
         from lightning import Fabric
 
-        given = signature.bind(*args, **kwargs).arguments
+        given = inspect.signature(original).bind(*args, **kwargs).arguments
         checkpoint_dir = given.get("initial_checkpoint_dir")
         if checkpoint_dir and type(given["fabric"]).load_raw is Fabric.load_raw:
             _refuse_training_checkpoint("initial_checkpoint_dir", checkpoint_dir, "litgpt-moe train")
         return original(*args, **kwargs)
-
-    pretrain.main = main
 
 
 def _refuse_training_checkpoint(setting: str, checkpoint_dir: Path, instead: str) -> None:
@@ -121,15 +108,12 @@ def _refuse_training_checkpoint(setting: str, checkpoint_dir: Path, instead: str
 
 def refuse_to_generate_nothing(module: Any) -> None:
     """Refuse, in one line, an empty prompt (where its tokenizer puts no token first), and no tokens to choose."""
-    original = module.generate_fn
 
-    @wraps(original)
-    def generate_fn(model: Any, prompt: Any, max_returned_tokens: int, *args: Any, **kwargs: Any) -> Any:
+    @wrapping(module, "generate_fn")
+    def generate_fn(original: Any, model: Any, prompt: Any, max_returned_tokens: int, *args: Any, **kwargs: Any) -> Any:
         if uses_plugin(model.config):
             refuse_first(_nothing(prompt.size(0), max_returned_tokens, kwargs.get("top_k")))
         return original(model, prompt, max_returned_tokens, *args, **kwargs)
-
-    module.generate_fn = generate_fn
 
 
 def _nothing(prompt: int, returned: int, top_k: int | None) -> Iterator[str]:
@@ -143,28 +127,23 @@ def _nothing(prompt: int, returned: int, top_k: int | None) -> Iterator[str]:
 
 def end_chat_with_its_input(module: Any) -> None:
     """End a chat at the end of its input (Ctrl-D) as at Ctrl-C."""
-    original = module.interact
-    signature = inspect.signature(original)
 
-    @wraps(original)
-    def interact(*args: Any, **kwargs: Any) -> None:
+    @wrapping(module, "interact")
+    def interact(original: Any, *args: Any, **kwargs: Any) -> None:
         try:
             original(*args, **kwargs)
         except EOFError:
-            if not uses_plugin(signature.bind(*args, **kwargs).arguments["model"].config):
+            if not uses_plugin(inspect.signature(original).bind(*args, **kwargs).arguments["model"].config):
                 raise
             print()
-
-    module.interact = interact
 
 
 def name_checkpoints(utils: Any) -> None:
     """Name the checkpoint inside a run's folder, and refuse, in one line, folders without one."""
-    original = utils.check_valid_checkpoint_dir
 
-    @wraps(original)
+    @wrapping(utils, "check_valid_checkpoint_dir")
     def check_valid_checkpoint_dir(
-        checkpoint_dir: Path, model_filename: str = WEIGHTS_FILE, *args: Any, **kwargs: Any
+        original: Any, checkpoint_dir: Path, model_filename: str = WEIGHTS_FILE, *args: Any, **kwargs: Any
     ) -> None:
         _refuse_neighbours(checkpoint_dir, model_filename)
         try:
@@ -172,18 +151,15 @@ def name_checkpoints(utils: Any) -> None:
         except FileNotFoundError as error:
             raise NoCheckpointError(one_line(error).replace("checkpoint_dir", "checkpoint_dir:", 1)) from error
 
-    utils.check_valid_checkpoint_dir = check_valid_checkpoint_dir
-
 
 def download_only_models(utils: Any) -> None:
     """Refuse, in one line, names of neither a checkpoint nor a model to download.
 
     LitGPT says that it knows no such model, continues, and fails to open the files that it has not downloaded.
     """
-    original = utils.auto_download_checkpoint
 
-    @wraps(original)
-    def auto_download_checkpoint(model_name: Path | str, *args: Any, **kwargs: Any) -> Path:
+    @wrapping(utils, "auto_download_checkpoint")
+    def auto_download_checkpoint(original: Any, model_name: Path | str, *args: Any, **kwargs: Any) -> Path:
         _refuse_neighbours(utils.extend_checkpoint_dir(Path(model_name)), WEIGHTS_FILE)
         if not Path(model_name).parts:  # the working directory, in whose parts LitGPT would look
             model_name = Path(model_name).absolute()
@@ -194,8 +170,6 @@ def download_only_models(utils: Any) -> None:
                 "download list` names"
             )
         return checkpoint_dir
-
-    utils.auto_download_checkpoint = auto_download_checkpoint
 
 
 def _refuse_neighbours(checkpoint_dir: Path, weights: str) -> None:
@@ -208,10 +182,9 @@ def _refuse_neighbours(checkpoint_dir: Path, weights: str) -> None:
 
 def refuse_conversion(module: Any) -> None:
     """Say which command converts checkpoints with the plugin's layers; LitGPT's does not know them."""
-    original = module.convert_lit_checkpoint
 
-    @wraps(original)
-    def convert_lit_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
+    @wrapping(module, "convert_lit_checkpoint")
+    def convert_lit_checkpoint(original: Any, checkpoint_dir: Path, output_dir: Path) -> None:
         config = _config_in(checkpoint_dir)
         if config is not None and uses_plugin(config):
             raise SettingsError(
@@ -222,8 +195,6 @@ def refuse_conversion(module: Any) -> None:
             )
         _require_checkpoint(checkpoint_dir)
         original(checkpoint_dir, output_dir)
-
-    module.convert_lit_checkpoint = convert_lit_checkpoint
 
 
 def _config_in(checkpoint_dir: Path) -> Any:
@@ -238,14 +209,11 @@ def _config_in(checkpoint_dir: Path) -> Any:
 
 def require_pretrained(module: Any) -> None:
     """Refuse, in one line, to convert a pretraining checkpoint that does not exist."""
-    original = module.convert_pretrained_checkpoint
 
-    @wraps(original)
-    def convert_pretrained_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
+    @wrapping(module, "convert_pretrained_checkpoint")
+    def convert_pretrained_checkpoint(original: Any, checkpoint_dir: Path, output_dir: Path) -> None:
         _require_checkpoint(checkpoint_dir)
         original(checkpoint_dir, output_dir)
-
-    module.convert_pretrained_checkpoint = convert_pretrained_checkpoint
 
 
 def _require_checkpoint(checkpoint_dir: Path) -> None:
@@ -257,17 +225,14 @@ def _require_checkpoint(checkpoint_dir: Path) -> None:
 
 def refuse_in_one_line(module: Any) -> None:
     """Let `litgpt` end with one line if this package refuses a setting or a checkpoint; change nothing else."""
-    original = module.main
 
-    @wraps(original)
-    def main() -> None:
+    @wrapping(module, "main")
+    def main(original: Any) -> None:
         try:
             original()
         except SettingsError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(WRONG_SETTING)
-
-    module.main = main
 
 
 def evaluate_directly(module: Any) -> None:

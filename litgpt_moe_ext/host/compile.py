@@ -5,10 +5,10 @@ For LitGPT's own models the choice is LitGPT's wherever a compiler works at all.
 
 import inspect
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 from litgpt_moe_ext.config.fields import uses_plugin
+from litgpt_moe_ext.host.replaced import wrapping
 from litgpt_moe_ext.training.compilation import Platform, compile_scope, decide, decided, obstacle, probe_platform
 
 
@@ -19,12 +19,10 @@ def compile_where_it_works(pretrain: Any, probe: Callable[[str], Platform] = pro
         pretrain: The imported module.
         probe: Returns the facts about this machine on which the decision depends.
     """
-    original = pretrain.main
-    signature = inspect.signature(original)
 
-    @wraps(original)
-    def main(fabric: Any, *args: Any, **kwargs: Any) -> Any:
-        config = signature.bind(fabric, *args, **kwargs).arguments["config"]
+    @wrapping(pretrain, "main")
+    def main(original: Any, fabric: Any, *args: Any, **kwargs: Any) -> Any:
+        config = inspect.signature(original).bind(fabric, *args, **kwargs).arguments["config"]
         here = probe(fabric.device.type)
         if decided() or (obstacle(here) is None and not uses_plugin(config)):
             return original(fabric, *args, **kwargs)
@@ -32,5 +30,3 @@ def compile_where_it_works(pretrain: Any, probe: Callable[[str], Platform] = pro
         fabric.print(decision)
         with compile_scope(decision):
             return original(fabric, *args, **kwargs)
-
-    pretrain.main = main

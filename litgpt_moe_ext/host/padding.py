@@ -12,12 +12,11 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
 from litgpt_moe_ext.config.fields import uses_plugin
-from litgpt_moe_ext.host.replaced import replaced
+from litgpt_moe_ext.host.replaced import replaced, wrapping
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,23 +44,19 @@ class _MarkPadding:
 
 def mark_finetuning_padding(loop: Any) -> None:
     """Mark the padding in the batches of a finetuning loop of LitGPT, if the model has MoE layers."""
-    original = loop.fit
-    signature = inspect.signature(original)
 
-    @wraps(original)
-    def fit(*args: Any, **kwargs: Any) -> Any:
+    @wrapping(loop, "fit")
+    def fit(original: Any, *args: Any, **kwargs: Any) -> Any:
         from litgpt_moe_ext.padding import accept_padding
         from litgpt_moe_ext.training.steps.batches import unwrapped
 
-        given = signature.bind(*args, **kwargs).arguments
+        given = inspect.signature(original).bind(*args, **kwargs).arguments
         if given["state"]["model"].config.mlp_class_name in MOE_CLASS_NAMES:
             accept_padding()
             for loader in (given["train_dataloader"], given["val_dataloader"]):
                 inner = unwrapped(loader)
                 inner.collate_fn = _MarkPadding(inner.collate_fn)
         return original(*args, **kwargs)
-
-    loop.fit = fit
 
 
 def weigh_pretraining(pretrain: Any) -> None:
@@ -94,12 +89,10 @@ def _targets_and_text(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
 
 
 def _wrap_main(loop: Any, choose: Callable[[dict[str, Any]], Counted | None]) -> None:
-    original = loop.main
-    signature = inspect.signature(original)
 
-    @wraps(original)
-    def main(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
+    @wrapping(loop, "main")
+    def main(original: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(original).bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
         counted = choose(given)
@@ -108,8 +101,6 @@ def _wrap_main(loop: Any, choose: Callable[[dict[str, Any]], Counted | None]) ->
         accumulation = given["train"].gradient_accumulation_iters(given["devices"], given["num_nodes"])
         with _Weighing(loop, given["fabric"], counted, accumulation).installed():
             return original(*args, **kwargs)
-
-    loop.main = main
 
 
 class _Weighing:

@@ -8,20 +8,19 @@ this run's training loop are measured and the printed line is corrected.
 
 import inspect
 import time
-from functools import wraps
 from typing import Any
+
+from litgpt_moe_ext.host.replaced import wrapping
 
 _LINE = "| - Tok/sec"
 
 
 def measure_rate(pretrain: Any) -> None:
     """Let `fit` of the module `litgpt.pretrain` leave its rate, in tokens per second, on the fabric."""
-    original = pretrain.fit
-    signature = inspect.signature(original)
 
-    @wraps(original)
-    def fit(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
+    @wrapping(pretrain, "fit")
+    def fit(original: Any, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(original).bind(*args, **kwargs).arguments
         fabric, state, train = given["fabric"], given["state"], given["train"]
         first_iter, started = state["iter_num"], time.perf_counter()
         result = original(*args, **kwargs)
@@ -30,15 +29,12 @@ def measure_rate(pretrain: Any) -> None:
         fabric.tokens_per_second = tokens / (time.perf_counter() - started)
         return result
 
-    pretrain.fit = fit
-
 
 def print_rate(pretrain: Any) -> None:
     """Let `main` of the module `litgpt.pretrain` print that rate instead of its own."""
-    original = pretrain.main
 
-    @wraps(original)
-    def main(fabric: Any, *args: Any, **kwargs: Any) -> Any:
+    @wrapping(pretrain, "main")
+    def main(original: Any, fabric: Any, *args: Any, **kwargs: Any) -> Any:
         original_print = fabric.print
 
         def print_corrected(*values: Any, **options: Any) -> None:
@@ -52,5 +48,3 @@ def print_rate(pretrain: Any) -> None:
             return original(fabric, *args, **kwargs)
         finally:
             del fabric.print
-
-    pretrain.main = main
