@@ -12,28 +12,21 @@ class DirectCheckpointIO(TorchCheckpointIO):
 
     Lightning first copies it in memory and then to a temporary file, possibly on another file system. That is not
     needed here: `store.save_whole` already writes to a temporary directory.
+
+    Args:
+        mmap: Whether to map the file through the page cache, which the processes of a node share, instead of reading
+            it. Only for training that copies what it reads, to a GPU or into a shard: tensors kept would stay mapped to
+            the file.
     """
+
+    def __init__(self, mmap: bool) -> None:
+        super().__init__()
+        self.mmap = mmap
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write to `path`."""
         torch.save(checkpoint, path)
 
     def load_checkpoint(self, path: str | Path, *_args: Any, **_options: Any) -> dict[str, Any]:
-        """Read `path` into memory; tensors and plain data only."""
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-class MappedCheckpointIO(DirectCheckpointIO):
-    """Maps a checkpoint through the page cache, which the processes of a node share.
-
-    Only for training that copies what it reads, to a GPU or into a shard: tensors kept would stay mapped to the file.
-    """
-
-    def load_checkpoint(self, path: str | Path, *_args: Any, **_options: Any) -> dict[str, Any]:
-        """Map `path` into memory; tensors and plain data only."""
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-
-
-def checkpoint_io(accelerator: str) -> DirectCheckpointIO:
-    """Return the checkpoint IO for a rank that holds whole tensors on `accelerator`."""
-    return DirectCheckpointIO() if accelerator == "cpu" else MappedCheckpointIO()
+        """Return the content of `path`; tensors and plain data only."""
+        return torch.load(path, map_location="cpu", mmap=self.mmap, weights_only=True)

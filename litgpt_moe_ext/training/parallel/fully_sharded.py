@@ -25,7 +25,7 @@ from torch.distributed.tensor import Shard
 from torch.optim import Optimizer
 
 from litgpt_moe_ext.moe.metrics import routers_of
-from litgpt_moe_ext.training.checkpoint.io import MappedCheckpointIO
+from litgpt_moe_ext.training.checkpoint.io import DirectCheckpointIO
 from litgpt_moe_ext.training.optim.shards import is_shard, like
 from litgpt_moe_ext.training.parallel.behaviour import Behaviour, as_the_model_names_them
 from litgpt_moe_ext.training.parallel.facts import StrategyFacts
@@ -121,9 +121,9 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
         super().save_checkpoint(path, state, *args, **kwargs)
 
     @property
-    def checkpoint_io(self) -> MappedCheckpointIO:  # pyrefly: ignore[bad-override]: nobody exchanges it
+    def checkpoint_io(self) -> DirectCheckpointIO:  # pyrefly: ignore[bad-override]: nobody exchanges it
         """How checkpoints are read; Lightning itself writes those of sharded models."""
-        return MappedCheckpointIO()
+        return DirectCheckpointIO(mmap=True)
 
     def load_checkpoint(  # pyrefly: ignore[bad-override]: Lightning's needs a `state` with a model as well
         self, path: Any, state: dict[str, Any], strict: bool = True, weights_only: bool | None = None

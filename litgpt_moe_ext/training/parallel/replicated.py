@@ -14,7 +14,7 @@ from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from litgpt_moe_ext.training.checkpoint.io import checkpoint_io
+from litgpt_moe_ext.training.checkpoint.io import DirectCheckpointIO
 from litgpt_moe_ext.training.parallel.behaviour import Behaviour
 from litgpt_moe_ext.training.parallel.facts import STRATEGIES
 from litgpt_moe_ext.training.settings import DistributedArgs
@@ -32,7 +32,7 @@ class ReplicatedStrategy(Behaviour, DDPStrategy):
 
     def __init__(self, accelerator: str, args: DistributedArgs) -> None:
         super().__init__(
-            checkpoint_io=checkpoint_io(accelerator),
+            checkpoint_io=DirectCheckpointIO(mmap=accelerator != "cpu"),
             timeout=timedelta(minutes=args.timeout_minutes),
         )
         knobs: dict[str, Any] = {

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from lightning.fabric.strategies import SingleDeviceStrategy
 
-from litgpt_moe_ext.training.checkpoint.io import checkpoint_io
+from litgpt_moe_ext.training.checkpoint.io import DirectCheckpointIO
 from litgpt_moe_ext.training.checks import check_strategy
 from litgpt_moe_ext.training.parallel.behaviour import Behaviour
 from litgpt_moe_ext.training.parallel.facts import STRATEGIES, facts_of
@@ -52,4 +52,4 @@ class SingleProcessStrategy(Behaviour, SingleDeviceStrategy):
 
     def __init__(self, accelerator: str) -> None:
         device = torch.device("cpu") if accelerator == "cpu" else torch.device(accelerator, 0)
-        super().__init__(device, checkpoint_io=checkpoint_io(accelerator))
+        super().__init__(device, checkpoint_io=DirectCheckpointIO(mmap=accelerator != "cpu"))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from litgpt_moe_ext.training.callback import Callback
-from litgpt_moe_ext.training.checkpoint.io import MappedCheckpointIO
+from litgpt_moe_ext.training.checkpoint.io import DirectCheckpointIO
 from litgpt_moe_ext.training.parallel.behaviour import Behaviour, as_the_model_names_them
 from litgpt_moe_ext.training.parallel.deepspeed.optimizer import ZeroOptimizer
 from litgpt_moe_ext.training.parallel.deepspeed.settings import engine_options, step_options
@@ -45,7 +45,7 @@ class ZeroStrategy(Behaviour, DeepSpeedStrategy):
     def __init__(self, facts: StrategyFacts, args: DistributedArgs) -> None:
         super().__init__(**engine_options(facts, args), timeout=timedelta(minutes=args.timeout_minutes))
         self.facts = facts
-        self._checkpoint_io = MappedCheckpointIO()
+        self._checkpoint_io = DirectCheckpointIO(mmap=True)
         self._backward_sync_control = _StepBoundary()
         self._optimizer: ZeroOptimizer
 
