@@ -5,7 +5,7 @@ Shape legend: B sequences, T tokens of the prompt.
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -135,7 +135,7 @@ def benchmark(models: Mapping[str, GPT], workload: Workload, advance: Callable[[
                     time_to_first_token=first,
                     prefill=batch_size * workload.prompt_length / first,
                     decode=batch_size * (workload.new_tokens - 1) / rest,
-                    weights=_bytes((*model.parameters(), *model.buffers())),
+                    weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
                     kv_cache=cache[name],
                 )
             )
@@ -147,7 +147,7 @@ def _generate(model: GPT, batch_size: int, workload: Workload) -> tuple[tuple[fl
     device, length = model.lm_head.weight.device, workload.prompt_length
     prompt_BT = torch.randint(0, model.config.vocab_size, (batch_size, length), device=device)
     with kv_cache(model, batch_size, length + workload.new_tokens):
-        cache = _bytes([buffer for name, buffer in model.named_buffers() if ".kv_cache." in name])
+        cache = sum(buffer.nbytes for name, buffer in model.named_buffers() if ".kv_cache." in name)
         tokens = decode(model, prompt_BT, workload.new_tokens, GREEDY)
         start = _now(device)
         next(tokens)
@@ -167,7 +167,3 @@ def _build(config: "Config", state: dict[str, Tensor], device: torch.device, dty
     model = GPT(config)
     model.load_state_dict(state)
     return model.to(device=device, dtype=dtype).requires_grad_(False).eval()
-
-
-def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)

@@ -204,12 +204,12 @@ def inference_memory(short: ShortModel, dtype: torch.dtype, on_gpu: bool = False
 
 def parameter_bytes(module: nn.Module) -> int:
     """Return the bytes of the parameters of a module."""
-    return sum(map(_bytes, module.parameters()))
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def module_bytes(module: nn.Module) -> int:
     """Return the bytes of the parameters and buffers of a module."""
-    return parameter_bytes(module) + sum(map(_bytes, module.buffers()))
+    return parameter_bytes(module) + sum(buffer.nbytes for buffer in module.buffers())
 
 
 def average_bytes(module: nn.Module) -> int:
@@ -218,7 +218,7 @@ def average_bytes(module: nn.Module) -> int:
 
 
 def _cache_bytes(module: nn.Module) -> int:
-    return sum(_bytes(buffer) for name, buffer in module.named_buffers() if ".kv_cache." in name)
+    return sum(buffer.nbytes for name, buffer in module.named_buffers() if ".kv_cache." in name)
 
 
 @contextlib.contextmanager
@@ -270,7 +270,3 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.itemsize

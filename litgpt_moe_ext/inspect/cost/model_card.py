@@ -203,10 +203,9 @@ def _optimizer_name(optimizer: str | dict[str, Any]) -> str:
 
 def _state_bytes(short: ShortModel, dtype: torch.dtype, tie_embeddings: bool) -> int:
     def size(module: nn.Module) -> int:
-        return sum(tensor.numel() * tensor.itemsize for tensor in module.state_dict().values())
+        return sum(tensor.nbytes for tensor in module.state_dict().values())
 
     with without_compiler():
         model = meta_model(short.config).to(dtype)
     # A tied table is written only once.
-    table = model.lm_head.weight
-    return short.total(model, size) - tie_embeddings * table.numel() * table.itemsize
+    return short.total(model, size) - tie_embeddings * model.lm_head.weight.nbytes
