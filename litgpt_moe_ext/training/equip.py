@@ -37,7 +37,7 @@ class Equipment:
     Attributes:
         compile: Whether the model is compiled, and why.
         graphs: Whether CUDA graphs are tried, and why not.
-        optimization: Makes the optimizer and sets its learning rate.
+        optimization: Makes the optimizer.
         fused_loss: Computes output head and loss together, or None if the head is computed by itself.
     """
 
@@ -61,11 +61,7 @@ def choose_equipment(launched: Launched) -> Equipment:
     return Equipment(
         compile=compiled,
         graphs=decide_graphs(settings.cuda_graphs, Conditions.of(launched, compiled)),
-        optimization=Optimization(
-            settings.schedule,
-            settings.parameter_groups,
-            in_pieces=strategy.steps_in_parts,
-        ),
+        optimization=Optimization(settings.parameter_groups, in_pieces=strategy.steps_in_parts),
         fused_loss=FusedLoss() if settings.fused_cross_entropy else None,
     )
 

@@ -45,7 +45,7 @@ from litgpt_moe_ext.training.checkpoint.progress import FINAL
 from litgpt_moe_ext.training.checkpoint.resharding import convert_position
 from litgpt_moe_ext.training.checkpoint.writer import CheckpointWriter
 from litgpt_moe_ext.training.control import TrainingInterrupted
-from litgpt_moe_ext.training.optim.schedules import schedule_steps
+from litgpt_moe_ext.training.optim.schedules import Schedule, schedule_steps
 from litgpt_moe_ext.training.parallel.agreement import Agreement
 from litgpt_moe_ext.training.steps.batches import StepBatches, can_pad, counts_for_loss
 from litgpt_moe_ext.training.steps.first_batches import FirstBatches
@@ -107,6 +107,7 @@ class HookedLoop:
         self._started: float | None = None
         self._seconds = 0.0
         self._limits_reached = False
+        self._schedule: Schedule | None = None
         self._eval: litgpt.args.EvalArgs
         self._val_dataloader: Any = None
         self._first_batches = FirstBatches(self._plan.sequence_length, self._plan.config.padded_vocab_size or 0)
@@ -318,7 +319,7 @@ class HookedLoop:
         return self.train.micro_batch_size * sequence
 
     def _learning_rate(self, peak: float, _iteration: int, warmup_iters: int, max_iters: int, floor: float) -> float:
-        warmup_steps, total_steps = schedule_steps(warmup_iters, max_iters, self._accumulation)
-        return self._equipment.optimization.learning_rate(
-            self.fabric.step - self._plan.steps_ahead, peak, floor, warmup_steps, total_steps
-        )
+        if self._schedule is None:
+            steps = schedule_steps(warmup_iters, max_iters, self._accumulation)
+            self._schedule = Schedule(self._plan.settings.schedule, peak, floor, *steps)
+        return self._schedule.rate(self.fabric.step - self._plan.steps_ahead)

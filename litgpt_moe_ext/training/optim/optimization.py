@@ -1,4 +1,4 @@
-"""Makes the optimizer of a run and sets its learning rate."""
+"""Makes the optimizer of a run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.optim.arguments import fuses_on_shards, in_full, is_muon
 from litgpt_moe_ext.training.optim.gpu_step import GpuStep
 from litgpt_moe_ext.training.optim.parameter_groups import group_parameters, scale_rates, with_own_kernels
-from litgpt_moe_ext.training.optim.schedules import Schedule
 from litgpt_moe_ext.training.optim.shards import is_shard
-from litgpt_moe_ext.training.settings import ParameterGroupArgs, ScheduleArgs
+from litgpt_moe_ext.training.settings import ParameterGroupArgs
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.training.fabric import TrainingFabric
@@ -25,14 +24,12 @@ class Optimization(Callback):
     """The optimizer side of a run.
 
     Args:
-        schedule: Shape of the learning rate.
         groups: Settings of the parameter groups.
         in_pieces: Whether one step calls the optimizer several times, as DeepSpeed does; the caller scales the rates.
     """
 
-    def __init__(self, schedule: ScheduleArgs, groups: ParameterGroupArgs, in_pieces: bool = False) -> None:
-        self._schedule_args, self._group_args, self._in_pieces = schedule, groups, in_pieces
-        self._schedule: Schedule | None = None
+    def __init__(self, groups: ParameterGroupArgs, in_pieces: bool = False) -> None:
+        self._group_args, self._in_pieces = groups, in_pieces
         self._fabric: TrainingFabric
         self._model: torch.nn.Module
 
@@ -73,12 +70,6 @@ class Optimization(Callback):
         except RuntimeError:  # no fused kernel for this device or dtype
             return False
         return "fused" in made.defaults and (fuses_on_shards(type(made)) or not any(map(is_shard, parameters)))
-
-    def learning_rate(self, step: int, peak: float, floor: float, warmup_steps: int, total_steps: int) -> float:
-        """Return the learning rate after `step` finished steps; the other arguments are those of `Schedule`."""
-        if self._schedule is None:
-            self._schedule = Schedule(self._schedule_args, peak, floor, warmup_steps, total_steps)
-        return self._schedule.rate(step)
 
 
 def _instantiate(optimizer: str | dict, parameters: Any, **kwargs: Any) -> torch.optim.Optimizer:

@@ -12,7 +12,7 @@ from litgpt_moe_ext.training.optim.muon import MuonAdamW
 from litgpt_moe_ext.training.optim.optimization import Optimization
 from litgpt_moe_ext.training.optim.orthogonal import orthogonalize
 from litgpt_moe_ext.training.optim.parameter_groups import group_parameters, scale_rates
-from litgpt_moe_ext.training.settings import ParameterGroupArgs, ScheduleArgs
+from litgpt_moe_ext.training.settings import ParameterGroupArgs
 from tests.models import initialized_model, moe_config
 
 
@@ -55,7 +55,7 @@ def test_what_a_recipe_may_leave_out(model, path, rest):
     """It has passed the checks, so it must make an optimizer."""
     given = {"class_path": path, **rest}
     assert learning_rate_of(given) == 0.001
-    optimization = Optimization(ScheduleArgs(), ParameterGroupArgs())
+    optimization = Optimization(ParameterGroupArgs())
     optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
     assert optimization.make_optimizer(given, None).defaults["lr"] == 0.001
 
@@ -79,7 +79,7 @@ def test_one_group_unless_asked(model):
 
 def test_on_a_cpu_a_step_takes_the_order_of_the_model(model):
     """As its gradients are clipped: numbers are those of LitGPT's own optimizer."""
-    optimization, seen = Optimization(ScheduleArgs(), ParameterGroupArgs()), []
+    optimization, seen = Optimization(ParameterGroupArgs()), []
     optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
     optimizer = optimization.make_optimizer("AdamW", None)
     optimizer.register_step_post_hook(lambda *_: seen.extend(optimizer.param_groups[0]["params"]))
@@ -102,7 +102,7 @@ class Counting(torch.optim.SGD):
 
 
 def test_an_optimizer_may_wrap_its_step(model):
-    optimization = Optimization(ScheduleArgs(), ParameterGroupArgs())
+    optimization = Optimization(ParameterGroupArgs())
     optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
     optimizer = optimization.make_optimizer({"class_path": f"{__name__}.Counting", "init_args": {"lr": 0.1}}, None)
     optimizer.step()
@@ -112,7 +112,7 @@ def test_an_optimizer_may_wrap_its_step(model):
 @pytest.mark.parametrize("fused", [True, False])
 def test_kernels_stay_those_of_the_run(model, fused):
     """A checkpoint of another device, strategy or precision does not bring its own."""
-    optimization = Optimization(ScheduleArgs(), ParameterGroupArgs())
+    optimization = Optimization(ParameterGroupArgs())
     optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
     optimizer = optimization.make_optimizer({"class_path": "AdamW", "init_args": {"fused": fused}}, None)
     state = optimizer.state_dict()
@@ -145,7 +145,7 @@ def test_groups(model):
     ("given", "fused"), [({}, True), ({"fused": False}, False), ({"foreach": False}, None), ({"lr": 0.5}, True)]
 )
 def test_a_fused_optimizer_is_a_default(model, given, fused):
-    optimization = Optimization(ScheduleArgs(), ParameterGroupArgs())
+    optimization = Optimization(ParameterGroupArgs())
     optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
     made = optimization.make_optimizer({"class_path": "torch.optim.AdamW", "init_args": given}, None)
     assert made.defaults["fused"] is fused
@@ -156,7 +156,7 @@ def test_a_fused_optimizer_is_a_default(model, given, fused):
 def test_a_gradient_scaler_works_with_a_fused_optimizer(path):
     """It unscales before gradients are clipped, and a step whose gradients overflow changes nothing."""
     model = torch.nn.Linear(2, 2)
-    optimization = Optimization(ScheduleArgs(), ParameterGroupArgs())
+    optimization = Optimization(ParameterGroupArgs())
     optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
     optimizer = optimization.make_optimizer({"class_path": path, "init_args": {"lr": 0.5}}, None)
     assert optimizer.defaults["fused"]
@@ -177,7 +177,7 @@ def test_a_gradient_scaler_works_with_a_fused_optimizer(path):
 def test_who_scales_the_rates(model, in_pieces, rate):
     """Where a step calls the optimizer several times, its owner: a hook would do so at each call."""
     groups = ParameterGroupArgs(router_lr_factor=0.5)
-    optimization = Optimization(ScheduleArgs(), groups, in_pieces=in_pieces)
+    optimization = Optimization(groups, in_pieces=in_pieces)
     optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
     made = optimization.make_optimizer({"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}, None)
     made.step()

@@ -29,7 +29,7 @@ from litgpt_moe_ext.training.optim.parameter_groups import group_parameters
 from litgpt_moe_ext.training.parallel import fully_sharded, random_state
 from litgpt_moe_ext.training.parallel.facts import facts_of
 from litgpt_moe_ext.training.parallel.fully_sharded import FullyShardedStrategy, placement_among
-from litgpt_moe_ext.training.settings import DistributedArgs, ParameterGroupArgs, ScheduleArgs, Settings
+from litgpt_moe_ext.training.settings import DistributedArgs, ParameterGroupArgs, Settings
 from tests.models import initialized_model, moe_config
 from tests.training.processes import in_ranks
 
@@ -347,7 +347,7 @@ def test_muon_needs_no_communication_for_whole_experts(experts, dim):
 def fused_steps() -> dict[str, bool]:
     """Return whether the kernels of optimizers that have fused ones are fused, after a step on shards."""
     _, model = sharded("fsdp2", "32-true")
-    optimization, fused = Optimization(ScheduleArgs(), ParameterGroupArgs()), {}
+    optimization, fused = Optimization(ParameterGroupArgs()), {}
     optimization.on_after_setup(None, model)
     for name in ("Adam", "AdamW", "SGD", "Adagrad"):
         optimizer = optimization.make_optimizer({"class_path": name, "init_args": {"lr": 0.1}}, None)

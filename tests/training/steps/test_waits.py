@@ -16,7 +16,7 @@ from litgpt_moe_ext.moe.metrics import load_metrics, routers_of
 from litgpt_moe_ext.training.callbacks.ema import WeightAverage
 from litgpt_moe_ext.training.callbacks.step_metrics import GradientNorm
 from litgpt_moe_ext.training.optim.optimization import Optimization
-from litgpt_moe_ext.training.settings import EmaArgs, ParameterGroupArgs, ScheduleArgs
+from litgpt_moe_ext.training.settings import EmaArgs, ParameterGroupArgs
 from litgpt_moe_ext.training.steps.graphs.gradient_tasks import run_now
 from litgpt_moe_ext.training.steps.losses import RunningMean
 from tests.fake_cuda import RECIPES, fake_cuda
@@ -99,7 +99,7 @@ def test_no_step_waits_after_its_backward_pass(recipe, muon, monkeypatch):
             return run_now(task)
 
         fabric = SimpleNamespace(device=torch.device("cuda", 0), print=print, run_task=run_task)
-        optimization = Optimization(ScheduleArgs(), ParameterGroupArgs())
+        optimization = Optimization(ParameterGroupArgs())
         optimization.on_after_setup(fabric, model)
         optimizer = optimization.make_optimizer(MUON if muon else {"init_args": {}, **settings["optimizer"]}, None)
         average, norms, losses = WeightAverage(EmaArgs(decay=0.99)), GradientNorm(), RunningMean(4)
