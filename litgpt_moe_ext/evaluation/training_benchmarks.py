@@ -23,7 +23,7 @@ from torch import Tensor
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.batching import BatchSize, Result
 from litgpt_moe_ext.evaluation.batching import Item as Input
-from litgpt_moe_ext.evaluation.hellaswag import Answer, Item, Rule, as_question, evaluate
+from litgpt_moe_ext.evaluation.hellaswag import Answer, Item, as_question, evaluate
 from litgpt_moe_ext.evaluation.lm_eval_model import GPTModel
 from litgpt_moe_ext.evaluation.lm_eval_tasks import load_task_file
 from litgpt_moe_ext.evaluation.tokenization import encoder
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
     from litgpt_moe_ext.training.fabric import TrainingFabric
+    from litgpt_moe_ext.training.settings import EvaluateArgs
 
 # lm-eval's own.
 _FEWSHOT_SEED = 1234
@@ -65,9 +66,8 @@ class HellaSwag:
 
     Args:
         items: The questions.
+        args: The rule, and the endings per forward pass.
         tokenizer: The model's tokenizer.
-        rule: The rule.
-        batch_size: Endings per forward pass.
         block_size: Tokens that the model reads at once.
         fabric: The running Fabric.
 
@@ -78,15 +78,14 @@ class HellaSwag:
     def __init__(
         self,
         items: Sequence[Item],
+        args: "EvaluateArgs",
         tokenizer: Tokenizer,
-        rule: Rule,
-        batch_size: int,
         block_size: int,
         fabric: "TrainingFabric",
     ) -> None:
-        self._rule, self._batch_size, self._fabric = rule, batch_size, fabric
+        self._rule, self._batch_size, self._fabric = args.hellaswag_rule, args.batch_size, fabric
         encode = encoder(tokenizer)
-        questions = [as_question(item, rule, encode) for item in items]
+        questions = [as_question(item, self._rule, encode) for item in items]
         # Only the ending must fit: a context that is too long loses tokens on the left.
         longest = max(len(request.continuation) for question in questions for request in question.requests)
         if longest > block_size:
@@ -120,10 +119,9 @@ class TaskFile:
 
     Args:
         file: The task, with data beside it.
+        args: How many documents to evaluate, and the requests per forward pass.
         tokenizer: The model's tokenizer.
         tokenizer_dir: The folder it was read from.
-        limit: Evaluate only this many documents, or None.
-        batch_size: Requests per forward pass.
         fabric: The running Fabric.
 
     Raises:
@@ -132,17 +130,11 @@ class TaskFile:
     """
 
     def __init__(
-        self,
-        file: Path,
-        tokenizer: Tokenizer,
-        tokenizer_dir: Path,
-        limit: int | None,
-        batch_size: int,
-        fabric: "TrainingFabric",
+        self, file: Path, args: "EvaluateArgs", tokenizer: Tokenizer, tokenizer_dir: Path, fabric: "TrainingFabric"
     ) -> None:
-        self._task, self._fabric, self._limit = load_task_file(file), fabric, limit
-        self._tokenizer, self._tokenizer_dir, self._batch_size = tokenizer, tokenizer_dir, BatchSize(batch_size)
-        documents = min(len(self._task.eval_docs), limit or len(self._task.eval_docs))
+        self._task, self._fabric, self._limit = load_task_file(file), fabric, args.max_items
+        self._tokenizer, self._tokenizer_dir, self._batch_size = tokenizer, tokenizer_dir, BatchSize(args.batch_size)
+        documents = min(len(self._task.eval_docs), self._limit or len(self._task.eval_docs))
         if documents < fabric.world_size:
             raise SettingsError(
                 f"evaluate.tasks: {file} has {counted(documents, 'document')} to ask about, fewer than the "

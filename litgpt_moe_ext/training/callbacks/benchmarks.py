@@ -51,9 +51,8 @@ def make_benchmarks(
     benchmarks: list[Any] = []
     if args.hellaswag is not None:
         items = load_items(args.hellaswag, args.max_items)
-        benchmarks.append(HellaSwag(items, tokenizer, args.hellaswag_rule, args.batch_size, block_size, fabric))
-    for file in args.tasks:
-        benchmarks.append(TaskFile(file, tokenizer, tokenizer_dir, args.max_items, args.batch_size, fabric))
+        benchmarks.append(HellaSwag(items, args, tokenizer, block_size, fabric))
+    benchmarks += [TaskFile(file, args, tokenizer, tokenizer_dir, fabric) for file in args.tasks]
     return TrainingBenchmarks(benchmarks, args.every_steps)
 
 
