@@ -1,7 +1,7 @@
 """Reads YAML as people write it, in recipes and flags, and locates mistakes by file and line."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,11 @@ def without_mark(model: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in model.items() if name != REQUIRES_MARK}
 
 
+def class_path_of(value: Any) -> Any:
+    """Return the class that a setting names, by `class_path` and `init_args` or by itself; unchecked."""
+    return value.get("class_path") if isinstance(value, Mapping) else value
+
+
 def is_trusted(class_path: str) -> bool:
     """Return whether a class that a checkpoint names may be imported: one of LitGPT's, of torch's optimizers, or ours.
 
@@ -112,8 +117,7 @@ def as_data(settings: dict[str, Any], file: Path) -> dict[str, Any]:
     Raises:
         SettingsError: If the optimizer is of a class that is not trusted.
     """
-    optimizer = settings.get("optimizer")
-    path = optimizer.get("class_path") if isinstance(optimizer, dict) else optimizer
+    path = class_path_of(settings.get("optimizer"))
     if isinstance(path, str) and not is_trusted(path):
         raise SettingsError(
             f"optimizer.class_path: {path!r} is not imported, since a checkpoint may come from anyone; if you trust "

@@ -11,7 +11,7 @@ from typing import Any
 
 from litgpt_moe_ext.errors import SettingsError, undecoded
 from litgpt_moe_ext.field_types import members
-from litgpt_moe_ext.recipe_files import is_trusted, load_value, names_file, read_recipe
+from litgpt_moe_ext.recipe_files import class_path_of, is_trusted, load_value, names_file, read_recipe
 
 CLASS_KEYS = {"class_path", "init_args"}
 
@@ -107,8 +107,7 @@ class Given:
         from litgpt_moe_ext.cli.mistakes import arguments_of
         from litgpt_moe_ext.training.settings import Settings
 
-        data = self.tree.get("data")
-        path = data.get("class_path") if isinstance(data, Mapping) else data
+        path = class_path_of(self.tree.get("data"))
         if not isinstance(path, str) or not is_trusted(path):
             return ()
         return set(arguments_of(path)) - set(Settings.__dataclass_fields__)

@@ -19,6 +19,7 @@ from litgpt_moe_ext.cli.elsewhere import meant_by
 from litgpt_moe_ext.cli.given import CLASS_KEYS
 from litgpt_moe_ext.errors import PERHAPS_OF_AN_EXTENSION, did_you_mean, nearest, one_line
 from litgpt_moe_ext.field_types import NUMBERS, describe, members, refusal
+from litgpt_moe_ext.recipe_files import class_path_of
 
 _FEW = 20
 # Options that exist only as flags.
@@ -72,8 +73,7 @@ def arguments_of(path: str) -> Mapping[str, Any]:
 
 
 def _fields_inside(annotation: Any, value: Any) -> Mapping[str, Any]:
-    path = value.get("class_path") if isinstance(value, Mapping) else value
-    inside = _inside(annotation)
+    path, inside = class_path_of(value), _inside(annotation)
     if inside.named is not None and isinstance(path, str):
         return arguments_of(path)
     return {} if inside.section is None else _hints(inside.section)
@@ -117,7 +117,7 @@ class _Search:
             yield refusal(name, value, annotation)
 
     def named(self, name: str, value: str | Mapping[str, Any], base: type) -> Iterator[str]:
-        path = value if isinstance(value, str) else value.get("class_path")
+        path = class_path_of(value)
         if not isinstance(path, str):
             yield f"{name}: has no class_path; it must be {describe(base)}"
             return

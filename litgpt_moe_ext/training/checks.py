@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from litgpt_moe_ext.config.litgpt_fields import RANGES, check_ranges
 from litgpt_moe_ext.errors import SettingsError, refuse_first
+from litgpt_moe_ext.recipe_files import class_path_of
 from litgpt_moe_ext.training.inputs import offers
 from litgpt_moe_ext.training.optim.arguments import learning_rate_of, obstacle_on_shards
 from litgpt_moe_ext.training.parallel.facts import facts_of
@@ -164,8 +165,7 @@ def _zero(settings: Settings, stage: int) -> Iterator[str]:
             f"precision: 'bf16-true' {where}, whose optimizer always keeps float32 weights; use bf16-mixed, which "
             "keeps bfloat16 ones for everything else"
         )
-    optimizer = settings.optimizer
-    path = optimizer["class_path"] if isinstance(optimizer, dict) else optimizer
+    path = class_path_of(settings.optimizer)
     if _full_path(path) not in _ELEMENTWISE_OPTIMIZERS:
         yield (
             f"optimizer: {path!r} {where}, which hands it flat shards of several weights; use one that treats every "

@@ -26,6 +26,7 @@ from litgpt_moe_ext.inspect.recipes import Recipe
 from litgpt_moe_ext.kernels.launch import triton_installed
 from litgpt_moe_ext.meta.models import meta_model
 from litgpt_moe_ext.model_size import count_flops_of_passes, count_parameters
+from litgpt_moe_ext.recipe_files import class_path_of
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import Mode
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def make_card(
         micro_batch_size=step.micro_batch_size,
         kernel_loss=step.kernel_loss,
         block_size=config.block_size,
-        optimizer=_optimizer_name(recipe.optimizer),
+        optimizer=str(class_path_of(recipe.optimizer)).rpartition(".")[2],
         **recipe.memory_savers,
         flops_per_token_forward=forward / length,
         flops_per_token_training=both / length,
@@ -194,11 +195,6 @@ def _memory_savers(config: "Config") -> dict[str, dict[str, Any]]:
         for fuses in fusing_choices(config)
         for mode in get_args(Mode)
     }
-
-
-def _optimizer_name(optimizer: str | dict[str, Any]) -> str:
-    path = optimizer if isinstance(optimizer, str) else optimizer.get("class_path", "")
-    return path.rpartition(".")[2]
 
 
 def _state_bytes(short: ShortModel, dtype: torch.dtype, tie_embeddings: bool) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.recipe_files import class_path_of
 from litgpt_moe_ext.training.optim.parameter_groups import MATRIX_PARTS, group_parameters
 from litgpt_moe_ext.training.settings import ParameterGroupArgs
 
@@ -31,7 +32,7 @@ def state_of_modules(
     """
     ratio = state_ratio(optimizer, dtype)
     matrices: set[int] = set()
-    if (optimizer if isinstance(optimizer, str) else optimizer["class_path"]) == _MUON:
+    if class_path_of(optimizer) == _MUON:
         groups = group_parameters(model, ParameterGroupArgs(), split_matrices=True)
         matrices = {id(parameter) for group in groups if MATRIX_PARTS in group for parameter in group["params"]}
 
@@ -54,8 +55,8 @@ def state_ratio(optimizer: str | dict[str, Any], dtype: torch.dtype) -> int:
     Raises:
         SettingsError: If there is no such optimizer.
     """
-    given = {"class_path": optimizer} if isinstance(optimizer, str) else optimizer
-    name, arguments = str(given.get("class_path")).removeprefix("torch.optim."), given.get("init_args") or {}
+    name = str(class_path_of(optimizer)).removeprefix("torch.optim.")
+    arguments = {} if isinstance(optimizer, str) else optimizer.get("init_args") or {}
     if name in _STATE and isinstance(arguments, dict) and not arguments.get("amsgrad"):
         return _STATE[name]
     return measure_state_ratio(optimizer, dtype)

@@ -10,7 +10,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files.durable import refusal
 from litgpt_moe_ext.inspect.doctor.finding import Finding
 from litgpt_moe_ext.inspect.recipes import Recipe
-from litgpt_moe_ext.recipe_files import is_trusted
+from litgpt_moe_ext.recipe_files import class_path_of, is_trusted
 
 
 def data(recipe: Recipe, found: Sequence[Finding]) -> Iterator[Finding]:
@@ -46,7 +46,7 @@ def data(recipe: Recipe, found: Sequence[Finding]) -> Iterator[Finding]:
 def _class_of(given: Any) -> tuple[str, dict[str, Any]]:
     from litgpt_moe_ext.data import import_path
 
-    called = given.get("class_path") if isinstance(given, dict) else given
+    called = class_path_of(given)
     arguments = given.get("init_args") or {} if isinstance(given, dict) else {}
     if not isinstance(called, str) or not isinstance(arguments, dict):
         raise SettingsError(f"data: {given!r} must be the name of a data module, or class_path and init_args")

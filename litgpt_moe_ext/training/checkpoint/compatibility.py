@@ -9,6 +9,7 @@ from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, routers_need
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.errors import FROM_ITS_WEIGHTS, SettingsError
 from litgpt_moe_ext.host.checkpoints import WEIGHTS_FILE, read_config
+from litgpt_moe_ext.recipe_files import class_path_of
 from litgpt_moe_ext.training.checkpoint.changes import shown
 from litgpt_moe_ext.training.checkpoint.hyperparameters import read
 from litgpt_moe_ext.training.checkpoint.progress import sequences_of
@@ -216,5 +217,5 @@ def require_whole_steps(checkpoint_dir: Path, global_batch_size: int) -> None:
 
 
 def _class_name(optimizer: Any) -> str | None:
-    path = optimizer.get("class_path") if isinstance(optimizer, dict) else optimizer
+    path = class_path_of(optimizer)
     return path.rpartition(".")[2] if isinstance(path, str) else None
