@@ -32,10 +32,8 @@ def test_wrong_arguments(tmp_path):
     assert "--steps: 20 must be at least 100" in refusal("padding", "--steps", "20")
     dense = str(ROOT / "configs" / "gpt-dense-fineweb.yaml")
     assert f"{dense} has no experts" in refusal("train_step", "--recipes", dense)
-    assert "must be a folder" in refusal("blocks", "--out", tmp_path / "nowhere" / "a")
     if not torch.cuda.is_available():
-        for script in ("same_bits", "blocks"):
-            assert "torch finds no card" in refusal(script)
+        assert "torch finds no card" in refusal("same_bits")
 
 
 @pytest.mark.slow
