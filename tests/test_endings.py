@@ -42,13 +42,19 @@ class ExtensionFileLoader:
 BOTH = pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
 
 
+def wait(seconds=5.0):
+    """Sleep in short bits: what another thread raises does not end a sleep."""
+    for _ in range(int(seconds * 100)):
+        time.sleep(0.01)
+
+
 @BOTH
 def test_an_extension_module_is_loaded_before_a_signal_counts(number, name, capsys):
     loader, went_on = ExtensionFileLoader(), []
 
     def run():
         loader.create_module(number)
-        time.sleep(5)
+        wait()
         went_on.append(True)
 
     assert exit_status(run) == 128 + number
@@ -90,16 +96,11 @@ def test_postponed_signals_are_not_left_to_the_next_scope(number, name, capsys):
             signal.raise_signal(number)
             time.sleep(0.8 * interruption._LOOK_EVERY)
             signal.raise_signal(number)
-        wait(5)
-
-    def wait(seconds=2 * interruption._LOOK_EVERY):
-        # What is raised by another thread does not end a sleep.
-        for _ in range(int(seconds * 100)):
-            time.sleep(0.01)
+        wait()
 
     assert exit_status(run) == 128 + number
     assert capsys.readouterr().err == f"Stopped by {name}.\n"
-    assert exit_status(wait) == 0
+    assert exit_status(lambda: wait(2 * interruption._LOOK_EVERY)) == 0
 
 
 def test_a_signal_right_after_another_counts(capsys):
@@ -134,7 +135,7 @@ def test_a_signal_in_a_finalizer_is_not_dropped(number, name, by_callback, capsy
         finalized = Finalized(number, by_callback)
         reference = finalized.reference  # noqa: F841  (a reference that is gone calls nothing)
         del finalized
-        time.sleep(5)
+        wait()
         went_on.append(True)
 
     went_on, hook = [], sys.unraisablehook
@@ -274,7 +275,7 @@ def test_no_signal_comes_between_a_pool_and_the_process_that_it_starts(number, n
 
     def run():
         for _ in encoding.encode_in_order(None, [Batch()], 2):
-            time.sleep(5)
+            wait()
             started.append("went on")
 
     monkeypatch.setattr(encoding, "ProcessPoolExecutor", Pool)
