@@ -26,7 +26,7 @@ from litgpt.pretrain import initialize_weights  # noqa: E402
 from litgpt.utils import chunked_cross_entropy  # noqa: E402
 
 from litgpt_moe_ext.moe.metrics import max_violation, routers_of  # noqa: E402
-from litgpt_moe_ext.padding import PADDING, PaddedRows, accept_padding  # noqa: E402
+from litgpt_moe_ext.tokens.padding import PADDING, PaddedRows, accept_padding  # noqa: E402
 
 LENGTH, ROWS, EXPERTS, LAYERS = 64, 8, 8, 2
 OBSERVED = 100  # steps at the end

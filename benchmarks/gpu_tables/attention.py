@@ -13,7 +13,7 @@ from gpu_tables.measuring.bench import Bench, ratio
 from litgpt_moe_ext.attention.causal_attention import causal_attention
 from litgpt_moe_ext.attention.documents import find_documents
 from litgpt_moe_ext.attention.sinks import Softmax
-from litgpt_moe_ext.rows import Rows
+from litgpt_moe_ext.tokens.rows import Rows
 
 
 def rows(bench: Bench) -> Iterator[dict[str, Any]]:

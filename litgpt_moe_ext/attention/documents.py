@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litgpt_moe_ext.rows import Rows, host_copy
+from litgpt_moe_ext.tokens.rows import Rows, host_copy
 
 # If the ids are not in host memory, the offsets of a CUDA batch get a fixed size, because reading the true one would
 # wait for the device. Every sequence has room for documents of this mean length, and for this many more. The kernel

@@ -21,7 +21,7 @@ from litgpt_moe_ext.attention.documents import Documents, find_documents, rememb
 from litgpt_moe_ext.attention.streaming_cache import positions_needed
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, changes_model, has_experts, routers_need
 from litgpt_moe_ext.moe.batch_metadata import BatchMetadata, TokenIds
-from litgpt_moe_ext.padding import real_tokens
+from litgpt_moe_ext.tokens.padding import real_tokens
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config

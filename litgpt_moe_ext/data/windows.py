@@ -15,8 +15,8 @@ from torch.utils.data import IterableDataset
 
 from litgpt_moe_ext.data.packing import Packing
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.padding import PADDING, PaddedRows
-from litgpt_moe_ext.rows import Rows
+from litgpt_moe_ext.tokens.padding import PADDING, PaddedRows
+from litgpt_moe_ext.tokens.rows import Rows
 
 
 class TokenStream:
@@ -56,7 +56,7 @@ class Windows(IterableDataset):
         name: Name of the data in error messages.
 
     Attributes:
-        pads: Whether rows may contain `PADDING`; batches are then `litgpt_moe_ext.padding.PaddedRows`.
+        pads: Whether rows may contain `PADDING`; batches are then `litgpt_moe_ext.tokens.padding.PaddedRows`.
 
     Raises:
         ValueError: `block_size` is not positive.

@@ -12,9 +12,7 @@
 | `generation.py`         | continues many prompts at once                                                   |
 | `streaming.py`          | continues one text token by token                                                |
 | `litgpt_evaluate.py`    | `litgpt evaluate` for what LitGPT's own command cannot evaluate                  |
-| `lm_eval_model.py`      | a LitGPT model as a model of lm-eval                                             |
-| `lm_eval_tasks.py`      | the tasks that `--tasks` names                                                   |
-| `training_benchmarks.py` | benchmarks of a model that is being trained, on all of its processes             |
+| `harness/`              | a LitGPT model as a model of lm-eval, its tasks, and benchmarks during a training |
 
 Nothing is imported here: lm-eval takes seconds to load.
 """

@@ -25,7 +25,7 @@ from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, read_fields
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-    from litgpt_moe_ext.evaluation.lm_eval_model import LitGPTModel
+    from litgpt_moe_ext.evaluation.harness.model import LitGPTModel
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ def evaluate_checkpoint(settings: EvaluateSettings) -> None:
 
     check_checkpoint_dir(checkpoint_dir)
 
-    from litgpt_moe_ext.evaluation.lm_eval_model import LitGPTModel
-    from litgpt_moe_ext.evaluation.lm_eval_tasks import load_tasks
+    from litgpt_moe_ext.evaluation.harness.model import LitGPTModel
+    from litgpt_moe_ext.evaluation.harness.tasks import load_tasks
 
     loaded_tasks, task_manager = load_tasks(settings.tasks)
     out_dir = Path(settings.out_dir or checkpoint_dir / "evaluate")
@@ -117,7 +117,7 @@ def _evaluate(
     from datasets.exceptions import DatasetsError
     from lm_eval.evaluator import simple_evaluate
 
-    from litgpt_moe_ext.evaluation.lm_eval_tasks import reason
+    from litgpt_moe_ext.evaluation.harness.tasks import reason
 
     try:
         return simple_evaluate(

@@ -184,7 +184,7 @@ def extend_model_init(model: ModuleType) -> None:
 def extend_model_forward(model: ModuleType) -> None:
     """Pass learned positions, documents, padding, ids and embedding dropout through the model, and no unread mask."""
     from litgpt_moe_ext.config.features import changes_model, routers_need
-    from litgpt_moe_ext.padding import accepts_padding
+    from litgpt_moe_ext.tokens.padding import accepts_padding
 
     original = model.GPT.forward
 

@@ -32,7 +32,7 @@ class _MarkPadding:
     def __call__(self, samples: list[Any]) -> dict[str, Any]:
         import torch
 
-        from litgpt_moe_ext.padding import mark_padding
+        from litgpt_moe_ext.tokens.padding import mark_padding
 
         batch = self.collate(samples)
         ids_BT = batch["input_ids"]
@@ -47,7 +47,7 @@ def mark_finetuning_padding(loop: Any) -> None:
 
     @wrapping(loop, "fit")
     def fit(original: Any, *args: Any, **kwargs: Any) -> Any:
-        from litgpt_moe_ext.padding import accept_padding
+        from litgpt_moe_ext.tokens.padding import accept_padding
         from litgpt_moe_ext.training.steps.batches import unwrapped
 
         given = inspect.signature(original).bind(*args, **kwargs).arguments

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from litgpt_moe_ext.kernels.launch import ceil_div, launch, power_of_two
-from litgpt_moe_ext.padding import PADDING
+from litgpt_moe_ext.tokens.padding import PADDING
 
 if TYPE_CHECKING:
     # To a type checker a constant of a kernel is whatever it was called with.

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litgpt_moe_ext.loss.cross_entropy import has_kernel, loss_and_gradient
-from litgpt_moe_ext.padding import PADDING
+from litgpt_moe_ext.tokens.padding import PADDING
 
 
 def linear_loss(x_BTD: Tensor, targets_BT: Tensor, head: nn.Linear, dtype: torch.dtype) -> Tensor:

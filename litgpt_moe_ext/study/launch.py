@@ -29,7 +29,7 @@ from litgpt_moe_ext.training.parallel.processes import die_with_parent
 from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:
-    from litgpt_moe_ext.training.plan import Plan
+    from litgpt_moe_ext.training.phases.plan import Plan
 
 FINISHED = "finished.json"
 _LOCK = ".study.lock"  # the run itself has another
@@ -62,7 +62,7 @@ def check(runs: Iterable[Run]) -> None:
     They are also wrong if the run would leave nothing to compare: no line in its log, or no validation loss.
     """
     from litgpt_moe_ext.cli.settings import settings_of
-    from litgpt_moe_ext.training.plan import check_plan
+    from litgpt_moe_ext.training.phases.plan import check_plan
 
     seen: set[str] = set()
     for run in runs:

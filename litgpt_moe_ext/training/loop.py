@@ -56,9 +56,9 @@ from litgpt_moe_ext.training.steps.validation import StoppableValidation
 if TYPE_CHECKING:
     import litgpt.args
 
-    from litgpt_moe_ext.training.equip import Equipment
-    from litgpt_moe_ext.training.launch import Launched
-    from litgpt_moe_ext.training.start import Start
+    from litgpt_moe_ext.training.phases.equip import Equipment
+    from litgpt_moe_ext.training.phases.launch import Launched
+    from litgpt_moe_ext.training.phases.start import Start
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from litgpt_moe_ext.garbage import settled
 from litgpt_moe_ext.software import software
 
 if TYPE_CHECKING:
-    from litgpt_moe_ext.training.equip import Equipment
-    from litgpt_moe_ext.training.launch import Launched
     from litgpt_moe_ext.training.loop import Outcome
-    from litgpt_moe_ext.training.prepare import Prepared
+    from litgpt_moe_ext.training.phases.equip import Equipment
+    from litgpt_moe_ext.training.phases.launch import Launched
+    from litgpt_moe_ext.training.phases.prepare import Prepared
+    from litgpt_moe_ext.training.phases.start import Start
     from litgpt_moe_ext.training.settings import Settings
-    from litgpt_moe_ext.training.start import Start
 
 
 def run(settings: Settings) -> None:
@@ -34,14 +34,14 @@ def run(settings: Settings) -> None:
     # These modules need the extended LitGPT, so they are imported after `register`.
     from litgpt_moe_ext.training.callbacks.kernel_report import check_kernels
     from litgpt_moe_ext.training.checkpoint.exports import export_checkpoints
-    from litgpt_moe_ext.training.equip import choose_equipment, equip
-    from litgpt_moe_ext.training.launch import launch
     from litgpt_moe_ext.training.logs import TRANSCRIPT_FILE
     from litgpt_moe_ext.training.parallel.memory import check_memory
-    from litgpt_moe_ext.training.plan import make_plan
-    from litgpt_moe_ext.training.prepare import prepare_data
-    from litgpt_moe_ext.training.report import announce, conclude
-    from litgpt_moe_ext.training.start import find_start, make_room
+    from litgpt_moe_ext.training.phases.equip import choose_equipment, equip
+    from litgpt_moe_ext.training.phases.launch import launch
+    from litgpt_moe_ext.training.phases.plan import make_plan
+    from litgpt_moe_ext.training.phases.prepare import prepare_data
+    from litgpt_moe_ext.training.phases.report import announce, conclude
+    from litgpt_moe_ext.training.phases.start import find_start, make_room
     from litgpt_moe_ext.training.steps.epochs import with_epochs
 
     plan = make_plan(settings)
@@ -73,7 +73,7 @@ def train(launched: Launched, start: Start, prepared: Prepared, equipment: Equip
     from litgpt_moe_ext.training.compilation import compile_scope
     from litgpt_moe_ext.training.loop import HookedLoop
     from litgpt_moe_ext.training.parallel.memory import explained
-    from litgpt_moe_ext.training.start import same_corpora
+    from litgpt_moe_ext.training.phases.start import same_corpora
     from litgpt_moe_ext.training.steps.epochs import Epochs
 
     plan, settings, fabric = launched.plan, launched.plan.settings, launched.fabric

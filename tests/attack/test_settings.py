@@ -24,8 +24,8 @@ from litgpt_moe_ext.data import corpora as packages
 from litgpt_moe_ext.data.corpora.base import Corpus
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import members
-from litgpt_moe_ext.training.checks import check_model
 from litgpt_moe_ext.training.optim.arguments import learning_rate_of
+from litgpt_moe_ext.training.phases.checks import check_model
 from tests.attack.command_line import PLACES, CommandLine, as_flag, settings_of_a_recipe
 from tests.attack.values import VALUES, fresh, sections, sensible
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from litgpt_moe_ext.attention.document_room import DocumentRoom, document_room
 from litgpt_moe_ext.attention.documents import Extent, largest_extent, needed_extent
-from litgpt_moe_ext.rows import Rows
+from litgpt_moe_ext.tokens.rows import Rows
 from tests.models import moe_config
 
 EOS = 1

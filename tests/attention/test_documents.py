@@ -27,8 +27,8 @@ from litgpt_moe_ext.attention.documents import (
     needed_extent,
 )
 from litgpt_moe_ext.attention.sinks import Softmax
-from litgpt_moe_ext.padding import PADDING, PaddedRows
-from litgpt_moe_ext.rows import Rows
+from litgpt_moe_ext.tokens.padding import PADDING, PaddedRows
+from litgpt_moe_ext.tokens.rows import Rows
 from tests.models import attention_config, randomize
 
 MARK = 39

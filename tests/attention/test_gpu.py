@@ -12,7 +12,7 @@ from litgpt_moe_ext.attention.kernels.kernel import Workload
 from litgpt_moe_ext.attention.kernels.own import EAGER
 from litgpt_moe_ext.attention.kernels.registry import KERNELS
 from litgpt_moe_ext.attention.sinks import Softmax
-from litgpt_moe_ext.rows import Rows
+from litgpt_moe_ext.tokens.rows import Rows
 from tests.models import attention_config
 
 pytestmark = pytest.mark.gpu

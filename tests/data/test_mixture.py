@@ -24,7 +24,7 @@ from litgpt_moe_ext.data.mixture.settings import Annealing, RunLength
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.data.windows import StreamWindows
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.padding import PADDING
+from litgpt_moe_ext.tokens.padding import PADDING
 from litgpt_moe_ext.training.checkpoint.hyperparameters import to_plain
 from litgpt_moe_ext.training.checkpoint.resharding import convert_position
 from litgpt_moe_ext.training.steps.corpora import CorpusLosses

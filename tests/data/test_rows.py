@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.padding import PADDING, PaddedRows
-from litgpt_moe_ext.rows import Rows, host_copy
+from litgpt_moe_ext.tokens.padding import PADDING, PaddedRows
+from litgpt_moe_ext.tokens.rows import Rows, host_copy
 
 
 def loaded(kind: type[Rows], B: int = 2) -> Rows:

@@ -20,7 +20,6 @@ from litgpt.pretrain import get_dataloaders
 from litgpt.tokenizer import Tokenizer
 from transformers import AutoTokenizer, GPT2TokenizerFast
 
-from litgpt_moe_ext import padding
 from litgpt_moe_ext.data import CodeParrot, HubDataset, Mixture, PreparedCorpus, TextCorpus, TinyStories, TokenShards
 from litgpt_moe_ext.data.pipeline import hashes, preparation, sources
 from litgpt_moe_ext.data.pipeline.hashes import FileHashes
@@ -30,7 +29,8 @@ from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.tokenization import encoder
-from litgpt_moe_ext.padding import PADDING, PaddedRows
+from litgpt_moe_ext.tokens import padding
+from litgpt_moe_ext.tokens.padding import PADDING, PaddedRows
 from tests.data.test_readers import tar
 from tests.data.test_text_corpus import stories, texts_in
 

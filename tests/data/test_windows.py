@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from litgpt_moe_ext.data.packing import best_fit, cut_documents, document_lengths, first_documents, pack
 from litgpt_moe_ext.data.windows import DocumentWindows, StreamWindows, TokenStream
-from litgpt_moe_ext.padding import PADDING
+from litgpt_moe_ext.tokens.padding import PADDING
 
 
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=8), st.integers(1, 7), st.randoms(use_true_random=False))

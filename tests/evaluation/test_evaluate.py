@@ -16,10 +16,11 @@ from jsonargparse import CLI
 from lm_eval.api.registry import METRIC_REGISTRY
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.evaluation import litgpt_evaluate, lm_eval_tasks
+from litgpt_moe_ext.evaluation import litgpt_evaluate
+from litgpt_moe_ext.evaluation.harness import tasks
+from litgpt_moe_ext.evaluation.harness.names import REPORTED
+from litgpt_moe_ext.evaluation.harness.tasks import load_task_file, load_tasks
 from litgpt_moe_ext.evaluation.litgpt_evaluate import EvaluateSettings, evaluate_checkpoint, wrap_convert_and_evaluate
-from litgpt_moe_ext.evaluation.lm_eval_names import REPORTED
-from litgpt_moe_ext.evaluation.lm_eval_tasks import load_task_file, load_tasks
 from tests.runs import run_command
 
 LITGPTS_OWN = inspect.unwrap(litgpt.eval.evaluate.convert_and_evaluate)
@@ -128,7 +129,7 @@ def test_plain_checkpoint_with_a_task_file_is_evaluated_here(wrapped, original, 
 )
 def test_plugin_checkpoint_with_a_task_name_is_evaluated_here(wrapped, original, moe_dir, monkeypatch, index):
     if index:  # lm-eval reads thousands of files for its own
-        monkeypatch.setattr(lm_eval_tasks, "TaskManager", lambda include_defaults: Mock(task_index=index))
+        monkeypatch.setattr(tasks, "TaskManager", lambda include_defaults: Mock(task_index=index))
     with pytest.raises(ValueError, match="tasks: 'helaswag' is unknown to lm-eval. Did you mean hellaswag"):
         wrapped(moe_dir, "helaswag", device="cpu")
     original.assert_not_called()

@@ -94,8 +94,8 @@ def answers(checkpoint, file, rule, batch_size=16):
 def test_lm_eval_gives_the_same_item_by_item(checkpoint, hellaswag_file, tmp_path, monkeypatch):
     from lm_eval.evaluator import simple_evaluate
 
-    from litgpt_moe_ext.evaluation.lm_eval_model import LitGPTModel
-    from litgpt_moe_ext.evaluation.lm_eval_tasks import load_tasks
+    from litgpt_moe_ext.evaluation.harness.model import LitGPTModel
+    from litgpt_moe_ext.evaluation.harness.tasks import load_tasks
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "local_utils.py").write_text("from lm_eval.tasks.hellaswag.utils import process_docs\n")

@@ -12,10 +12,10 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.evaluation import generation, lm_eval_model
+from litgpt_moe_ext.evaluation import generation
 from litgpt_moe_ext.evaluation.decoding import supports_padded_cache
 from litgpt_moe_ext.evaluation.generation import GenerationSettings, generate
-from litgpt_moe_ext.evaluation.lm_eval_model import LitGPTModel
+from litgpt_moe_ext.evaluation.harness.model import LitGPTModel
 from litgpt_moe_ext.evaluation.sampling import Sampling
 from tests.evaluation.conftest import CORPUS, END_OF_TEXT, VOCABULARY_SIZE, llama_config, write_checkpoint
 from tests.models import moe_config
@@ -268,7 +268,7 @@ def test_a_stop_string_counts_in_whatever_tokens_it_comes(llama_dir, monkeypatch
         ends.extend(map(is_finished, ([*spelled[:2]], spelled, [*spelled, *spelled[:2]], [5, *special])))
         return [spelled]
 
-    monkeypatch.setattr(lm_eval_model, "generate", generate)
+    monkeypatch.setattr(harness_model, "generate", generate)
     settings = {"until": ["dog", END_OF_TEXT], "max_gen_toks": 4}
     assert model.generate_until(instances("generate_until", [("the", settings)])) == [""]
     assert ends == [False, True, False, True]

@@ -8,7 +8,7 @@ from lm_eval.api.instance import Instance
 
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.evaluation.lm_eval_model import LitGPTModel
+from litgpt_moe_ext.evaluation.harness.model import LitGPTModel
 
 QUESTION = {
     "ind": 1,

@@ -11,7 +11,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from litgpt_moe_ext.attention.document_room import document_room
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.metrics import routers_of
-from litgpt_moe_ext.rows import Rows
+from litgpt_moe_ext.tokens.rows import Rows
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.optim.gpu_step import GpuStep
 from litgpt_moe_ext.training.optim.muon import MuonAdamW
@@ -40,7 +40,7 @@ def card(device):
 def place(device, monkeypatch):
     if device.type != "cuda":
         # There is nothing to capture elsewhere. Operators are recorded, of a backend that does not wait.
-        monkeypatch.setattr("litgpt_moe_ext.padding._accepted", False)
+        monkeypatch.setattr("litgpt_moe_ext.tokens.padding._accepted", False)
         monkeypatch.setattr(f"{__name__}.GraphOptions", partial(GraphOptions, make_capture=Recordings))
         monkeypatch.setattr("tests.gpu.test_steps.make_config", partial(make_config, expert_backend="grouped_mm"))
     return device

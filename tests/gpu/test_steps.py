@@ -11,7 +11,7 @@ from litgpt.utils import chunked_cross_entropy
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from litgpt_moe_ext.moe.metrics import routers_of
-from litgpt_moe_ext.padding import PADDING
+from litgpt_moe_ext.tokens.padding import PADDING
 from tests.gpu.card import no_waits, require_bfloat16
 from tests.models import initialized_model, moe_config
 from tests.runs import logged
@@ -65,7 +65,7 @@ def test_no_step_waits(device, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, None], ids=str)
 def test_padding_waits_for_nothing_and_changes_nothing(device, dtype, monkeypatch):
-    monkeypatch.setattr("litgpt_moe_ext.padding._accepted", True)
+    monkeypatch.setattr("litgpt_moe_ext.tokens.padding._accepted", True)
     if dtype == torch.bfloat16:
         require_bfloat16(device)
     model = make_model(device)

@@ -24,7 +24,7 @@ from lightning.fabric import wrappers  # noqa: E402
 from litgpt.generate import base  # noqa: E402
 from torchmetrics.aggregation import MeanMetric  # noqa: E402
 
-import litgpt_moe_ext.training.equip  # noqa: E402, F401
+import litgpt_moe_ext.training.phases.equip  # noqa: E402, F401
 from litgpt_moe_ext.host.without_compiler import bare_step, replace_step  # noqa: E402
 from litgpt_moe_ext.training.compilation import CompileDecision, compile_scope  # noqa: E402
 

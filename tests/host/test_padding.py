@@ -14,7 +14,6 @@ from litgpt.utils import chunked_cross_entropy
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from litgpt_moe_ext import padding
 from litgpt_moe_ext.data.packing import pack
 from litgpt_moe_ext.data.windows import DocumentWindows
 from litgpt_moe_ext.host.padding import mark_finetuning_padding
@@ -23,7 +22,8 @@ from litgpt_moe_ext.moe.fixed_routers import FixedRouter, UniformRouter
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from litgpt_moe_ext.moe.metrics import load_metrics, routers_of
 from litgpt_moe_ext.moe.registry import LOSSES, Loss
-from litgpt_moe_ext.padding import PADDING, PaddedRows, accept_padding, mark_padding
+from litgpt_moe_ext.tokens import padding
+from litgpt_moe_ext.tokens.padding import PADDING, PaddedRows, accept_padding, mark_padding
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from tests.models import initialized_model, moe_config, randomize
 from tests.training.processes import in_ranks

@@ -24,8 +24,8 @@ from litgpt_moe_ext.inspect.doctor.examination import examine
 from litgpt_moe_ext.inspect.doctor.installation import links, versions
 from litgpt_moe_ext.inspect.recipes import Recipe, load_recipe
 from litgpt_moe_ext.model_size import count_parameters
-from litgpt_moe_ext.training.inputs import check_writable
 from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
+from litgpt_moe_ext.training.phases.inputs import check_writable
 from tests.models import moe_config, needs_fused_loss
 from tests.settings import read_settings
 

@@ -171,7 +171,7 @@ def test_recomputation_counts_nothing(mode, monkeypatch):
 
 
 def test_padding_has_no_share(monkeypatch):
-    monkeypatch.setattr("litgpt_moe_ext.padding._accepted", True)
+    monkeypatch.setattr("litgpt_moe_ext.tokens.padding._accepted", True)
     layer = randomize(SharedExpertMoE(config_of("global_batch"))).double()
     x, gradients = torch.randn(1, 7, 16, dtype=torch.float64), []
     padded = torch.cat([x, torch.randn(1, 7, 16, dtype=torch.float64)], dim=1)

@@ -12,10 +12,10 @@ from lightning import Fabric
 from litgpt import Config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from litgpt_moe_ext import padding
 from litgpt_moe_ext.moe.batch_metadata import TokenIds
 from litgpt_moe_ext.moe.fixed_routers import FixedRouter
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
+from litgpt_moe_ext.tokens import padding
 from tests.fake_cuda import DTYPES, RECIPES, fake_cuda
 from tests.models import initialized_model, moe_config, randomize
 from tests.moe.routers import RULES

@@ -16,8 +16,8 @@ from litgpt.pretrain import validate_args
 from litgpt_moe_ext import data as data_modules
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.training.checks import check_batch
 from litgpt_moe_ext.training.optim.schedules import Schedule
+from litgpt_moe_ext.training.phases.checks import check_batch
 from tests.recipes.costs import costs, flops_per_token, parameters_line, size_of
 from tests.recipes.files import RECIPES, ROOT, commands, header, path_of, values_of
 from tests.settings import read_settings

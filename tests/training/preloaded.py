@@ -18,8 +18,8 @@ for module in (
     "torch._dynamo.repro.after_dynamo",
     "litgpt_moe_ext.cli.train",
     "litgpt_moe_ext.training.run",
-    "litgpt_moe_ext.training.equip",
-    "litgpt_moe_ext.training.report",
+    "litgpt_moe_ext.training.phases.equip",
+    "litgpt_moe_ext.training.phases.report",
     "litgpt_moe_ext.training.loop",
     "litgpt_moe_ext.data.modules.corpus",
 ):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from litgpt_moe_ext.training.report import farther
+from litgpt_moe_ext.training.phases.report import farther
 from litgpt_moe_ext.training.settings import TrainArgs
 from tests.runs import logged, train
 

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files import checksums
-from litgpt_moe_ext.padding import PADDING, accept_padding
-from litgpt_moe_ext.training.inputs import check_own, open_tokenizer
+from litgpt_moe_ext.tokens.padding import PADDING, accept_padding
 from litgpt_moe_ext.training.optim.schedules import Schedule
+from litgpt_moe_ext.training.phases.inputs import check_own, open_tokenizer
 from litgpt_moe_ext.training.settings import ScheduleArgs, TrainArgs
 from tests.runs import ROOT, logged, refused, train, validation_fell_by, weights_of
 from tests.settings import read_settings

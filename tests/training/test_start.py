@@ -13,9 +13,9 @@ from litgpt.utils import save_config
 from litgpt_moe_ext.data.loader import corpora_of
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files.lock import ProcessLock
-from litgpt_moe_ext.training import launch
 from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model
-from litgpt_moe_ext.training.plan import make_plan
+from litgpt_moe_ext.training.phases import launch
+from litgpt_moe_ext.training.phases.plan import make_plan
 from litgpt_moe_ext.training.settings import LogArgs
 from tests.runs import logged, recipe_writer, train
 from tests.settings import read_settings
@@ -82,8 +82,8 @@ def test_everybody_waits_until_the_directory_is_free(recipe, tmp_path, monkeypat
     """The first process moves the old checkpoints; the others learn where to, which is a rendezvous as well."""
     from types import SimpleNamespace
 
-    from litgpt_moe_ext.training.prepare import Prepared
-    from litgpt_moe_ext.training.start import Start, make_room
+    from litgpt_moe_ext.training.phases.prepare import Prepared
+    from litgpt_moe_ext.training.phases.start import Start, make_room
 
     old, moved = tmp_path / "out" / "final", tmp_path / "out-earlier-1" / "final"
     moved.mkdir(parents=True)  # as the first process has left it

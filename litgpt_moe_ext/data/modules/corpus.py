@@ -15,7 +15,7 @@ from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, key_of, open_corpu
 from litgpt_moe_ext.data.tokenizer.opening import parse_tokenizer
 from litgpt_moe_ext.data.windows import DocumentWindows, StreamWindows, Windows
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.padding import accept_padding
+from litgpt_moe_ext.tokens.padding import accept_padding
 
 
 class CorpusModule(Corpus, ShardModule):

@@ -75,8 +75,8 @@ def strategy(recipe: Recipe) -> Finding:
     """Return how processes would share the work, or why they cannot here."""
     import torch
 
-    from litgpt_moe_ext.training.checks import check_strategy, strategy_note
     from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
+    from litgpt_moe_ext.training.phases.checks import check_strategy, strategy_note
     from litgpt_moe_ext.training.settings import DistributedArgs
 
     per_node, nodes = processes(recipe), recipe.num_nodes

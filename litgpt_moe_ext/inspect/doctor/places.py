@@ -85,7 +85,7 @@ def tokenizer(recipe: Recipe, found: Sequence[Finding]) -> Iterator[Finding]:
         recipe: The recipe.
         found: Findings about its settings and its data, which may have their own tokenizer.
     """
-    from litgpt_moe_ext.training.inputs import open_tokenizer
+    from litgpt_moe_ext.training.phases.inputs import open_tokenizer
 
     directory = recipe.settings.get("tokenizer_dir")
     if directory is None:
@@ -103,7 +103,7 @@ def tokenizer(recipe: Recipe, found: Sequence[Finding]) -> Iterator[Finding]:
 
 def out_dir(recipe: Recipe) -> Iterator[Finding]:
     """Yield what keeps a run from writing to the recipe's output directory."""
-    from litgpt_moe_ext.training.inputs import check_own
+    from litgpt_moe_ext.training.phases.inputs import check_own
 
     out_dir = out_dir_of(recipe)
     try:

@@ -12,7 +12,7 @@ from litgpt_moe_ext.inspect.recipes import Recipe
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
-    from litgpt_moe_ext.training.plan import Plan
+    from litgpt_moe_ext.training.phases.plan import Plan
     from litgpt_moe_ext.training.settings import Settings
 
 
@@ -43,10 +43,10 @@ def settings_together(recipe: Recipe, reading: "AbstractContextManager[Settings]
 
 
 def _checked(recipe: Recipe, settings: "Settings") -> "Plan":
-    from litgpt_moe_ext.training.checks import check_batch, check_whole_model
-    from litgpt_moe_ext.training.inputs import check_data, offers
     from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
-    from litgpt_moe_ext.training.plan import check_plan
+    from litgpt_moe_ext.training.phases.checks import check_batch, check_whole_model
+    from litgpt_moe_ext.training.phases.inputs import check_data, offers
+    from litgpt_moe_ext.training.phases.plan import check_plan
 
     plan = check_plan(settings)
     check_batch(recipe.global_batch_size, recipe.micro_batch_size, processes(recipe) * recipe.num_nodes)
@@ -62,7 +62,7 @@ def _checked(recipe: Recipe, settings: "Settings") -> "Plan":
 
 
 def _start(plan: "Plan") -> Iterator[Finding]:
-    from litgpt_moe_ext.training.start import choose_checkpoint
+    from litgpt_moe_ext.training.phases.start import choose_checkpoint
 
     initial = plan.settings.initial_checkpoint_dir
     if plan.settings.resume is False and initial is None:

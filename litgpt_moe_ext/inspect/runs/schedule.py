@@ -11,8 +11,8 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import PositiveInt, checked
 from litgpt_moe_ext.host.without_compiler import without_compiler
 from litgpt_moe_ext.pictures.style import STYLE
-from litgpt_moe_ext.training.checks import check_batch, peak_rate
 from litgpt_moe_ext.training.optim.schedules import Schedule, count_steps, schedule_steps
+from litgpt_moe_ext.training.phases.checks import check_batch, peak_rate
 from litgpt_moe_ext.training.settings import Settings
 from litgpt_moe_ext.training.settings.loop import ScheduleName
 
@@ -79,6 +79,6 @@ def schedule_figure(rates: Mapping[str, Sequence[float]]) -> Figure:
 def _block_size(settings: Settings) -> int:
     if settings.model_config is not None:
         return checked("model_config.block_size", settings.model_config.block_size, PositiveInt)
-    from litgpt_moe_ext.training.plan import model_of
+    from litgpt_moe_ext.training.phases.plan import model_of
 
     return model_of(settings).block_size

@@ -29,7 +29,7 @@ def check_benchmarks(args: EvaluateArgs) -> None:
             # The benchmark calls its own setting `file`.
             raise SettingsError(f"evaluate.hellaswag: {str(error).removeprefix('file: ')}") from error
     if args.tasks:
-        from litgpt_moe_ext.evaluation.lm_eval_tasks import load_task_file
+        from litgpt_moe_ext.evaluation.harness.tasks import load_task_file
 
         names: list[str] = []
         for file in args.tasks:
@@ -45,8 +45,8 @@ def make_benchmarks(
     args: EvaluateArgs, tokenizer: Tokenizer, tokenizer_dir: Path, block_size: int, fabric: TrainingFabric
 ) -> TrainingBenchmarks:
     """Return the callback that evaluates a model with this tokenizer and sequence length."""
+    from litgpt_moe_ext.evaluation.harness.training import HellaSwag, TaskFile
     from litgpt_moe_ext.evaluation.hellaswag import load_items
-    from litgpt_moe_ext.evaluation.training_benchmarks import HellaSwag, TaskFile
 
     benchmarks: list[Any] = []
     if args.hellaswag is not None:
@@ -62,7 +62,7 @@ class TrainingBenchmarks(Callback):
     A signal that ends the run also ends an evaluation, which is repeated when the run is resumed.
 
     Args:
-        benchmarks: Benchmarks of `litgpt_moe_ext.evaluation.training_benchmarks`, or the like.
+        benchmarks: Benchmarks of `litgpt_moe_ext.evaluation.harness.training`, or the like.
         every_steps: Optimizer steps between evaluations; None evaluates after every validation.
     """
 

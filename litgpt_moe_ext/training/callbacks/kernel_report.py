@@ -17,7 +17,7 @@ from litgpt_moe_ext.training.callback import Callback
 if TYPE_CHECKING:
     import lightning as L
 
-    from litgpt_moe_ext.training.launch import Launched
+    from litgpt_moe_ext.training.phases.launch import Launched
 
 
 class KernelReport(Callback):

@@ -13,8 +13,8 @@ from litgpt_moe_ext.training.logs import EXPORTS_FOLDER
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
-    from litgpt_moe_ext.training.launch import Launched
-    from litgpt_moe_ext.training.plan import Plan
+    from litgpt_moe_ext.training.phases.launch import Launched
+    from litgpt_moe_ext.training.phases.plan import Plan
 
 
 def check_exports(plan: Plan) -> None:

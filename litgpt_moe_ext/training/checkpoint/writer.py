@@ -17,7 +17,7 @@ from litgpt_moe_ext.training.optim.shards import own_part
 from litgpt_moe_ext.training.steps.losses import all_finite
 
 if TYPE_CHECKING:
-    from litgpt_moe_ext.training.launch import Launched
+    from litgpt_moe_ext.training.phases.launch import Launched
 
 
 # Files from which LitGPT opens a tokenizer, exports take the chat template, and LitGPT converts a checkpoint.

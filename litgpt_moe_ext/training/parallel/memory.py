@@ -19,7 +19,7 @@ from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.control import TrainingStopped
 
 if TYPE_CHECKING:
-    from litgpt_moe_ext.training.launch import Launched
+    from litgpt_moe_ext.training.phases.launch import Launched
 
 _GIB = 1024**3
 _COPIES = {"weights": 1, "weights, gradients": 2, "weights, gradients and two averages of AdamW": 4}

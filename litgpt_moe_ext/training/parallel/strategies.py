@@ -6,10 +6,10 @@ import torch
 from lightning.fabric.strategies import SingleDeviceStrategy
 
 from litgpt_moe_ext.training.checkpoint.io import DirectCheckpointIO
-from litgpt_moe_ext.training.checks import check_strategy
 from litgpt_moe_ext.training.parallel.behaviour import Behaviour
 from litgpt_moe_ext.training.parallel.facts import STRATEGIES, facts_of
 from litgpt_moe_ext.training.parallel.replicated import ReplicatedStrategy
+from litgpt_moe_ext.training.phases.checks import check_strategy
 from litgpt_moe_ext.training.settings import DistributedArgs, StrategyName
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from litgpt_moe_ext.moe.tally import counting_dtype
-from litgpt_moe_ext.padding import PADDING
+from litgpt_moe_ext.tokens.padding import PADDING
 from litgpt_moe_ext.training.callback import Callback
 
 

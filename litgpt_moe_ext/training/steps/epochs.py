@@ -12,9 +12,9 @@ from litgpt_moe_ext.training.steps.batches import unwrapped
 from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:
-    from litgpt_moe_ext.training.launch import Launched
-    from litgpt_moe_ext.training.plan import Plan
-    from litgpt_moe_ext.training.prepare import Prepared
+    from litgpt_moe_ext.training.phases.launch import Launched
+    from litgpt_moe_ext.training.phases.plan import Plan
+    from litgpt_moe_ext.training.phases.prepare import Prepared
 
 
 def with_epochs(launched: Launched, prepared: Prepared) -> Launched:

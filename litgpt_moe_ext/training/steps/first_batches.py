@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from litgpt_moe_ext.errors import SettingsError, refuse_first
-from litgpt_moe_ext.padding import PADDING, accepts_padding
-from litgpt_moe_ext.rows import host_copy
+from litgpt_moe_ext.tokens.padding import PADDING, accepts_padding
+from litgpt_moe_ext.tokens.rows import host_copy
 
 
 class FirstBatches:
@@ -74,7 +74,7 @@ class FirstBatches:
         if below.numel():
             yield (
                 f"data: a batch of {loader} has the token id {int(below[0])}; ids must not be below zero, except "
-                f"{PADDING} for padding, where the data module calls litgpt_moe_ext.padding.accept_padding"
+                f"{PADDING} for padding, where the data module calls litgpt_moe_ext.tokens.padding.accept_padding"
             )
 
 

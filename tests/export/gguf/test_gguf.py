@@ -22,7 +22,7 @@ from litgpt_moe_ext.export.gguf.write import choose_graph, export_gguf
 from litgpt_moe_ext.export.hf.architectures import ARCHITECTURES
 from litgpt_moe_ext.export.hf.tokenizer import export_tokenizer
 from litgpt_moe_ext.meta.models import meta_model
-from litgpt_moe_ext.training.inputs import open_tokenizer
+from litgpt_moe_ext.training.phases.inputs import open_tokenizer
 from tests.export.gguf.models import GRAPH_CASES
 from tests.export.gguf.tokenizers import PRE_TOKENIZERS, train_spm
 from tests.export.gguf.tokenizers import train_bpe as train_bpe_like

@@ -21,7 +21,7 @@ from litgpt_moe_ext.export.facts import facts_of
 from litgpt_moe_ext.export.hf.read import import_checkpoint
 from litgpt_moe_ext.export.hf.write import export_checkpoint
 from litgpt_moe_ext.export.source import TRAINING_ONLY, ends_of_texts
-from litgpt_moe_ext.training.inputs import open_tokenizer
+from litgpt_moe_ext.training.phases.inputs import open_tokenizer
 from tests.export.gguf.tokenizers import train_bpe
 from tests.export.hf.models import CASES, make_checkpoint
 

@@ -8,7 +8,7 @@ from litgpt.model import GPT
 
 from litgpt_moe_ext.attention.kernels import choice
 from litgpt_moe_ext.training.callbacks.kernel_report import attention_line, experts_line
-from litgpt_moe_ext.training.checks import strategy_note
+from litgpt_moe_ext.training.phases.checks import strategy_note
 from litgpt_moe_ext.training.settings import DistributedArgs
 from tests.fake_cuda import fake_cuda
 from tests.models import attention_config, dense_config, initialized_model, moe_config

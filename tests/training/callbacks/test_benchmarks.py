@@ -15,8 +15,8 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.hellaswag import as_question, evaluate, load_items
 from litgpt_moe_ext.evaluation.loading import load_model
 from litgpt_moe_ext.evaluation.tokenization import encoder
-from litgpt_moe_ext.training.equip import choose_equipment
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
+from litgpt_moe_ext.training.phases.equip import choose_equipment
 from litgpt_moe_ext.training.settings import DistributedArgs, EvaluateArgs, Settings
 from tests.models import moe_config
 from tests.runs import logged, refused, train, weights_of
@@ -148,9 +148,9 @@ def test_a_signal_waits_for_no_benchmark(
     recipe, finished, tmp_path, hellaswag_file, task_file, monkeypatch, capsys, place, every_steps, last
 ):
     """The run saves after the step that was to be judged, and judges it when it goes on."""
-    from litgpt_moe_ext.evaluation import lm_eval_model, training_benchmarks
+    from litgpt_moe_ext.evaluation.harness import model, training
 
-    module = training_benchmarks if place == "evaluate" else lm_eval_model
+    module = training if place == "evaluate" else model
     original, passes = getattr(module, place), []
 
     def interrupting(model, *arguments):
@@ -210,7 +210,7 @@ def test_no_metric_sees_what_was_not_asked(recipe, tmp_path, task_file, ranks):
 
 
 def test_a_failing_benchmark_is_not_worth_a_run(recipe, tmp_path, hellaswag_file, monkeypatch, capsys):
-    from litgpt_moe_ext.evaluation.training_benchmarks import HellaSwag
+    from litgpt_moe_ext.evaluation.harness.training import HellaSwag
 
     def broken(*_args):
         raise RuntimeError("out of luck")
@@ -240,7 +240,7 @@ class TestWrongInputs:
         assert "the model reads 4 at once" in error
 
     def test_what_fails_with_the_first_batch(self, recipe, hellaswag_file, monkeypatch, capsys):
-        from litgpt_moe_ext.evaluation import training_benchmarks as benchmarks
+        from litgpt_moe_ext.evaluation.harness import training as benchmarks
 
         def broken(*_args):
             raise torch.OutOfMemoryError("CUDA out of memory")

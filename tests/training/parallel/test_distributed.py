@@ -28,8 +28,8 @@ from litgpt_moe_ext.training.checkpoint.resharding import convert_position
 from litgpt_moe_ext.training.parallel.facts import STRATEGIES
 from litgpt_moe_ext.training.parallel.processes import cluster_plugins, started_by_fabric, started_processes
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
+from litgpt_moe_ext.training.phases.start import sequences_and_steps_ahead
 from litgpt_moe_ext.training.settings import DistributedArgs, StrategyName
-from litgpt_moe_ext.training.start import sequences_and_steps_ahead
 from tests.runs import PATIENCE, ROOT, RUN_TRAIN, logged, run_command, train, weights_of
 from tests.training.processes import Training, free_port, train_in_ranks
 

@@ -22,13 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing, Mode
-from litgpt_moe_ext.training.checks import check_whole_model
 from litgpt_moe_ext.training.optim.muon import MuonAdamW
 from litgpt_moe_ext.training.optim.optimization import Optimization
 from litgpt_moe_ext.training.optim.parameter_groups import group_parameters
 from litgpt_moe_ext.training.parallel import fully_sharded, random_state
 from litgpt_moe_ext.training.parallel.facts import facts_of
 from litgpt_moe_ext.training.parallel.fully_sharded import FullyShardedStrategy, placement_among
+from litgpt_moe_ext.training.phases.checks import check_whole_model
 from litgpt_moe_ext.training.settings import DistributedArgs, ParameterGroupArgs, Settings
 from tests.models import initialized_model, moe_config
 from tests.training.processes import in_ranks

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import load_model
 from litgpt_moe_ext.export.formats import export
-from litgpt_moe_ext.training.checks import check_combination, check_strategy, strategy_note
 from litgpt_moe_ext.training.parallel.deepspeed.settings import (
     engine_options,
     step_options,
 )
 from litgpt_moe_ext.training.parallel.facts import facts_of
+from litgpt_moe_ext.training.phases.checks import check_combination, check_strategy, strategy_note
 from litgpt_moe_ext.training.settings import AnomalyArgs, DistributedArgs, EmaArgs, Settings
 from tests.runs import ROOT, logged, recipe_writer, run_command, train, weights_of
 

@@ -10,7 +10,7 @@ import litgpt.types
 import pytest
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.training.checks import check_settings
+from litgpt_moe_ext.training.phases.checks import check_settings
 from litgpt_moe_ext.training.settings import (
     DistributedArgs,
     EvalArgs,

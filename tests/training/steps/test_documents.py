@@ -8,7 +8,7 @@ import torch
 from litgpt_moe_ext.attention import gpt_forward
 from litgpt_moe_ext.attention.documents import largest_extent, needed_extent
 from litgpt_moe_ext.data.windows import Windows
-from litgpt_moe_ext.rows import Rows
+from litgpt_moe_ext.tokens.rows import Rows
 from tests.runs import train
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from litgpt.utils import chunked_cross_entropy
 
-from litgpt_moe_ext import padding
 from litgpt_moe_ext.loss.linear import linear_loss
+from litgpt_moe_ext.tokens import padding
 from litgpt_moe_ext.training.steps.batches import StepBatches, can_pad, counts_for_loss
 from litgpt_moe_ext.training.steps.corpora import CorpusLosses
 from litgpt_moe_ext.training.steps.losses import RunningMean, TokenMeans

@@ -13,7 +13,7 @@ from litgpt_moe_ext.training.parallel.facts import StrategyFacts
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
     from litgpt_moe_ext.training.compilation import CompileDecision
-    from litgpt_moe_ext.training.launch import Launched
+    from litgpt_moe_ext.training.phases.launch import Launched
 
 
 @dataclass(frozen=True)

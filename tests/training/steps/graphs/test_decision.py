@@ -26,7 +26,7 @@ def graphs(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(handover, "GraphOptions", partial(GraphOptions, make_capture=make_capture))
-    monkeypatch.setattr("litgpt_moe_ext.training.equip.decide_graphs", lambda *_: GraphDecision(None, False))
+    monkeypatch.setattr("litgpt_moe_ext.training.phases.equip.decide_graphs", lambda *_: GraphDecision(None, False))
     return made
 
 
@@ -77,7 +77,7 @@ def test_a_recorded_run_is_the_same(recipe, graphs, monkeypatch, tmp_path, capsy
     """With replays that run no Python: scaler, fused loss as on a GPU, average of the weights, samples, validation."""
     monkeypatch.setattr(f"{__name__}.Reruns", Recordings)
     # An earlier run may have left it, and on a CPU padding is looked for.
-    monkeypatch.setattr("litgpt_moe_ext.padding._accepted", False)
+    monkeypatch.setattr("litgpt_moe_ext.tokens.padding._accepted", False)
     dtype = torch.float16 if precision == "16-mixed" else torch.bfloat16
 
     def loss(x, targets, head, _dtype):
@@ -91,7 +91,7 @@ def test_a_recorded_run_is_the_same(recipe, graphs, monkeypatch, tmp_path, capsy
     assert train("--config", file, "--out_dir", graphed, "--fused_cross_entropy", "true") == 0
     assert "CUDA graphs: on, from this step" in capsys.readouterr().out
     off = GraphDecision("not now", False)
-    monkeypatch.setattr("litgpt_moe_ext.training.equip.decide_graphs", lambda *_: off)
+    monkeypatch.setattr("litgpt_moe_ext.training.phases.equip.decide_graphs", lambda *_: off)
     assert train("--config", file, "--out_dir", plain, "--fused_cross_entropy", "true") == 0
     for column in ("loss", "val_loss", "grad_norm", "moe/max_vio"):
         assert logged(graphed, column) == logged(plain, column)

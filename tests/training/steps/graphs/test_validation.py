@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from litgpt_moe_ext import padding
+from litgpt_moe_ext.tokens import padding
 from tests.training.steps.graphs.passes import Recordings, Reruns
 from tests.training.steps.graphs.test_graphed_loss import BROKEN_OFF, GROUPED, RoomForIds, Training, batches
 

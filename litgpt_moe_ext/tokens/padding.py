@@ -10,7 +10,7 @@ Shape legend: B batch, T tokens.
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.rows import Rows
+from litgpt_moe_ext.tokens.rows import Rows
 
 # Ignored by the loss as a target, and by models as an input.
 PADDING = -100

@@ -17,17 +17,17 @@ from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss, require_torc
 from litgpt_moe_ext.training.callbacks.kernel_report import KernelReport
 from litgpt_moe_ext.training.callbacks.step_metrics import ExpertLoad, GradientNorm, TokensValidatedAfter
 from litgpt_moe_ext.training.callbacks.telemetry import Telemetry
-from litgpt_moe_ext.training.checks import check_whole_model
 from litgpt_moe_ext.training.compilation import CompileDecision, decide, probe_platform
 from litgpt_moe_ext.training.gpu_peaks import peak_flops
 from litgpt_moe_ext.training.optim.optimization import Optimization
+from litgpt_moe_ext.training.phases.checks import check_whole_model
 from litgpt_moe_ext.training.steps.graphs.decision import Conditions, GraphDecision
 from litgpt_moe_ext.training.steps.graphs.decision import decide as decide_graphs
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.training.callback import Callback
-    from litgpt_moe_ext.training.launch import Launched
-    from litgpt_moe_ext.training.prepare import Prepared
+    from litgpt_moe_ext.training.phases.launch import Launched
+    from litgpt_moe_ext.training.phases.prepare import Prepared
 
 
 @dataclass(frozen=True)

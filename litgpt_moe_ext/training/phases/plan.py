@@ -14,10 +14,10 @@ from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model
 from litgpt_moe_ext.training.checkpoint.exports import check_exports
 from litgpt_moe_ext.training.checkpoint.hyperparameters import to_plain
 from litgpt_moe_ext.training.checkpoint.progress import newest_first
-from litgpt_moe_ext.training.checks import check_settings
-from litgpt_moe_ext.training.inputs import check_initial_checkpoint, check_writable
 from litgpt_moe_ext.training.optim.arguments import with_module
 from litgpt_moe_ext.training.optim.schedules import count_steps
+from litgpt_moe_ext.training.phases.checks import check_settings
+from litgpt_moe_ext.training.phases.inputs import check_initial_checkpoint, check_writable
 
 if TYPE_CHECKING:
     import litgpt.args

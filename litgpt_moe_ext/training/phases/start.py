@@ -29,9 +29,9 @@ from litgpt_moe_ext.training.parallel.agreement import agree
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from litgpt_moe_ext.training.launch import Launched
-    from litgpt_moe_ext.training.plan import Plan
-    from litgpt_moe_ext.training.prepare import Prepared
+    from litgpt_moe_ext.training.phases.launch import Launched
+    from litgpt_moe_ext.training.phases.plan import Plan
+    from litgpt_moe_ext.training.phases.prepare import Prepared
 
 
 @dataclass(frozen=True)

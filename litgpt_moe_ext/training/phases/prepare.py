@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.data.mixture.settings import RunLength
-from litgpt_moe_ext.training.inputs import (
+from litgpt_moe_ext.training.phases.inputs import (
     check_data,
     check_same_tokens,
     check_without_tokenizer,
     offers,
     open_tokenizer,
 )
-from litgpt_moe_ext.training.start import same_corpora
+from litgpt_moe_ext.training.phases.start import same_corpora
 
 if TYPE_CHECKING:
     from litgpt.data import DataModule
     from litgpt.tokenizer import Tokenizer
 
-    from litgpt_moe_ext.training.launch import Launched
-    from litgpt_moe_ext.training.start import Start
+    from litgpt_moe_ext.training.phases.launch import Launched
+    from litgpt_moe_ext.training.phases.start import Start
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from litgpt_moe_ext.wording import abbreviated, counted
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
-    from litgpt_moe_ext.training.equip import Equipment
-    from litgpt_moe_ext.training.launch import Launched
     from litgpt_moe_ext.training.loop import Outcome
-    from litgpt_moe_ext.training.plan import Plan
-    from litgpt_moe_ext.training.prepare import Prepared
-    from litgpt_moe_ext.training.start import Start
+    from litgpt_moe_ext.training.phases.equip import Equipment
+    from litgpt_moe_ext.training.phases.launch import Launched
+    from litgpt_moe_ext.training.phases.plan import Plan
+    from litgpt_moe_ext.training.phases.prepare import Prepared
+    from litgpt_moe_ext.training.phases.start import Start
 
 
 def announce(launched: Launched, start: Start, equipment: Equipment) -> None:

@@ -23,9 +23,9 @@ from torch import Tensor
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.batching import BatchSize, Result
 from litgpt_moe_ext.evaluation.batching import Item as Input
+from litgpt_moe_ext.evaluation.harness.model import GPTModel
+from litgpt_moe_ext.evaluation.harness.tasks import load_task_file
 from litgpt_moe_ext.evaluation.hellaswag import Answer, Item, as_question, evaluate
-from litgpt_moe_ext.evaluation.lm_eval_model import GPTModel
-from litgpt_moe_ext.evaluation.lm_eval_tasks import load_task_file
 from litgpt_moe_ext.evaluation.tokenization import encoder
 from litgpt_moe_ext.wording import counted
 

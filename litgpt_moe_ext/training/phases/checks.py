@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from litgpt_moe_ext.config.litgpt_fields import RANGES, check_ranges
 from litgpt_moe_ext.errors import SettingsError, refuse_first
 from litgpt_moe_ext.recipe_files import class_path_of
-from litgpt_moe_ext.training.inputs import offers
 from litgpt_moe_ext.training.optim.arguments import learning_rate_of, obstacle_on_shards
 from litgpt_moe_ext.training.parallel.facts import facts_of
+from litgpt_moe_ext.training.phases.inputs import offers
 
 if TYPE_CHECKING:
     from litgpt.config import Config

@@ -15,10 +15,9 @@ from litgpt.utils import check_nvlink_connectivity, choose_logger, parse_devices
 from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.interruption import end_at_once_on_termination, ending_at_once
-from litgpt_moe_ext.padding import accept_padding, accepts_padding
+from litgpt_moe_ext.tokens.padding import accept_padding, accepts_padding
 from litgpt_moe_ext.training.callbacks.progress import Reporter
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
-from litgpt_moe_ext.training.checks import check_batch, strategy_note
 from litgpt_moe_ext.training.control import Deadline
 from litgpt_moe_ext.training.fabric import TrainingFabric
 from litgpt_moe_ext.training.logs import TRANSCRIPT_FILE, wandb_run
@@ -27,12 +26,13 @@ from litgpt_moe_ext.training.parallel import topology
 from litgpt_moe_ext.training.parallel.accelerator import accelerator_here, default_precision
 from litgpt_moe_ext.training.parallel.processes import Processes, cluster_plugins, end_together, started_processes
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
+from litgpt_moe_ext.training.phases.checks import check_batch, strategy_note
 from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:
     from lightning.fabric.loggers import Logger
 
-    from litgpt_moe_ext.training.plan import Plan
+    from litgpt_moe_ext.training.phases.plan import Plan
     from litgpt_moe_ext.training.settings import Settings
 
 

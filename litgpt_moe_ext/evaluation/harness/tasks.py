@@ -11,7 +11,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import load_yaml_config
 
 from litgpt_moe_ext.errors import SettingsError, one_line
-from litgpt_moe_ext.evaluation.lm_eval_names import check_names
+from litgpt_moe_ext.evaluation.harness.names import check_names
 
 # The loaders of `datasets` for plain files. Any other `dataset_path` names a dataset with files of its own.
 FILE_LOADERS = ("arrow", "csv", "json", "pandas", "parquet", "text")
