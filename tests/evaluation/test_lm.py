@@ -15,6 +15,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation import generation
 from litgpt_moe_ext.evaluation.decoding import supports_padded_cache
 from litgpt_moe_ext.evaluation.generation import GenerationSettings, generate
+from litgpt_moe_ext.evaluation.harness import model as harness_model
 from litgpt_moe_ext.evaluation.harness.model import LitGPTModel
 from litgpt_moe_ext.evaluation.sampling import Sampling
 from tests.evaluation.conftest import CORPUS, END_OF_TEXT, VOCABULARY_SIZE, llama_config, write_checkpoint
