@@ -22,7 +22,7 @@ from litgpt_moe_ext.data.pipeline.hashes import FileHashes
 from litgpt_moe_ext.data.pipeline.preparation import prepare_corpus
 from litgpt_moe_ext.data.pipeline.settings import CorpusSettings
 from litgpt_moe_ext.data.pipeline.sources import file_sources
-from litgpt_moe_ext.data.pipeline.store import open_corpus
+from litgpt_moe_ext.data.pipeline.store.finished import open_corpus
 from litgpt_moe_ext.data.reading.documents import documents
 from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe

@@ -17,7 +17,7 @@ Everything is measured interleaved in one process, on one thread, in CPU time of
 machine disturb less than wall-clock time), with new tokens and a new routing for every call, as in training. Each
 contender first sees a number of routings, because the libraries compile code for each matrix size, and a training run
 meets the same sizes again. The layers without padding keep meeting new ones. The allocator keeps large blocks for all
-of them, as it does whenever our layer trains on a CPU (`litgpt_moe_ext.moe.kernels.allocator`).
+of them, as it does whenever our layer trains on a CPU (`litgpt_moe_ext.kernels.allocator`).
 
 Shape legend: T tokens, D model width, F hidden width of one expert, E experts, K chosen experts per token.
 """
@@ -50,7 +50,7 @@ from litgpt.model import LLaMAMLP, LLaMAMoE  # noqa: E402
 from transformers import MixtralConfig  # noqa: E402
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock  # noqa: E402
 
-from litgpt_moe_ext.moe.kernels.allocator import keep_large_blocks  # noqa: E402
+from litgpt_moe_ext.kernels.allocator import keep_large_blocks  # noqa: E402
 from litgpt_moe_ext.moe.layer import SharedExpertMoE  # noqa: E402
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"

@@ -25,7 +25,7 @@ from litgpt import GPT, Config  # noqa: E402
 from litgpt.pretrain import initialize_weights  # noqa: E402
 from litgpt.utils import chunked_cross_entropy  # noqa: E402
 
-from litgpt_moe_ext.moe.metrics import max_violation, routers_of  # noqa: E402
+from litgpt_moe_ext.moe.balancing.metrics import max_violation, routers_of  # noqa: E402
 from litgpt_moe_ext.tokens.padding import PADDING, PaddedRows, accept_padding  # noqa: E402
 
 LENGTH, ROWS, EXPERTS, LAYERS = 64, 8, 8, 2

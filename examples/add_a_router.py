@@ -30,9 +30,9 @@ from litgpt_moe_ext.config.fields import Field
 from litgpt_moe_ext.extend import register_activation, register_loss, register_router
 from litgpt_moe_ext.field_types import PositiveFloat
 from litgpt_moe_ext.moe.activations import Pointwise
-from litgpt_moe_ext.moe.learned_routers import LearnedRouter
 from litgpt_moe_ext.moe.registry import ActivationType, Loss, RouterType
-from litgpt_moe_ext.moe.router import Choice
+from litgpt_moe_ext.moe.routing.learned_routers import LearnedRouter
+from litgpt_moe_ext.moe.routing.router import Choice
 
 
 class TemperatureRouter(LearnedRouter):

@@ -78,11 +78,11 @@ def register_router(name: str, router: RouterType, fields: Mapping[str, Field] |
     for field_name, field in fields.items():
         require(field_name, field, Field)
     if isinstance(router.router, type):  # otherwise an import path, which is imported on use
-        from litgpt_moe_ext.moe.router import Router
+        from litgpt_moe_ext.moe.routing.router import Router
 
         if not issubclass(router.router, Router):
             raise ValueError(
-                f"{name!r}: {router.router.__name__} must be a subclass of litgpt_moe_ext.moe.router.Router"
+                f"{name!r}: {router.router.__name__} must be a subclass of litgpt_moe_ext.moe.routing.router.Router"
             )
     _add(ROUTERS, name, router)
     for field_name, field in fields.items():

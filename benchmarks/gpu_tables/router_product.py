@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gpu_tables.contenders.layers import make_router
 from gpu_tables.measuring.bench import Bench, ratio
-from litgpt_moe_ext.moe.kernels import router_product
+from litgpt_moe_ext.moe.kernels.routing import router_product
 
 _Product = Callable[[Tensor, Tensor], Tensor]
 

@@ -57,10 +57,18 @@ COMMANDS = (
         "Measure prefill and decode speed beside a dense twin and LLaMAMoE.",
     ),
     Command("tune", "tune:Tune", "Measure the fastest block sizes for the experts of a recipe on this GPU."),
-    Command("upcycle", "upcycle:Upcycle", "Turn a dense checkpoint into an MoE checkpoint that computes the same."),
-    Command("import", "hugging_face:Import", "Write a Hugging Face checkpoint with this package's layers."),
-    Command("export", "hugging_face:Export", "Write a checkpoint for transformers and vLLM, exact or refused."),
-    Command("convert-experts", "convert_experts:ConvertExperts", "Write a checkpoint with LitGPT's own LLaMAMoE."),
+    Command(
+        "upcycle",
+        "conversion.upcycle:Upcycle",
+        "Turn a dense checkpoint into an MoE checkpoint that computes the same.",
+    ),
+    Command("import", "conversion.hugging_face:Import", "Write a Hugging Face checkpoint with this package's layers."),
+    Command(
+        "export", "conversion.hugging_face:Export", "Write a checkpoint for transformers and vLLM, exact or refused."
+    ),
+    Command(
+        "convert-experts", "conversion.convert_experts:ConvertExperts", "Write a checkpoint with LitGPT's own LLaMAMoE."
+    ),
 )
 
 _PROGRAM = "litgpt-moe"

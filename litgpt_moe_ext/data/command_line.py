@@ -105,8 +105,8 @@ def _mistakes(words: Sequence[str], types: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _prepare(corpus: "Corpus", upload: Upload) -> None:
-    from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR
-    from litgpt_moe_ext.data.pipeline.wandb_artifacts import check_artifact_name, log_corpus
+    from litgpt_moe_ext.data.pipeline.store.finished import TOKENIZER_DIR
+    from litgpt_moe_ext.data.pipeline.store.wandb_artifacts import check_artifact_name, log_corpus
 
     if upload.log_to_wandb:
         check_artifact_name(upload.wandb_artifact)

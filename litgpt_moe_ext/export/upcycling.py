@@ -34,8 +34,8 @@ from litgpt_moe_ext.export.tokenizer_files import copy_tokenizer
 from litgpt_moe_ext.export.weights import save_weights
 from litgpt_moe_ext.meta.models import meta_model
 from litgpt_moe_ext.moe.layer import MoE
-from litgpt_moe_ext.moe.learned_routers import LearnedRouter
-from litgpt_moe_ext.moe.router import Router
+from litgpt_moe_ext.moe.routing.learned_routers import LearnedRouter
+from litgpt_moe_ext.moe.routing.router import Router
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config

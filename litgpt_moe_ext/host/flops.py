@@ -45,8 +45,9 @@ def count_products(flop_counter: ModuleType) -> None:
     """Register formulas for the grouped matrix product and the operators of attention kernels that torch lacks."""
     # Those modules define operators.
     from litgpt_moe_ext.kernels.operator import register_flops
-    from litgpt_moe_ext.moe.kernels import grouped, orthogonality, router_product  # noqa: F401
+    from litgpt_moe_ext.moe.kernels import grouped  # noqa: F401
     from litgpt_moe_ext.moe.kernels.operators import shared  # noqa: F401
+    from litgpt_moe_ext.moe.kernels.routing import orthogonality, router_product  # noqa: F401
 
     _register_grouped_mm(flop_counter)
     register_flops(flop_counter)

@@ -251,8 +251,8 @@ def size_kv_cache(model: ModuleType) -> None:
 
 def mark_loss(loop: Any) -> None:
     """Let auxiliary losses know by what a training loop of LitGPT scales its loss."""
-    from litgpt_moe_ext.moe.balancing import any_router_lives
-    from litgpt_moe_ext.moe.gradient_injection import remember_scale
+    from litgpt_moe_ext.moe.balancing.bias import any_router_lives
+    from litgpt_moe_ext.moe.balancing.gradient_injection import remember_scale
 
     original = loop.chunked_cross_entropy
 
@@ -266,6 +266,6 @@ def mark_loss(loop: Any) -> None:
 
 def move_router_biases(_optimizer: ModuleType) -> None:
     """Move the balancing biases once per optimizer step, whoever owns the loop."""
-    from litgpt_moe_ext.moe.balancing import install_optimizer_hook
+    from litgpt_moe_ext.moe.balancing.bias import install_optimizer_hook
 
     install_optimizer_hook()

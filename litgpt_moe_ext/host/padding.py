@@ -196,7 +196,7 @@ class _Weighing:
         return RunningMean
 
     def _cross_entropy(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        from litgpt_moe_ext.moe.gradient_injection import remember_scale
+        from litgpt_moe_ext.moe.balancing.gradient_injection import remember_scale
 
         # Without the plugin's mark, which would tell auxiliary losses the weight of the targets.
         weigh = self._means.wrap_loss(inspect.unwrap(original))

@@ -300,11 +300,13 @@ STATE = (
     State("data.tokenizer.threads", "_parallelism_is_ours", "The tokenizers library reads an environment variable."),
     State("data.pipeline.preparation", "_check", "LitGPT's data modules take nothing along to a preparation."),
     State("host.registration", "_registered", "LitGPT's modules exist once."),
-    State("moe.gradient_injection", "_scale", "Autograd passes nothing from the loss's backward to a router's."),
-    State("moe.balancing", "_routers", "torch's optimizer hook is called without the model."),
-    State("moe.balancing", "_warned_unowned", "A router is warned about once."),
-    State("moe.balancing", "_left_to_caller", "torch's optimizer hook is called for every optimizer."),
-    State("moe.step_shares", "_step_shares", "Compiled code hands an operator numbers, not objects."),
+    State(
+        "moe.balancing.gradient_injection", "_scale", "Autograd passes nothing from the loss's backward to a router's."
+    ),
+    State("moe.balancing.bias", "_routers", "torch's optimizer hook is called without the model."),
+    State("moe.balancing.bias", "_warned_unowned", "A router is warned about once."),
+    State("moe.balancing.bias", "_left_to_caller", "torch's optimizer hook is called for every optimizer."),
+    State("moe.balancing.step_shares", "_step_shares", "Compiled code hands an operator numbers, not objects."),
     State("training.compilation", "_in_scope", "LitGPT's `main`, between the run and its model, passes nothing on."),
 )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from litgpt_moe_ext.data.pipeline.shards import open_shard
-from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR
+from litgpt_moe_ext.data.pipeline.store.finished import TOKENIZER_DIR
 from litgpt_moe_ext.data.tokenizer.opening import parse_tokenizer
 from litgpt_moe_ext.errors import SettingsError, did_you_mean_inside
 

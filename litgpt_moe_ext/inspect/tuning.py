@@ -22,9 +22,9 @@ from litgpt_moe_ext.inspect.cost.layers import shorten
 from litgpt_moe_ext.moe.kernels.plan import Outer, Plan, Product, plan_of, sort_rows
 from litgpt_moe_ext.moe.kernels.triton import multiply_rows, sum_outer_products
 from litgpt_moe_ext.moe.kernels.triton.common import capability_of
-from litgpt_moe_ext.moe.kernels.triton.tile_choice import rows_tile, tuned_as, weights_tile
-from litgpt_moe_ext.moe.kernels.triton.tiles import RowsWork, Tile, WeightsWork
-from litgpt_moe_ext.moe.kernels.triton.tuned_tiles import TunedTiles
+from litgpt_moe_ext.moe.kernels.triton.tiling.tile_choice import rows_tile, tuned_as, weights_tile
+from litgpt_moe_ext.moe.kernels.triton.tiling.tiles import RowsWork, Tile, WeightsWork
+from litgpt_moe_ext.moe.kernels.triton.tiling.tuned_tiles import TunedTiles
 
 Work = RowsWork | WeightsWork
 Bench = Callable[[Callable[[], Tensor]], float]

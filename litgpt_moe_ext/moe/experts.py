@@ -18,7 +18,7 @@ from litgpt_moe_ext.moe.expert_layouts import stack_experts
 from litgpt_moe_ext.moe.kernels.calls import ExpertWeights, Hidden, check_sums, has_gradient
 from litgpt_moe_ext.moe.kernels.choice import backend_for
 from litgpt_moe_ext.moe.kernels.registry import BACKENDS, OWN
-from litgpt_moe_ext.moe.router import Routing
+from litgpt_moe_ext.moe.routing.router import Routing
 
 
 class Experts(nn.Module):

@@ -17,12 +17,12 @@ from litgpt_moe_ext.kernels.side_stream import GradientOfBoth, goes_aside, join,
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.batch_metadata import TokenIds
 from litgpt_moe_ext.moe.experts import Experts
-from litgpt_moe_ext.moe.kernels import fused_router
 from litgpt_moe_ext.moe.kernels.casts import can_cast, cast_together
 from litgpt_moe_ext.moe.kernels.operators.shared import GatedSum, Glu, add_gated, glu
 from litgpt_moe_ext.moe.kernels.plan import kind_of
+from litgpt_moe_ext.moe.kernels.routing import fused_router
 from litgpt_moe_ext.moe.registry import ROUTERS, load
-from litgpt_moe_ext.moe.router import Router, Routing
+from litgpt_moe_ext.moe.routing.router import Router, Routing
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config

@@ -15,7 +15,7 @@ class RouterType:
     """A kind of router: `router_type` in a configuration.
 
     Attributes:
-        router: The subclass of `litgpt_moe_ext.moe.router.Router`, or its import path.
+        router: The subclass of `litgpt_moe_ext.moe.routing.router.Router`, or its import path.
         doc: How it chooses experts, for tables.
         features: What it has; fields and losses that need a missing feature are refused. Any name is allowed; these
             mean something to the package:
@@ -42,9 +42,9 @@ class Loss:
 
     Attributes:
         function: Returns the loss without its weight, a scalar; or its import path.
-        inputs: What the function is given, by name: attributes of `litgpt_moe_ext.moe.router.Choice` and of the router,
-            `probabilities_TE`, `n_sequence`, and `real_T`: which tokens are not padding, or None if all. Without
-            `real_T` the function is given real tokens only, and selecting them waits for the GPU.
+        inputs: What the function is given, by name: attributes of `litgpt_moe_ext.moe.routing.router.Choice` and of the
+            router, `probabilities_TE`, `n_sequence`, and `real_T`: which tokens are not padding, or None if all.
+            Without `real_T` the function is given real tokens only, and selecting them waits for the GPU.
         doc: What it does, for tables.
         needs: Features that the router must have.
     """
@@ -74,23 +74,23 @@ class ActivationType:
 
 ROUTERS: dict[str, RouterType] = {
     "topk": RouterType(
-        "litgpt_moe_ext.moe.learned_routers.TopKRouter",
+        "litgpt_moe_ext.moe.routing.learned_routers.TopKRouter",
         "highest scores, balanced by a bias (DeepSeek-V3)",
         frozenset({"logits", "score_function", "norm_topk_prob", "groups", "bias", "copies"}),
     ),
     "noisy_topk": RouterType(
-        "litgpt_moe_ext.moe.learned_routers.NoisyTopKRouter",
+        "litgpt_moe_ext.moe.routing.learned_routers.NoisyTopKRouter",
         "highest logits with learned noise, balanced by losses (Shazeer et al. 2017)",
         frozenset({"logits", "noise", "sums_to_one", "softmax_of_chosen"}),
         {"router_importance_loss_coef": 0.1, "router_load_loss_coef": 0.1},
     ),
     "hash": RouterType(
-        "litgpt_moe_ext.moe.fixed_routers.HashRouter",
+        "litgpt_moe_ext.moe.routing.fixed_routers.HashRouter",
         "by token id, does not learn",
         frozenset({"token_ids", "sums_to_one"}),
     ),
     "uniform": RouterType(
-        "litgpt_moe_ext.moe.fixed_routers.UniformRouter",
+        "litgpt_moe_ext.moe.routing.fixed_routers.UniformRouter",
         "at random, does not learn",
         frozenset({"token_ids", "sums_to_one"}),
     ),
@@ -98,33 +98,33 @@ ROUTERS: dict[str, RouterType] = {
 
 LOSSES: dict[str, Loss] = {
     "load_balancing_loss": Loss(
-        "litgpt_moe_ext.moe.losses.load_balancing_loss",
+        "litgpt_moe_ext.moe.balancing.losses.load_balancing_loss",
         ("probabilities_TE", "experts_TK", "real_T"),
         "Switch Transformer's balancing loss, over `router_load_balancing_loss_scope`",
     ),
     "sequence_balancing_loss": Loss(
-        "litgpt_moe_ext.moe.losses.sequence_balancing_loss",
+        "litgpt_moe_ext.moe.balancing.losses.sequence_balancing_loss",
         ("probabilities_TE", "experts_TK", "n_sequence", "real_T"),
         "DeepSeek-V3's balancing loss per sequence",
     ),
     "z_loss": Loss(
-        "litgpt_moe_ext.moe.losses.router_z_loss",
+        "litgpt_moe_ext.moe.balancing.losses.router_z_loss",
         ("logits_TE", "real_T"),
         "ST-MoE's z-loss, which keeps logits small",
     ),
     "importance_loss": Loss(
-        "litgpt_moe_ext.moe.losses.importance_loss",
+        "litgpt_moe_ext.moe.balancing.losses.importance_loss",
         ("weights_TK", "experts_TK", "n_expert", "real_T"),
         "Shazeer's balancing loss on gate values",
     ),
     "load_loss": Loss(
-        "litgpt_moe_ext.moe.losses.load_loss",
+        "litgpt_moe_ext.moe.balancing.losses.load_loss",
         ("logits_TE", "noisy_TE", "std_TE", "top_k", "real_T"),
         "Shazeer's balancing loss on expected tokens",
         ("logits", "noise", "choice"),
     ),
     "orthogonality_loss": Loss(
-        "litgpt_moe_ext.moe.losses.orthogonality_loss",
+        "litgpt_moe_ext.moe.balancing.losses.orthogonality_loss",
         ("weight", "real_T"),
         "ERNIE 4.5's orthogonality loss on the experts' directions in the router",
     ),

@@ -15,10 +15,10 @@ from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.host.checkpoints import CONFIG_FILE
 from litgpt_moe_ext.inspect.recipes import Recipe, load_recipe
 from litgpt_moe_ext.inspect.runs.logs import TOKENS, RunLog, load_run
-from litgpt_moe_ext.study.analysis import first_below
 from litgpt_moe_ext.study.launch import FINISHED
 from litgpt_moe_ext.study.place import TrainedOn
 from litgpt_moe_ext.study.plan import Run
+from litgpt_moe_ext.study.report.analysis import first_below
 from litgpt_moe_ext.study.text_bytes import bytes_per_token, validated_on
 from litgpt_moe_ext.study.twin import count
 

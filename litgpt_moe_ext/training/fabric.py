@@ -18,8 +18,8 @@ from torch import Tensor
 from litgpt_moe_ext.errors import FROM_ITS_WEIGHTS, SettingsError, one_line
 from litgpt_moe_ext.evaluation.perplexity import exp
 from litgpt_moe_ext.files.archives import ONLY_PLAIN, foreign_object, kind_of
-from litgpt_moe_ext.moe.balancing import begin_schedules
-from litgpt_moe_ext.moe.metrics import routers_of
+from litgpt_moe_ext.moe.balancing.bias import begin_schedules
+from litgpt_moe_ext.moe.balancing.metrics import routers_of
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.control import StopRequests
 from litgpt_moe_ext.training.parallel.random_state import RankStreams

@@ -39,7 +39,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.perplexity import exp
 from litgpt_moe_ext.host.replaced import replaced
 from litgpt_moe_ext.model_size import count_flops
-from litgpt_moe_ext.moe.gradient_injection import forget_scale
+from litgpt_moe_ext.moe.balancing.gradient_injection import forget_scale
 from litgpt_moe_ext.training.checkpoint import hyperparameters
 from litgpt_moe_ext.training.checkpoint.progress import FINAL
 from litgpt_moe_ext.training.checkpoint.resharding import convert_position

@@ -16,7 +16,7 @@ from litgpt_moe_ext.cli.arguments import build_parser
 from litgpt_moe_ext.cli.main import COMMANDS, load, main
 from litgpt_moe_ext.cli.output import write_text
 from litgpt_moe_ext.cli.paths import check_path, check_paths
-from litgpt_moe_ext.data.pipeline.store import check_root
+from litgpt_moe_ext.data.pipeline.store.finished import check_root
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.phases.inputs import check_initial_checkpoint, check_writable
 from tests.runs import ROOT

@@ -14,7 +14,7 @@ from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.batch_metadata import TokenIds
 from litgpt_moe_ext.moe.layer import MoE, NoisyTopKMoE
 from litgpt_moe_ext.moe.registry import ACTIVATIONS, LOSSES, ROUTERS, load
-from litgpt_moe_ext.moe.router import Router
+from litgpt_moe_ext.moe.routing.router import Router
 from tests.models import moe_config, noisy_config, randomize
 
 ROOT = Path(__file__).resolve().parents[2]

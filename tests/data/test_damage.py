@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from litgpt_moe_ext.data.pipeline.shards import open_shard, scan_shard, write_shard
-from litgpt_moe_ext.data.pipeline.store import read_manifest
+from litgpt_moe_ext.data.pipeline.store.finished import read_manifest
 from litgpt_moe_ext.data.reading.documents import documents
 from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from litgpt_moe_ext.data.corpora.python_stdlib import GENERATED_FOLDERS, SKIPPED_FOLDERS, PythonStdlib
 from litgpt_moe_ext.data.pipeline import shards
 from litgpt_moe_ext.data.pipeline.hashes import FileHashes
-from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, in_validation, open_corpus, read_manifest
+from litgpt_moe_ext.data.pipeline.store.finished import TOKENIZER_DIR, in_validation, open_corpus, read_manifest
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
 from tests.data.test_text_corpus import names

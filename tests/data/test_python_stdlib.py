@@ -15,7 +15,7 @@ from litgpt.tokenizer import Tokenizer
 import litgpt_moe_ext.data
 from litgpt_moe_ext.data import PythonStdlib
 from litgpt_moe_ext.data.corpora import python_stdlib as corpora
-from litgpt_moe_ext.data.pipeline.store import open_corpus, read_manifest
+from litgpt_moe_ext.data.pipeline.store.finished import open_corpus, read_manifest
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.errors import SettingsError
 from tests.runs import run_command

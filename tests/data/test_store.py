@@ -7,9 +7,9 @@ import os
 import numpy as np
 import pytest
 
-from litgpt_moe_ext.data.pipeline import store
 from litgpt_moe_ext.data.pipeline.hashes import HASHES
-from litgpt_moe_ext.data.pipeline.store import (
+from litgpt_moe_ext.data.pipeline.store import finished
+from litgpt_moe_ext.data.pipeline.store.finished import (
     MANIFEST,
     STATE,
     TOKENIZER_DIR,
@@ -20,7 +20,7 @@ from litgpt_moe_ext.data.pipeline.store import (
     read_manifest,
     unigram_loss,
 )
-from litgpt_moe_ext.data.pipeline.unfinished import remove_leftovers
+from litgpt_moe_ext.data.pipeline.store.unfinished import remove_leftovers
 from litgpt_moe_ext.errors import SettingsError
 
 
@@ -45,7 +45,7 @@ def test_keys_tell_settings_apart(monkeypatch):
     assert cache_key("x", {"a": 1, "b": 2}) == cache_key("x", {"b": 2, "a": 1}) != cache_key("x", {"a": 1, "b": 3})
     assert cache_key("x", {}) != cache_key("y", {})
     before = cache_key("x", {})
-    monkeypatch.setattr(store, "FORMAT_VERSION", store.FORMAT_VERSION + 1)
+    monkeypatch.setattr(finished, "FORMAT_VERSION", finished.FORMAT_VERSION + 1)
     assert cache_key("x", {}) != before
 
 
@@ -75,8 +75,8 @@ def test_a_folder_appears_whole(tmp_path, monkeypatch):
     partial.mkdir()
     for name, content in ((MANIFEST, {"file_sizes": {}}), (STATE, {})):
         (partial / name).write_text(json.dumps(content))
-    monkeypatch.setattr(store, "flush_tree", lambda path: flushed.append((path, path.is_dir())))
-    monkeypatch.setattr(store, "flush", lambda path: flushed.append((path, (final / STATE).is_file())))
+    monkeypatch.setattr(finished, "flush_tree", lambda path: flushed.append((path, path.is_dir())))
+    monkeypatch.setattr(finished, "flush", lambda path: flushed.append((path, (final / STATE).is_file())))
     publish(partial, final)
     assert flushed == [(partial, True), (tmp_path, True)]
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["0123", f"0123/{MANIFEST}"]

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, GPT2TokenizerFast
 from litgpt_moe_ext.data import CodeParrot, HubDataset, Mixture, PreparedCorpus, TextCorpus, TinyStories, TokenShards
 from litgpt_moe_ext.data.pipeline import hashes, preparation, sources
 from litgpt_moe_ext.data.pipeline.hashes import FileHashes
-from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, open_corpus, read_manifest
+from litgpt_moe_ext.data.pipeline.store.finished import TOKENIZER_DIR, open_corpus, read_manifest
 from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt

@@ -32,7 +32,7 @@ from litgpt_moe_ext.data.pipeline.preparation import prepare_corpus
 from litgpt_moe_ext.data.pipeline.progress import PreparationProgress
 from litgpt_moe_ext.data.pipeline.settings import CorpusSettings
 from litgpt_moe_ext.data.pipeline.sources import Source, file_sources
-from litgpt_moe_ext.data.pipeline.store import (
+from litgpt_moe_ext.data.pipeline.store.finished import (
     MANIFEST,
     TOKENIZER_DIR,
     in_validation,
@@ -40,7 +40,7 @@ from litgpt_moe_ext.data.pipeline.store import (
     read_manifest,
     unigram_loss,
 )
-from litgpt_moe_ext.data.pipeline.unfinished import State
+from litgpt_moe_ext.data.pipeline.store.unfinished import State
 from litgpt_moe_ext.data.reading.documents import documents
 from litgpt_moe_ext.data.reading.record import Record, TextFormat
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe

@@ -11,7 +11,7 @@ from litgpt.tokenizer import Tokenizer
 
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.data import PreparedCorpus, TinyStories
-from litgpt_moe_ext.data.pipeline.wandb_artifacts import log_corpus
+from litgpt_moe_ext.data.pipeline.store.wandb_artifacts import log_corpus
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from tests.data.test_text import TRAIN, VAL, tiny_txt
 from tests.data.test_wandb import clean  # noqa: F401
@@ -69,7 +69,7 @@ import torch.distributed as dist
 
 from litgpt_moe_ext.data.loader import TokenLoader
 from litgpt_moe_ext.data.packing import document_lengths, pack
-from litgpt_moe_ext.data.pipeline.store import open_corpus, read_manifest
+from litgpt_moe_ext.data.pipeline.store.finished import open_corpus, read_manifest
 from litgpt_moe_ext.data.windows import DocumentWindows
 
 corpus, folder, meeting = map(Path, sys.argv[1:4])

@@ -7,9 +7,10 @@ import pytest
 
 from litgpt_moe_ext.data.corpora.prepared import PreparedCorpus
 from litgpt_moe_ext.data.corpora.python_stdlib import PythonStdlib
-from litgpt_moe_ext.data.pipeline import hashes, verification
-from litgpt_moe_ext.data.pipeline.store import read_manifest
-from litgpt_moe_ext.data.pipeline.verification import verify, verify_shards
+from litgpt_moe_ext.data.pipeline import hashes
+from litgpt_moe_ext.data.pipeline.store import verification
+from litgpt_moe_ext.data.pipeline.store.finished import read_manifest
+from litgpt_moe_ext.data.pipeline.store.verification import verify, verify_shards
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files import checksums
 from litgpt_moe_ext.files.checksums import FILE_NAME

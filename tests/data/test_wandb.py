@@ -11,8 +11,8 @@ import wandb
 
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.data import PreparedCorpus, PythonStdlib, WandbCorpus
-from litgpt_moe_ext.data.pipeline.store import open_corpus, read_manifest
-from litgpt_moe_ext.data.pipeline.wandb_artifacts import download, log_corpus
+from litgpt_moe_ext.data.pipeline.store.finished import open_corpus, read_manifest
+from litgpt_moe_ext.data.pipeline.store.wandb_artifacts import download, log_corpus
 from tests.runs import PATIENCE
 from tests.wandb_service import end_service
 

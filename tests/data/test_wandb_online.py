@@ -8,8 +8,8 @@ import pytest
 import wandb
 
 from litgpt_moe_ext.data.corpora.python_stdlib import PythonStdlib
-from litgpt_moe_ext.data.pipeline.store import read_manifest
-from litgpt_moe_ext.data.pipeline.wandb_artifacts import download, log_corpus
+from litgpt_moe_ext.data.pipeline.store.finished import read_manifest
+from litgpt_moe_ext.data.pipeline.store.wandb_artifacts import download, log_corpus
 from tests.data.test_text import tiny_txt
 from tests.data.test_wandb import clean  # noqa: F401
 from tests.data.wandb_server import ENTITY, KEY, PROJECT, running

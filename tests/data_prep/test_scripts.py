@@ -12,7 +12,7 @@ from litgpt.tokenizer import Tokenizer
 
 import litgpt_moe_ext.data
 from litgpt_moe_ext.data.command_line import TRAINING_ONLY
-from litgpt_moe_ext.data.pipeline.store import read_manifest
+from litgpt_moe_ext.data.pipeline.store.finished import read_manifest
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from tests.data.test_text import gpt2_files, tiny_txt
 from tests.runs import run_command

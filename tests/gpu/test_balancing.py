@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from litgpt_moe_ext.moe.balancing import update_routers
-from litgpt_moe_ext.moe.kernels import balancing
+from litgpt_moe_ext.moe.balancing.bias import update_routers
+from litgpt_moe_ext.moe.kernels.routing import balancing
 from litgpt_moe_ext.moe.layer import MoE
 from tests.gpu.card import no_waits
 from tests.models import moe_config

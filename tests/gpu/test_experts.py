@@ -9,7 +9,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
 from litgpt_moe_ext.moe.layer import FeedForward
-from litgpt_moe_ext.moe.router import Routing
+from litgpt_moe_ext.moe.routing.router import Routing
 from tests.gpu.card import no_waits, require_bfloat16
 from tests.models import moe_config, randomize
 from tests.moe.feed_forward import compare_feed_forward

@@ -9,8 +9,8 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from litgpt_moe_ext.attention.document_room import document_room
+from litgpt_moe_ext.moe.balancing.metrics import routers_of
 from litgpt_moe_ext.moe.experts import Experts
-from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.tokens.rows import Rows
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.optim.gpu_step import GpuStep

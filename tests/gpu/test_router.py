@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from litgpt_moe_ext.moe.kernels import fused_router, router_product
+from litgpt_moe_ext.moe.kernels.routing import fused_router, router_product
 from tests.gpu.card import no_waits, require_bfloat16
 from tests.moe.kernels import directions
 from tests.moe.kernels.products import PASSED, compare_passed, compare_product, every_bit, gradients_of

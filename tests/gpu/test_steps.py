@@ -9,8 +9,8 @@ from litgpt import GPT
 from litgpt.utils import chunked_cross_entropy
 
 from litgpt_moe_ext.cli.train import main
+from litgpt_moe_ext.moe.balancing.metrics import routers_of
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
-from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.tokens.padding import PADDING
 from tests.gpu.card import no_waits, require_bfloat16
 from tests.models import initialized_model, moe_config

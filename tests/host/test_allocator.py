@@ -10,7 +10,7 @@ from tests.runs import run_command
 PROBE = """
 import ctypes
 import resource
-from litgpt_moe_ext.moe.kernels.allocator import keep_large_blocks
+from litgpt_moe_ext.kernels.allocator import keep_large_blocks
 print(keep_large_blocks(), keep_large_blocks())
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p

@@ -136,6 +136,6 @@ def test_no_posix_only_import():
         "    guarded = 'win32' in text\n"
         "    for name in ('fcntl', 'grp', 'pwd', 'termios', *(() if guarded else ('resource',))):\n"
         "        assert f'import {name}' not in text and f'from {name}' not in text, (file, name)\n"
-        "import litgpt_moe_ext.cli.train, litgpt_moe_ext.host.config, litgpt_moe_ext.data.pipeline.store\n"
+        "import litgpt_moe_ext.cli.train, litgpt_moe_ext.host.config, litgpt_moe_ext.data.pipeline.store.finished\n"
     )
     run_command(sys.executable, "-c", code)

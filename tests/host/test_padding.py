@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader
 from litgpt_moe_ext.data.packing import pack
 from litgpt_moe_ext.data.windows import DocumentWindows
 from litgpt_moe_ext.host.padding import mark_finetuning_padding
-from litgpt_moe_ext.moe.balancing import update_routers
-from litgpt_moe_ext.moe.fixed_routers import FixedRouter, UniformRouter
+from litgpt_moe_ext.moe.balancing.bias import update_routers
+from litgpt_moe_ext.moe.balancing.metrics import load_metrics, routers_of
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
-from litgpt_moe_ext.moe.metrics import load_metrics, routers_of
 from litgpt_moe_ext.moe.registry import LOSSES, Loss
+from litgpt_moe_ext.moe.routing.fixed_routers import FixedRouter, UniformRouter
 from litgpt_moe_ext.tokens import padding
 from litgpt_moe_ext.tokens.padding import PADDING, PaddedRows, accept_padding, mark_padding
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing

@@ -8,9 +8,9 @@ import torch
 from litgpt_moe_ext.inspect import tuning
 from litgpt_moe_ext.inspect.tuning import Pass, measure, products_of, worthwhile
 from litgpt_moe_ext.moe.kernels.triton import rows, weights
-from litgpt_moe_ext.moe.kernels.triton.tile_choice import rows_tile, tuned_as, weights_tile
-from litgpt_moe_ext.moe.kernels.triton.tiles import RowsWork, WeightsWork
-from litgpt_moe_ext.moe.kernels.triton.tuned_tiles import TunedTiles
+from litgpt_moe_ext.moe.kernels.triton.tiling.tile_choice import rows_tile, tuned_as, weights_tile
+from litgpt_moe_ext.moe.kernels.triton.tiling.tiles import RowsWork, WeightsWork
+from litgpt_moe_ext.moe.kernels.triton.tiling.tuned_tiles import TunedTiles
 from tests.models import moe_config
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from litgpt_moe_ext.loss import cross_entropy_kernels as kernels
 from litgpt_moe_ext.loss import linear
 from litgpt_moe_ext.loss.cross_entropy import mean_cross_entropy
-from litgpt_moe_ext.moe.gradient_injection import forget_scale, present_scale
+from litgpt_moe_ext.moe.balancing.gradient_injection import forget_scale, present_scale
 from litgpt_moe_ext.training.steps import handover
 from litgpt_moe_ext.training.steps.handover import loss_of_logits
 from tests.runs import logged, train

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from litgpt_moe_ext.moe.balancing import update_routers
+from litgpt_moe_ext.moe.balancing.bias import update_routers
+from litgpt_moe_ext.moe.balancing.gradient_injection import forget_scale, remember_scale
+from litgpt_moe_ext.moe.balancing.metrics import load_metrics
 from litgpt_moe_ext.moe.batch_metadata import TokenIds
-from litgpt_moe_ext.moe.gradient_injection import forget_scale, remember_scale
-from litgpt_moe_ext.moe.kernels import fused_router
 from litgpt_moe_ext.moe.kernels.plan import sort_rows
+from litgpt_moe_ext.moe.kernels.routing import fused_router
 from litgpt_moe_ext.moe.layer import MoE
-from litgpt_moe_ext.moe.metrics import load_metrics
 from tests.models import moe_config, randomize
 
 BALANCING = {"router_load_balancing_loss_coef": 0.05}

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from litgpt_moe_ext.moe.balancing import scheduled_rate, updated_bias
-from litgpt_moe_ext.moe.layer import SharedExpertMoE
-from litgpt_moe_ext.moe.metrics import (
+from litgpt_moe_ext.moe.balancing.bias import scheduled_rate, updated_bias
+from litgpt_moe_ext.moe.balancing.metrics import (
     coefficient_of_variation,
     load_entropy,
     load_metrics,
     max_violation,
     routers_of,
 )
-from litgpt_moe_ext.moe.tally import Tally
+from litgpt_moe_ext.moe.balancing.tally import Tally
+from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from tests.models import initialized_model, moe_config, noisy_config, randomize
 from tests.moe.routers import max_violations
 

@@ -100,7 +100,7 @@ def test_the_operators_are_counted_on_fake_tensors():
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
         experts = Experts(moe_config(moe_intermediate_size=24))
         routing = (torch.rand(40, 2), torch.zeros(40, 2, dtype=torch.int64), torch.zeros(8, dtype=torch.int64))
-        from litgpt_moe_ext.moe.router import Routing
+        from litgpt_moe_ext.moe.routing.router import Routing
 
         with FlopCounterMode(display=False) as counter:
             experts(torch.randn(40, 16), Routing(*routing))

@@ -10,10 +10,10 @@ import torch
 from lightning.fabric.plugins import HalfPrecision
 from litgpt import GPT
 
+from litgpt_moe_ext.moe.balancing.metrics import load_metrics
 from litgpt_moe_ext.moe.batch_metadata import TokenIds
-from litgpt_moe_ext.moe.fixed_routers import HashRouter, UniformRouter
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
-from litgpt_moe_ext.moe.metrics import load_metrics
+from litgpt_moe_ext.moe.routing.fixed_routers import HashRouter, UniformRouter
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from tests.models import initialized_model, moe_config, randomize
 from tests.runs import PATIENCE

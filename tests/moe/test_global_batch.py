@@ -10,11 +10,11 @@ from litgpt.utils import chunked_cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.moe import step_shares
-from litgpt_moe_ext.moe.balancing import forget_step, update_routers
-from litgpt_moe_ext.moe.gradient_injection import forget_scale, remember_scale
+from litgpt_moe_ext.moe.balancing import step_shares
+from litgpt_moe_ext.moe.balancing.bias import forget_step, update_routers
+from litgpt_moe_ext.moe.balancing.gradient_injection import forget_scale, remember_scale
+from litgpt_moe_ext.moe.balancing.metrics import load_metrics, routers_of
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
-from litgpt_moe_ext.moe.metrics import load_metrics, routers_of
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from tests.models import initialized_model, moe_config, randomize
 from tests.training.processes import in_ranks

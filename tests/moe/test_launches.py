@@ -13,8 +13,8 @@ from litgpt import Config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litgpt_moe_ext.moe.batch_metadata import TokenIds
-from litgpt_moe_ext.moe.fixed_routers import FixedRouter
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
+from litgpt_moe_ext.moe.routing.fixed_routers import FixedRouter
 from litgpt_moe_ext.tokens import padding
 from tests.fake_cuda import DTYPES, RECIPES, fake_cuda
 from tests.models import initialized_model, moe_config, randomize

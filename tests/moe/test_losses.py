@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from litgpt_moe_ext.moe.balancing import update_routers
-from litgpt_moe_ext.moe.gradient_injection import forget_scale, inject, remember_scale
-from litgpt_moe_ext.moe.layer import NoisyTopKMoE, SharedExpertMoE
-from litgpt_moe_ext.moe.losses import (
+from litgpt_moe_ext.moe.balancing.bias import update_routers
+from litgpt_moe_ext.moe.balancing.gradient_injection import forget_scale, inject, remember_scale
+from litgpt_moe_ext.moe.balancing.losses import (
     cv_squared,
     importance_loss,
     load_balancing_loss,
@@ -18,7 +17,8 @@ from litgpt_moe_ext.moe.losses import (
     router_z_loss,
     sequence_balancing_loss,
 )
-from litgpt_moe_ext.moe.metrics import load_metrics, routers_of
+from litgpt_moe_ext.moe.balancing.metrics import load_metrics, routers_of
+from litgpt_moe_ext.moe.layer import NoisyTopKMoE, SharedExpertMoE
 from tests.models import initialized_model, moe_config, noisy_config, randomize
 from tests.moe.routers import RULES, make_gate, max_violations
 

@@ -10,9 +10,9 @@ from litgpt_moe_ext import extend
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.extend import ActivationType, Field, Loss, RouterType
 from litgpt_moe_ext.field_types import PositiveFloat
-from litgpt_moe_ext.moe.learned_routers import LearnedRouter, TopKRouter
 from litgpt_moe_ext.moe.registry import ACTIVATIONS, LOSSES, ROUTERS
-from litgpt_moe_ext.moe.router import Choice
+from litgpt_moe_ext.moe.routing.learned_routers import LearnedRouter, TopKRouter
+from litgpt_moe_ext.moe.routing.router import Choice
 from tests.models import moe_config
 
 

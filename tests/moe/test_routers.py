@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
-from litgpt_moe_ext.moe.learned_routers import NoisyTopKRouter, TopKRouter
+from litgpt_moe_ext.moe.routing.learned_routers import NoisyTopKRouter, TopKRouter
 from tests.models import initialized_model, moe_config, noisy_config, randomize
 
 

@@ -12,8 +12,8 @@ import litgpt
 import torch
 
 import litgpt_moe_ext  # noqa: F401  # registers the layers
-from litgpt_moe_ext.moe.balancing import update_routers
-from litgpt_moe_ext.moe.metrics import load_metrics, routers_of
+from litgpt_moe_ext.moe.balancing.bias import update_routers
+from litgpt_moe_ext.moe.balancing.metrics import load_metrics, routers_of
 
 if __name__ == "__main__":
     gpu = ctypes.CDLL(os.environ["LD_PRELOAD"])

@@ -22,9 +22,9 @@ from litgpt_moe_ext.software import code_version
 from litgpt_moe_ext.study import launch, place
 from litgpt_moe_ext.study.file import load_study
 from litgpt_moe_ext.study.launch import Limits
-from litgpt_moe_ext.study.page import COLUMNS, grouped, rows, study_page, verdicts
 from litgpt_moe_ext.study.place import Places, TrainedOn
 from litgpt_moe_ext.study.plan import BUDGET, Run, Study
+from litgpt_moe_ext.study.report.page import COLUMNS, grouped, rows, study_page, verdicts
 from litgpt_moe_ext.study.results import Result, csv_text, read_results
 from tests.models import moe_config
 from tests.runs import PATIENCE

@@ -28,7 +28,10 @@ from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.inspect.runs.logs import RunLog
 from litgpt_moe_ext.software import code_version
 from litgpt_moe_ext.study import launch
-from litgpt_moe_ext.study.analysis import (
+from litgpt_moe_ext.study.file import load_study
+from litgpt_moe_ext.study.launch import Limits
+from litgpt_moe_ext.study.plan import BUDGET, Run, Study
+from litgpt_moe_ext.study.report.analysis import (
     Interval,
     break_even,
     compute_multiplier,
@@ -36,12 +39,9 @@ from litgpt_moe_ext.study.analysis import (
     first_below,
     mean_interval,
 )
-from litgpt_moe_ext.study.compare import compared, comparison, grouped, signed_interval
-from litgpt_moe_ext.study.figures import balance_figure, loss_figure, search_figure, smooth
-from litgpt_moe_ext.study.file import load_study
-from litgpt_moe_ext.study.launch import Limits
-from litgpt_moe_ext.study.page import COLUMNS, rows, study_page, verdicts
-from litgpt_moe_ext.study.plan import BUDGET, Run, Study
+from litgpt_moe_ext.study.report.compare import compared, comparison, grouped, signed_interval
+from litgpt_moe_ext.study.report.figures import balance_figure, loss_figure, search_figure, smooth
+from litgpt_moe_ext.study.report.page import COLUMNS, rows, study_page, verdicts
 from litgpt_moe_ext.study.results import MAX_VIO, Result
 from litgpt_moe_ext.study.search import best_in_words, best_points
 from tests.runs import ROOT, run_command

@@ -11,7 +11,7 @@ import torch
 from litgpt import Tokenizer
 
 from litgpt_moe_ext.data import PythonStdlib, TextCorpus
-from litgpt_moe_ext.data.pipeline.store import open_corpus
+from litgpt_moe_ext.data.pipeline.store.finished import open_corpus
 from litgpt_moe_ext.inspect.recipes import Recipe
 from litgpt_moe_ext.study.text_bytes import bytes_per_token
 from litgpt_moe_ext.tokens.padding import PADDING

@@ -10,7 +10,7 @@ from litgpt.utils import chunked_cross_entropy
 from torch import Tensor, nn
 
 from gpu_tables.measuring.bench import Bench
-from litgpt_moe_ext.moe.gradient_injection import remember_scale
+from litgpt_moe_ext.moe.balancing.gradient_injection import remember_scale
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing
 from litgpt_moe_ext.training.optim.gpu_step import GpuStep
 from litgpt_moe_ext.training.steps.graphs.capture import Loss

@@ -44,7 +44,7 @@ class Tune:
         import torch
 
         from litgpt_moe_ext.inspect.tuning import measure, worthwhile
-        from litgpt_moe_ext.moe.kernels.triton import tuned_tiles
+        from litgpt_moe_ext.moe.kernels.triton.tiling import tuned_tiles
 
         device = torch.device("cuda", torch.cuda.current_device())
         batch = (self.micro_batch_size or recipe.micro_batch_size, recipe.sequence_length)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe_ext.data.corpora.base import Corpus
-from litgpt_moe_ext.data.pipeline.store import MANIFEST, read_manifest
-from litgpt_moe_ext.data.pipeline.verification import verify
-from litgpt_moe_ext.data.pipeline.wandb_artifacts import check_reference, download
+from litgpt_moe_ext.data.pipeline.store.finished import MANIFEST, read_manifest
+from litgpt_moe_ext.data.pipeline.store.verification import verify
+from litgpt_moe_ext.data.pipeline.store.wandb_artifacts import check_reference, download
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import PositiveInt
 

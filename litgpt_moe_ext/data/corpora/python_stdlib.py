@@ -13,7 +13,7 @@ from litgpt_moe_ext.data.corpora.documents import EncodedCorpus
 from litgpt_moe_ext.data.pipeline.finding import say_left_out
 from litgpt_moe_ext.data.pipeline.hashes import FileHashes
 from litgpt_moe_ext.data.pipeline.sources import Source, require_unchanged
-from litgpt_moe_ext.data.pipeline.store import in_validation
+from litgpt_moe_ext.data.pipeline.store.finished import in_validation
 from litgpt_moe_ext.data.reading.documents import documents
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
 from litgpt_moe_ext.errors import SettingsError

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from litgpt_moe_ext.data.corpora.base import Corpus, full_docstring
 from litgpt_moe_ext.data.modules.base import ShardModule, is_first_rank
 from litgpt_moe_ext.data.packing import document_lengths, first_documents, pack
-from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR, key_of, open_corpus, read_manifest
+from litgpt_moe_ext.data.pipeline.store.finished import TOKENIZER_DIR, key_of, open_corpus, read_manifest
 from litgpt_moe_ext.data.tokenizer.opening import parse_tokenizer
 from litgpt_moe_ext.data.windows import DocumentWindows, StreamWindows, Windows
 from litgpt_moe_ext.errors import SettingsError

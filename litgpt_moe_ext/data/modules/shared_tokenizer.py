@@ -8,7 +8,7 @@ from litgpt.tokenizer import Tokenizer
 
 from litgpt_moe_ext.data.modules.base import is_first_rank, naming
 from litgpt_moe_ext.data.modules.corpus import CorpusModule
-from litgpt_moe_ext.data.pipeline.store import TOKENIZER_DIR
+from litgpt_moe_ext.data.pipeline.store.finished import TOKENIZER_DIR
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
 from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt, parse_tokenizer
 from litgpt_moe_ext.errors import SettingsError

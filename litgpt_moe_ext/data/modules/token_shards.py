@@ -13,7 +13,7 @@ from litgpt_moe_ext.data.modules.base import ShardModule, is_first_rank
 from litgpt_moe_ext.data.packing import first_tokens
 from litgpt_moe_ext.data.pipeline.finding import matches
 from litgpt_moe_ext.data.pipeline.shards import open_shard, scan_shard
-from litgpt_moe_ext.data.pipeline.verification import verify_shards
+from litgpt_moe_ext.data.pipeline.store.verification import verify_shards
 from litgpt_moe_ext.errors import SettingsError, did_you_mean_inside
 from litgpt_moe_ext.field_types import NonNegativeInt, PositiveInt, check_fields
 from litgpt_moe_ext.wording import counted

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from litgpt_moe_ext.data.pipeline.store import MANIFEST, TOKENIZER_DIR
+from litgpt_moe_ext.data.pipeline.store.finished import MANIFEST, TOKENIZER_DIR
 from litgpt_moe_ext.errors import SettingsError
 
 _KINDS = 5  # most kinds to name in a message about other files

@@ -25,7 +25,7 @@ from litgpt_moe_ext.data.pipeline.progress import PreparationProgress
 from litgpt_moe_ext.data.pipeline.settings import VAL_REMEDY, CorpusSettings
 from litgpt_moe_ext.data.pipeline.shards import open_shard, token_dtype, write_shard
 from litgpt_moe_ext.data.pipeline.sources import SIDES, Source
-from litgpt_moe_ext.data.pipeline.store import (
+from litgpt_moe_ext.data.pipeline.store.finished import (
     MANIFEST,
     STATE,
     TOKENIZER_DIR,
@@ -37,8 +37,8 @@ from litgpt_moe_ext.data.pipeline.store import (
     unigram_loss,
     write_manifest,
 )
-from litgpt_moe_ext.data.pipeline.unfinished import DAYS, UNFINISHED, State, only_one, remove_leftovers, writing
-from litgpt_moe_ext.data.pipeline.verification import verify
+from litgpt_moe_ext.data.pipeline.store.unfinished import DAYS, UNFINISHED, State, only_one, remove_leftovers, writing
+from litgpt_moe_ext.data.pipeline.store.verification import verify
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
 from litgpt_moe_ext.data.tokenizer.files import read_tokenizer, write_tokenizer
 from litgpt_moe_ext.data.tokenizer.opening import open_for_documents, special_token, vocabulary_size

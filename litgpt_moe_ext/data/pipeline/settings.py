@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from litgpt_moe_ext.data.pipeline.sources import SIDES, Source
-from litgpt_moe_ext.data.pipeline.store import in_validation
+from litgpt_moe_ext.data.pipeline.store.finished import in_validation
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
 from litgpt_moe_ext.data.tokenizer.files import tokenizer_hash
 from litgpt_moe_ext.errors import SettingsError

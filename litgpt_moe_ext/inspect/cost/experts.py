@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from litgpt_moe_ext.kernels.precision import matmul_dtype
 from litgpt_moe_ext.moe.experts import Experts
-from litgpt_moe_ext.moe.router import Routing
+from litgpt_moe_ext.moe.routing.router import Routing
 
 
 def without_values(model: nn.Module, on_gpu: bool) -> None:

@@ -23,8 +23,8 @@ from litgpt_moe_ext.inspect.cost.peak import PeakOverLayers
 from litgpt_moe_ext.inspect.cost.recompute import recomputed
 from litgpt_moe_ext.inspect.cost.weightless import WeightlessMemory, weightless
 from litgpt_moe_ext.meta.models import meta_model, uninitialized
+from litgpt_moe_ext.moe.balancing.gradient_injection import forget_scale
 from litgpt_moe_ext.moe.experts import Experts
-from litgpt_moe_ext.moe.gradient_injection import forget_scale
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing, Mode
 from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss, require_torch
 

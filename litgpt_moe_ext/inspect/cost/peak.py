@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from litgpt_moe_ext.moe.metrics import routers_of
+from litgpt_moe_ext.moe.balancing.metrics import routers_of
 
 if TYPE_CHECKING:
     from torch import nn

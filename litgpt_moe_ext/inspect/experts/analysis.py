@@ -15,7 +15,7 @@ from litgpt_moe_ext.inspect.experts import statistics
 from litgpt_moe_ext.inspect.experts.capture import LayerRouting
 from litgpt_moe_ext.inspect.experts.token_classes import PYTHON_CLASSES, TEXT_CLASSES, python_classes, text_classes
 from litgpt_moe_ext.inspect.texts import EncodedDocument, processor_of
-from litgpt_moe_ext.moe.metrics import load_entropy, max_violation
+from litgpt_moe_ext.moe.balancing.metrics import load_entropy, max_violation
 from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.batching import pad_right
 from litgpt_moe_ext.evaluation.tokenization import check_ids
-from litgpt_moe_ext.moe.router import Router, Routing
+from litgpt_moe_ext.moe.routing.router import Router, Routing
 
 
 @dataclass

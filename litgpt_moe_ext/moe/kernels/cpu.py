@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from litgpt_moe_ext.kernels.allocator import keep_large_blocks
 from litgpt_moe_ext.kernels.precision import float32_precision, matmul_dtype
-from litgpt_moe_ext.moe.kernels.allocator import keep_large_blocks
 from litgpt_moe_ext.moe.kernels.calls import ExpertWeights, Hidden, has_gradient
 from litgpt_moe_ext.moe.kernels.few_rows import linear, one_token
-from litgpt_moe_ext.moe.router import Routing
+from litgpt_moe_ext.moe.routing.router import Routing
 
 
 class Segment(NamedTuple):

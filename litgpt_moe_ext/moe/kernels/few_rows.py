@@ -11,7 +11,7 @@ from torch import Tensor
 from litgpt_moe_ext.kernels.precision import float32_precision
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.kernels.calls import ExpertWeights, Hidden, has_gradient
-from litgpt_moe_ext.moe.router import Routing
+from litgpt_moe_ext.moe.routing.router import Routing
 
 # Up to this many rows the BLAS library is faster with the weight as the left factor (benchmarks/moe_layer.py).
 _FEW_ROWS = 4

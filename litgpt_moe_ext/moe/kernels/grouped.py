@@ -17,7 +17,7 @@ from litgpt_moe_ext.moe.kernels.operators.down import Down, expert_down
 from litgpt_moe_ext.moe.kernels.operators.few_tokens import FewTokens, decode_experts
 from litgpt_moe_ext.moe.kernels.operators.up import Up, expert_up
 from litgpt_moe_ext.moe.kernels.plan import Identity, kind_of, sort_rows
-from litgpt_moe_ext.moe.router import Routing
+from litgpt_moe_ext.moe.routing.router import Routing
 
 # Up to this many routed rows are not sorted: each reads its own expert's weights.
 _FEW_ROWS = 32

@@ -11,7 +11,7 @@ from torch import Tensor
 from litgpt_moe_ext.kernels.precision import matmul_dtype
 from litgpt_moe_ext.moe.kernels.calls import ExpertWeights, Hidden
 from litgpt_moe_ext.moe.kernels.few_rows import MOST_GATHERED, decodes, gather_experts
-from litgpt_moe_ext.moe.router import Routing
+from litgpt_moe_ext.moe.routing.router import Routing
 
 
 def loop_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden: Hidden) -> Tensor:

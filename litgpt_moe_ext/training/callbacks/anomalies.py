@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.moe.balancing import forget_step
-from litgpt_moe_ext.moe.gradient_injection import forget_scale
-from litgpt_moe_ext.moe.metrics import routers_of
+from litgpt_moe_ext.moe.balancing.bias import forget_step
+from litgpt_moe_ext.moe.balancing.gradient_injection import forget_scale
+from litgpt_moe_ext.moe.balancing.metrics import routers_of
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.control import TrainingStopped
 from litgpt_moe_ext.training.logs import ANOMALIES_FOLDER

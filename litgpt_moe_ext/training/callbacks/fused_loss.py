@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.kernels.precision import matmul_dtype
 from litgpt_moe_ext.loss.linear import linear_loss
-from litgpt_moe_ext.moe.gradient_injection import remember_scale
+from litgpt_moe_ext.moe.balancing.gradient_injection import remember_scale
 from litgpt_moe_ext.training.callback import Callback
 
 

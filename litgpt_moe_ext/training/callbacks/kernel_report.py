@@ -87,7 +87,7 @@ def experts_line(model: nn.Module, device: torch.device, compiled: bool) -> str 
 
 def _measured_blocks(experts: Experts, device: torch.device) -> str:
     """Say for how many tokens `litgpt-moe tune` has measured blocks for such experts on this card."""
-    from litgpt_moe_ext.moe.kernels.triton.tuned_tiles import read
+    from litgpt_moe_ext.moe.kernels.triton.tiling.tuned_tiles import read
 
     works = [work for works in read(device) for work in works]
     sizes = {

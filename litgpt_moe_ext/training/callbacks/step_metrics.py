@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.moe.metrics import load_metrics
+from litgpt_moe_ext.moe.balancing.metrics import load_metrics
 from litgpt_moe_ext.training.callback import Callback
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class ExpertLoad(Callback):
         self._model = module
 
     def on_log(self, metrics: dict[str, Any]) -> None:
-        """Add the metrics of `litgpt_moe_ext.moe.metrics` to a line of training."""
+        """Add the metrics of `litgpt_moe_ext.moe.balancing.metrics` to a line of training."""
         if self._model is not None and "loss" in metrics:
             metrics.update(load_metrics(self._model))
 

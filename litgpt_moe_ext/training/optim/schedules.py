@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.optim import lr_scheduler
 
-from litgpt_moe_ext.moe.balancing import leave_to_caller
+from litgpt_moe_ext.moe.balancing.bias import leave_to_caller
 from litgpt_moe_ext.training.settings import ScheduleArgs, TrainArgs
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import Shard
 from torch.optim import Optimizer
 
-from litgpt_moe_ext.moe.metrics import routers_of
+from litgpt_moe_ext.moe.balancing.metrics import routers_of
 from litgpt_moe_ext.training.checkpoint.io import DirectCheckpointIO
 from litgpt_moe_ext.training.optim.shards import is_shard, like
 from litgpt_moe_ext.training.parallel.behaviour import Behaviour, as_the_model_names_them

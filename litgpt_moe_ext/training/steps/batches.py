@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.moe.tally import counting_dtype
+from litgpt_moe_ext.moe.balancing.tally import counting_dtype
 from litgpt_moe_ext.tokens.padding import PADDING
 from litgpt_moe_ext.training.callback import Callback
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.moe.tally import counting_dtype
+from litgpt_moe_ext.moe.balancing.tally import counting_dtype
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.steps.batches import unwrapped
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from litgpt_moe_ext.loss.cross_entropy import has_kernel, mean_cross_entropy
-from litgpt_moe_ext.moe.gradient_injection import remember_scale
+from litgpt_moe_ext.moe.balancing.gradient_injection import remember_scale
 from litgpt_moe_ext.training.steps.graphs.gradient_tasks import GradientTask
 from litgpt_moe_ext.training.steps.graphs.graphed_loss import GraphedLoss, GraphOptions
 from litgpt_moe_ext.training.steps.graphs.room import NoRoom, Room

@@ -2,8 +2,8 @@
 
 import torch
 
-from litgpt_moe_ext.moe.balancing import scheduled_rate, updated_bias
-from litgpt_moe_ext.moe.kernels.balancing import Moved, move_biases
+from litgpt_moe_ext.moe.balancing.bias import scheduled_rate, updated_bias
+from litgpt_moe_ext.moe.kernels.routing.balancing import Moved, move_biases
 
 SCHEDULES = (
     None, {}, {"warmup_steps": 7}, {"decay_start": 3}, {"decay_start": 2, "decay_steps": 9},

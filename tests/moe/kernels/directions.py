@@ -2,8 +2,8 @@
 
 import torch
 
-from litgpt_moe_ext.moe.kernels.orthogonality import Directions, weighted_orthogonality
-from litgpt_moe_ext.moe.losses import orthogonality_loss
+from litgpt_moe_ext.moe.balancing.losses import orthogonality_loss
+from litgpt_moe_ext.moe.kernels.routing.orthogonality import Directions, weighted_orthogonality
 
 
 def weighted(weight, coef):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
-from litgpt_moe_ext.moe.kernels.balancing import Moved, move_biases
+from litgpt_moe_ext.moe.kernels.routing.balancing import Moved, move_biases
 from litgpt_moe_ext.moe.kernels.triton import balancing
 from tests.moe.kernels.biases import RATE, SCHEDULES, compare, compare_rates, make_moved
 from tests.moe.kernels.interpreted_triton import EXAMPLES

@@ -14,7 +14,7 @@ from triton.runtime.interpreter import InterpreterBuilder, interpreter_builder
 from litgpt_moe_ext.kernels.launch import launch
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.kernels.plan import Gates, Mask, plan_of
-from litgpt_moe_ext.moe.kernels.router_product import ProjectionBackward
+from litgpt_moe_ext.moe.kernels.routing.router_product import ProjectionBackward
 from litgpt_moe_ext.moe.kernels.triton import activation, biases, combining, gating, projecting, weights
 
 WIDTH = 512

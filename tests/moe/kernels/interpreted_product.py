@@ -9,8 +9,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from litgpt_moe_ext.moe.kernels import fused_router, router_product
-from litgpt_moe_ext.moe.kernels.router_product import ProjectionBackward, project, project_and_pass, project_backward
+from litgpt_moe_ext.moe.kernels.routing import fused_router, router_product
+from litgpt_moe_ext.moe.kernels.routing.router_product import (
+    ProjectionBackward,
+    project,
+    project_and_pass,
+    project_backward,
+)
 from litgpt_moe_ext.moe.kernels.triton import projecting
 from tests.moe.kernels.interpreted_triton import EXAMPLES
 from tests.moe.kernels.products import PASSED, compare_passed, compare_product, every_bit, gradients_of

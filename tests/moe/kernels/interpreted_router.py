@@ -8,15 +8,15 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from torch.utils.checkpoint import checkpoint
 
-from litgpt_moe_ext.moe.balancing import update_routers
+from litgpt_moe_ext.moe.balancing.bias import update_routers
 from litgpt_moe_ext.moe.batch_metadata import TokenIds
-from litgpt_moe_ext.moe.fixed_routers import FixedRouter
-from litgpt_moe_ext.moe.kernels import fused_router, router_product
+from litgpt_moe_ext.moe.kernels.routing import fused_router, router_product
 from litgpt_moe_ext.moe.kernels.triton import projecting
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr
 from litgpt_moe_ext.moe.kernels.triton.routing import launches, sums
 from litgpt_moe_ext.moe.layer import MoE
 from litgpt_moe_ext.moe.registry import ROUTERS, load
+from litgpt_moe_ext.moe.routing.fixed_routers import FixedRouter
 from tests.models import moe_config, randomize
 from tests.moe.kernels.interpreted_triton import EXAMPLES
 from tests.moe.routers import (

@@ -25,7 +25,7 @@ from litgpt_moe_ext.moe.kernels.triton.biases import add_biases
 from litgpt_moe_ext.moe.kernels.triton.decoding import decode
 from litgpt_moe_ext.moe.kernels.triton.rows import multiply_rows
 from litgpt_moe_ext.moe.kernels.triton.weights import sum_outer_products
-from litgpt_moe_ext.moe.router import Routing
+from litgpt_moe_ext.moe.routing.router import Routing
 from tests.moe.gradients import exact, run
 
 EXAMPLES = int(os.environ.get("TRITON_EXAMPLES", "3"))

@@ -2,7 +2,7 @@
 
 import torch
 
-from litgpt_moe_ext.moe.kernels.router_product import project, project_and_pass
+from litgpt_moe_ext.moe.kernels.routing.router_product import project, project_and_pass
 
 # Half of the last digit of what results are rounded to, relative to the largest, times two for the interpreter, which
 # cuts off bfloat16.

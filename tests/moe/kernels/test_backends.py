@@ -21,7 +21,7 @@ from litgpt_moe_ext.moe.kernels.grouped import grouped_mm_experts
 from litgpt_moe_ext.moe.kernels.plan import sort_rows
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from litgpt_moe_ext.moe.registry import ACTIVATIONS, ActivationType
-from litgpt_moe_ext.moe.router import Routing
+from litgpt_moe_ext.moe.routing.router import Routing
 from tests.models import moe_config, randomize
 
 grouped_mm = torch.nn.functional.grouped_mm

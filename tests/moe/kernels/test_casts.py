@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from litgpt_moe_ext.moe.kernels import fused_router, plan
+from litgpt_moe_ext.moe.kernels import plan
 from litgpt_moe_ext.moe.kernels.casts import can_cast, cast_together
+from litgpt_moe_ext.moe.kernels.routing import fused_router
 from litgpt_moe_ext.moe.layer import FeedForward
 from tests.models import moe_config, randomize
 from tests.moe.test_launches import Launches

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from litgpt_moe_ext.moe.activations import Activation
-from litgpt_moe_ext.moe.kernels.balancing import Moved
 from litgpt_moe_ext.moe.kernels.calls import ExpertWeights
-from litgpt_moe_ext.moe.kernels.fused_router import Given, Rule
 from litgpt_moe_ext.moe.kernels.plan import Gates, Mask, Outer, Product, plan_of
-from litgpt_moe_ext.moe.kernels.router_product import ProjectionBackward
+from litgpt_moe_ext.moe.kernels.routing.balancing import Moved
+from litgpt_moe_ext.moe.kernels.routing.fused_router import Given, Rule
+from litgpt_moe_ext.moe.kernels.routing.router_product import ProjectionBackward
 
 triton = pytest.importorskip("triton")
 
@@ -34,7 +34,7 @@ from litgpt_moe_ext.moe.kernels.triton import (  # noqa: E402
     tile_choice,
 )
 from litgpt_moe_ext.moe.kernels.triton.routing import blocks, launches  # noqa: E402
-from litgpt_moe_ext.moe.kernels.triton.tiles import CARDS, RowsWork, WeightsWork, card_for, precision_of  # noqa: E402
+from litgpt_moe_ext.moe.kernels.triton.tiling.tiles import CARDS, RowsWork, WeightsWork, card_for, precision_of  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # MI200, MI300, RX 7900 and RX 9070, and how many threads work in step on them.

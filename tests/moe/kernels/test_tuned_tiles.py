@@ -7,9 +7,9 @@ pytest.importorskip("triton")
 
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.moe.kernels.triton import tile_choice, tuned_tiles
-from litgpt_moe_ext.moe.kernels.triton.tiles import RowsWork, Tile, WeightsWork, card_for
-from litgpt_moe_ext.moe.kernels.triton.tuned_tiles import TunedTiles
+from litgpt_moe_ext.moe.kernels.triton.tiling import tile_choice, tuned_tiles
+from litgpt_moe_ext.moe.kernels.triton.tiling.tiles import RowsWork, Tile, WeightsWork, card_for
+from litgpt_moe_ext.moe.kernels.triton.tiling.tuned_tiles import TunedTiles
 from litgpt_moe_ext.training.callbacks.kernel_report import experts_line
 from tests.fake_cuda import RECIPES
 from tests.models import moe_config

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from litgpt_moe_ext.moe.gradient_injection import present_scale, remember_scale
+from litgpt_moe_ext.moe.balancing.gradient_injection import present_scale, remember_scale
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from litgpt_moe_ext.training.callbacks import ema
 from litgpt_moe_ext.training.callbacks.anomalies import GradientGuard

@@ -20,7 +20,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.moe.metrics import routers_of
+from litgpt_moe_ext.moe.balancing.metrics import routers_of
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing, Mode
 from litgpt_moe_ext.training.optim.muon import MuonAdamW
 from litgpt_moe_ext.training.optim.optimization import Optimization

@@ -12,7 +12,7 @@ from litgpt import GPT, Config
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from litgpt_moe_ext.moe.metrics import load_metrics, routers_of
+from litgpt_moe_ext.moe.balancing.metrics import load_metrics, routers_of
 from litgpt_moe_ext.training.callbacks.ema import WeightAverage
 from litgpt_moe_ext.training.callbacks.step_metrics import GradientNorm
 from litgpt_moe_ext.training.optim.optimization import Optimization

@@ -123,8 +123,8 @@ def _only(runs: "list[plan.Run]", number: int) -> "list[plan.Run]":
 
 def _write_page(study: "plan.Study", finished: "list[plan.Run]", out_dir: Path, command: str) -> None:
     from litgpt_moe_ext.cli.output import print_table, write_text
-    from litgpt_moe_ext.study.compare import grouped
-    from litgpt_moe_ext.study.page import COLUMNS, rows, study_page, verdicts
+    from litgpt_moe_ext.study.report.compare import grouped
+    from litgpt_moe_ext.study.report.page import COLUMNS, rows, study_page, verdicts
     from litgpt_moe_ext.study.results import csv_text, read_results
 
     results = read_results(finished, out_dir / "runs")

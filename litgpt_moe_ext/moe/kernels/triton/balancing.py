@@ -1,4 +1,4 @@
-"""Moves the balancing biases of many layers in one launch, by the rule of `litgpt_moe_ext.moe.balancing`.
+"""Moves the balancing biases of many layers in one launch, by the rule of `litgpt_moe_ext.moe.balancing.bias`.
 
 The comparison of counts with their mean is exact. Counts and their sum are integers, which float64 holds up to 2^53; a
 mean that is an integer is not rounded, and any other is at least 1/E from the nearest integer, more than the rounding
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from litgpt_moe_ext.kernels.launch import launch, power_of_two
-from litgpt_moe_ext.moe.kernels.balancing import Moved
+from litgpt_moe_ext.moe.kernels.routing.balancing import Moved
 from litgpt_moe_ext.moe.kernels.triton.common import constexpr
 
 # Layers per launch. Each takes three addresses, and the arguments of a kernel are limited to 4 KiB.
@@ -30,7 +30,7 @@ class _Form(NamedTuple):
 
 
 def move_biases(moved: Moved) -> None:
-    """Move all biases and count the update; see `litgpt_moe_ext.moe.kernels.balancing`."""
+    """Move all biases and count the update; see `litgpt_moe_ext.moe.kernels.routing.balancing`."""
     n_expert, schedule = moved.biases[0].numel(), dict(moved.schedule or {})
     if "decay_start" in schedule:
         schedule["decay_steps"] = max(schedule.get("decay_steps", 0), 1)
@@ -63,7 +63,7 @@ def _quotient(n, D: constexpr):
 
 @triton.jit
 def _next_rate(updates, rate, FORM: constexpr):
-    # `litgpt_moe_ext.moe.balancing.scheduled_rate`, rounded as torch does on a CPU.
+    # `litgpt_moe_ext.moe.balancing.bias.scheduled_rate`, rounded as torch does on a CPU.
     update = _of_layer(updates)
     n = tl.load(update)
     factor = tl.full((), 1.0, tl.float32)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from litgpt_moe_ext.kernels.launch import power_of_two
-from litgpt_moe_ext.moe.kernels.triton.tiles import Precision, precision_of
+from litgpt_moe_ext.moe.kernels.triton.tiling.tiles import Precision, precision_of
 
 if TYPE_CHECKING:
     # To a type checker a constant of a kernel is whatever it was called with.

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from litgpt_moe_ext.kernels.launch import ceil_div, launch, power_of_two
-from litgpt_moe_ext.moe.kernels.router_product import ProjectionBackward
+from litgpt_moe_ext.moe.kernels.routing.router_product import ProjectionBackward
 from litgpt_moe_ext.moe.kernels.triton import common
 from litgpt_moe_ext.moe.kernels.triton.common import Rows, constexpr, dot, rows_of
 

@@ -21,8 +21,8 @@ from litgpt_moe_ext.moe.kernels.triton.common import (
     stack_of,
     token_of,
 )
-from litgpt_moe_ext.moe.kernels.triton.tile_choice import rows_tile
-from litgpt_moe_ext.moe.kernels.triton.tiles import RowsWork
+from litgpt_moe_ext.moe.kernels.triton.tiling.tile_choice import rows_tile
+from litgpt_moe_ext.moe.kernels.triton.tiling.tiles import RowsWork
 
 
 class _Result(NamedTuple):

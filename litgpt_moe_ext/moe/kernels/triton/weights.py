@@ -24,8 +24,8 @@ from litgpt_moe_ext.moe.kernels.triton.common import (
     stack_of,
     token_of,
 )
-from litgpt_moe_ext.moe.kernels.triton.tile_choice import weights_tile
-from litgpt_moe_ext.moe.kernels.triton.tiles import WeightsWork
+from litgpt_moe_ext.moe.kernels.triton.tiling.tile_choice import weights_tile
+from litgpt_moe_ext.moe.kernels.triton.tiling.tiles import WeightsWork
 
 
 class _Form(NamedTuple):

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from litgpt_moe_ext.moe.balancing import leave_to_caller, update_routers
-from litgpt_moe_ext.moe.metrics import routers_of
+from litgpt_moe_ext.moe.balancing.bias import leave_to_caller, update_routers
+from litgpt_moe_ext.moe.balancing.metrics import routers_of
 from litgpt_moe_ext.training.optim.parameter_groups import OF_KERNELS, scale_rates
 from litgpt_moe_ext.training.parallel.deepspeed.shards import FlatShards, SplitShards
 

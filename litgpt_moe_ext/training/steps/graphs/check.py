@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from litgpt_moe_ext.moe.step_shares import nothing_counted
+from litgpt_moe_ext.moe.balancing.step_shares import nothing_counted
 from litgpt_moe_ext.training.steps.graphs.capture import Loss, Passes, leaves_of
 from litgpt_moe_ext.training.steps.graphs.obstacles import GraphError
 

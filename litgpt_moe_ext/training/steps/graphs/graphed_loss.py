@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.kernels.side_stream import side_by_side
+from litgpt_moe_ext.moe.balancing.step_shares import add_up
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
-from litgpt_moe_ext.moe.step_shares import add_up
 from litgpt_moe_ext.training.steps.graphs.capture import Capture, CudaCapture, Loss, Passes, gradients_set_aside
 from litgpt_moe_ext.training.steps.graphs.check import Reference, side_effects_undone
 from litgpt_moe_ext.training.steps.graphs.detached_loss import DetachedLosses

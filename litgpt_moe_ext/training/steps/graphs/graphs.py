@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from litgpt_moe_ext.moe.step_shares import nothing_counted
+from litgpt_moe_ext.moe.balancing.step_shares import nothing_counted
 from litgpt_moe_ext.training.steps.graphs.capture import Capture, Loss, Passes
 from litgpt_moe_ext.training.steps.graphs.gradient_tasks import Replay, TaskGraphs
 from litgpt_moe_ext.training.steps.graphs.inputs import Inputs

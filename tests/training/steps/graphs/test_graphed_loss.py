@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.moe.balancing.metrics import routers_of
 from litgpt_moe_ext.moe.kernels.operators import parts
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights, cast
-from litgpt_moe_ext.moe.metrics import routers_of
 from litgpt_moe_ext.tokens import padding
 from litgpt_moe_ext.training.optim.gpu_step import GpuStep
 from litgpt_moe_ext.training.steps.graphs.capture import Passes

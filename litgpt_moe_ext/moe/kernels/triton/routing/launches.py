@@ -1,8 +1,8 @@
 """A router's decision, its losses and its statistics in two to four launches, and their backward pass in one.
 
-With torch's operators (`litgpt_moe_ext.moe.router`, the reference) this takes twenty to forty launches per layer, each
-of a few microseconds, longer than the arithmetic. Everything between loading and storing is float32, sums over all
-tokens are float64; blocks are added in a fixed order, so two runs give the same bits.
+With torch's operators (`litgpt_moe_ext.moe.routing.router`, the reference) this takes twenty to forty launches per
+layer, each of a few microseconds, longer than the arithmetic. Everything between loading and storing is float32, sums
+over all tokens are float64; blocks are added in a fixed order, so two runs give the same bits.
 
 1. `route_block` chooses for a block of tokens and sums up the block. Without training, a single block needs nothing
    else.
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from litgpt_moe_ext.kernels.launch import ceil_div, launch
-from litgpt_moe_ext.moe.kernels.fused_router import Given, Rule, block_shape
+from litgpt_moe_ext.moe.kernels.routing.fused_router import Given, Rule, block_shape
 from litgpt_moe_ext.moe.kernels.triton.routing.backward import route_block_backward
 from litgpt_moe_ext.moe.kernels.triton.routing.blocks import ROWS
 from litgpt_moe_ext.moe.kernels.triton.routing.decision import route_block, route_block_evenly
@@ -91,7 +91,7 @@ class _Alone(NamedTuple):
 
 
 def route(given: Given, rule: Rule, trains: bool) -> tuple[Tensor, ...]:
-    """Decide for all tokens; return the fields of `litgpt_moe_ext.moe.kernels.fused_router.Decision`, in order."""
+    """Decide for all tokens; return the fields of `fused_router.Decision`, in order."""
     n_token, n_expert = given.logits_TE.shape
     new = functools.partial(given.logits_TE.new_empty, dtype=torch.float32)
     form = _form(rule, n_expert, trains)

@@ -14,7 +14,7 @@ import triton
 
 from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.files.durable import replacing
-from litgpt_moe_ext.moe.kernels.triton.tiles import RowsWork, Tile, WeightsWork
+from litgpt_moe_ext.moe.kernels.triton.tiling.tiles import RowsWork, Tile, WeightsWork
 
 Work = TypeVar("Work", RowsWork, WeightsWork)
 

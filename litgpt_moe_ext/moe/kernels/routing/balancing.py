@@ -1,6 +1,6 @@
 """Moves the balancing biases of all layers on a GPU in one launch, where torch's operators take a dozen.
 
-`litgpt_moe_ext.moe.balancing` implements the rule with torch's operators; it is the reference, and runs everywhere
+`litgpt_moe_ext.moe.balancing.bias` implements the rule with torch's operators; it is the reference, and runs everywhere
 else. Nothing here is differentiated or compiled, so no torch operator is defined.
 
 Shape legend: E experts, N numbers of a record.
@@ -26,7 +26,7 @@ class Moved(NamedTuple):
         records: The sums of the step of each layer, (N,), of which the first E are tokens per expert.
         updates: How often each bias has moved, scalars; none without a schedule.
         rate: Step size.
-        schedule: How it changes (`litgpt_moe_ext.moe.balancing.scheduled_rate`); None if it does not.
+        schedule: How it changes (`litgpt_moe_ext.moe.balancing.bias.scheduled_rate`); None if it does not.
     """
 
     biases: Sequence[Tensor]
@@ -55,7 +55,7 @@ def _is_plain(x: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
 def move_biases(moved: Moved) -> None:
     """Move all biases, in place, and add one to `updates`.
 
-    The results equal those of `litgpt_moe_ext.moe.balancing.updated_bias` on a CPU up to the last bit of a mean.
+    The results equal those of `litgpt_moe_ext.moe.balancing.bias.updated_bias` on a CPU up to the last bit of a mean.
 
     Args:
         moved: For which `works_on` is true.

@@ -10,8 +10,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from litgpt_moe_ext.moe.record import SUMS
-from litgpt_moe_ext.moe.router import Router
+from litgpt_moe_ext.moe.routing.record import SUMS
+from litgpt_moe_ext.moe.routing.router import Router
 
 
 def max_violation(load_LE: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litgpt_moe_ext.kernels.precision import matmul_dtype
-from litgpt_moe_ext.moe.kernels import router_product
-from litgpt_moe_ext.moe.kernels.fused_router import Given, Rule
-from litgpt_moe_ext.moe.router import Choice, Passed, Router
+from litgpt_moe_ext.moe.kernels.routing import router_product
+from litgpt_moe_ext.moe.kernels.routing.fused_router import Given, Rule
+from litgpt_moe_ext.moe.routing.router import Choice, Passed, Router
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config

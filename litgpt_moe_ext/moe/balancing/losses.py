@@ -21,7 +21,7 @@ def load_balancing_loss(probabilities_TE: Tensor, experts_TK: Tensor, real_T: Te
 
     Here both factors are taken over a micro-batch. With `router_load_balancing_loss_scope: global_batch`, `f_i` is
     taken over all ranks and the accumulated micro-batches so far (arXiv:2501.11873), by
-    `litgpt_moe_ext.moe.step_shares`; the gradient is still `E * f_i` for each `P_i`.
+    `litgpt_moe_ext.moe.balancing.step_shares`; the gradient is still `E * f_i` for each `P_i`.
 
     Args:
         probabilities_TE: Router probabilities; rows sum to 1; differentiable.

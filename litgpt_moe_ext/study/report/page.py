@@ -13,10 +13,17 @@ import numpy as np
 
 from litgpt_moe_ext.inspect.pages import page, picture, table, words
 from litgpt_moe_ext.pictures.style import png
-from litgpt_moe_ext.study.analysis import Interval, break_even, compute_multiplier, mean_interval
-from litgpt_moe_ext.study.compare import compared, comparison, grouped, signed_interval
-from litgpt_moe_ext.study.figures import balance_figure, difference_figure, loss_figure, mean, search_figure, smooth
 from litgpt_moe_ext.study.plan import BUDGET, Study
+from litgpt_moe_ext.study.report.analysis import Interval, break_even, compute_multiplier, mean_interval
+from litgpt_moe_ext.study.report.compare import compared, comparison, grouped, signed_interval
+from litgpt_moe_ext.study.report.figures import (
+    balance_figure,
+    difference_figure,
+    loss_figure,
+    mean,
+    search_figure,
+    smooth,
+)
 from litgpt_moe_ext.study.results import MAX_VIO, Result, csv_text
 from litgpt_moe_ext.study.search import best_in_words, best_points
 from litgpt_moe_ext.wording import counted

@@ -1,7 +1,7 @@
 """Fused routers on a GPU: the decision, losses and statistics of the package's own routers in few launches.
 
-The reference is `litgpt_moe_ext.moe.router` and its subclasses, which use torch's operators. It also runs on CPUs,
-under compilers, for routers and losses of other packages, and with `expert_backend: loop`.
+The reference is `litgpt_moe_ext.moe.routing.router` and its subclasses, which use torch's operators. It also runs on
+CPUs, under compilers, for routers and losses of other packages, and with `expert_backend: loop`.
 
 Shape legend: T tokens, E experts, K chosen experts per token, R = T * K routed rows, S sequences, N numbers of a tally,
 L = 3 rows of slopes, S more of them with a loss per sequence.
@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from litgpt_moe_ext.kernels.launch import power_of_two, triton_works_on
 from litgpt_moe_ext.kernels.operator import define
-from litgpt_moe_ext.moe.gradient_injection import present_scale
-from litgpt_moe_ext.moe.step_shares import StepShares
+from litgpt_moe_ext.moe.balancing.gradient_injection import present_scale
+from litgpt_moe_ext.moe.balancing.step_shares import StepShares
 
 # More experts do not fit into the registers of a block.
 MOST_EXPERTS = 1024

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from litgpt_moe_ext.kernels.operator import operator
-from litgpt_moe_ext.moe.kernels import fused_router
+from litgpt_moe_ext.moe.kernels.routing import fused_router
 
 # This product is used for up to so many experts, by the dtype of the tokens; 0 is never (`benchmarks/gpu.py`, table
 # `router_product`). Without bfloat16 Tensor Cores, up to as many as cost no more than 16.

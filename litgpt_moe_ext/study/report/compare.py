@@ -4,8 +4,8 @@ import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
-from litgpt_moe_ext.study.analysis import Interval, differences
 from litgpt_moe_ext.study.plan import Study
+from litgpt_moe_ext.study.report.analysis import Interval, differences
 from litgpt_moe_ext.study.results import Result
 
 _LEVEL, _CONTROL = 0.95, ""

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from litgpt_moe_ext.moe.kernels.triton.common import capability_of
-from litgpt_moe_ext.moe.kernels.triton.tiles import RowsWork, Tile, WeightsWork, card_for
-from litgpt_moe_ext.moe.kernels.triton.tuned_tiles import TunedTiles, read
+from litgpt_moe_ext.moe.kernels.triton.tiling.tiles import RowsWork, Tile, WeightsWork, card_for
+from litgpt_moe_ext.moe.kernels.triton.tiling.tuned_tiles import TunedTiles, read
 
 _TUNED: dict[torch.device, TunedTiles] = {}
 

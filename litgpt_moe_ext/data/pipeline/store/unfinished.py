@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from litgpt_moe_ext.data.pipeline.batches import Batch
 from litgpt_moe_ext.data.pipeline.hashes import HASHES
 from litgpt_moe_ext.data.pipeline.sources import SIDES
-from litgpt_moe_ext.data.pipeline.store import STATE
+from litgpt_moe_ext.data.pipeline.store.finished import STATE
 from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.files.durable import flush, replacing
 

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from litgpt_moe_ext.data.pipeline.store import MANIFEST, read_manifest
+from litgpt_moe_ext.data.pipeline.store.finished import MANIFEST, read_manifest
 from litgpt_moe_ext.errors import SettingsError
 
 ARTIFACT_TYPE = "dataset"

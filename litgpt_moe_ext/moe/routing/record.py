@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.moe.gradient_injection import present_scale
-from litgpt_moe_ext.moe.losses import mean_probabilities
-from litgpt_moe_ext.moe.step_shares import StepShares
+from litgpt_moe_ext.moe.balancing.gradient_injection import present_scale
+from litgpt_moe_ext.moe.balancing.losses import mean_probabilities
+from litgpt_moe_ext.moe.balancing.step_shares import StepShares
 
 if TYPE_CHECKING:
-    from litgpt_moe_ext.moe.router import Choice
+    from litgpt_moe_ext.moe.routing.router import Choice
 
 # What a record holds after the tokens per expert, summed over the tokens of a step: gate values, squared logits, and
 # the entropy of the scores. Then come the weighted losses, each times the number of tokens in its batch.

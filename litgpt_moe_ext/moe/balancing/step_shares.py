@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.moe.tally import counting_dtype, sum_over_ranks
+from litgpt_moe_ext.moe.balancing.tally import counting_dtype, sum_over_ranks
 
 
 class StepShares:

@@ -1,8 +1,8 @@
 """The orthogonality loss of a router's weights on a GPU: a product and a kernel forward, two products and one backward.
 
-The reference, `litgpt_moe_ext.moe.losses.orthogonality_loss`, runs everywhere else; it takes eight launches forward and
-more than twenty backward. Compilers, meta tensors, checkpointing and the FLOP counter see an operator, as with the
-experts' products.
+The reference, `litgpt_moe_ext.moe.balancing.losses.orthogonality_loss`, runs everywhere else; it takes eight launches
+forward and more than twenty backward. Compilers, meta tensors, checkpointing and the FLOP counter see an operator, as
+with the experts' products.
 
 Both passes start from the products of all rows, W W^T, whose diagonal holds their squared lengths. With s_i one over
 the length of row i, and A the cosines minus the identity, the gradient is also a product: H W with

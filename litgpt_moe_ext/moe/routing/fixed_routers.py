@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from litgpt_moe_ext.moe.batch_metadata import TokenIds
-from litgpt_moe_ext.moe.kernels.fused_router import Given, Rule
-from litgpt_moe_ext.moe.router import Choice, Router
+from litgpt_moe_ext.moe.kernels.routing.fused_router import Given, Rule
+from litgpt_moe_ext.moe.routing.router import Choice, Router
 
 
 class FixedRouter(Router):

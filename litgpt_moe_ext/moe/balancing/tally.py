@@ -8,7 +8,7 @@ sees a pure function. The leaf is neither a parameter nor a buffer, so no optimi
 conversion or distributed wrapper touches it.
 
 A load-balancing loss over the global batch needs the counts of all ranks before the step ends; see
-`litgpt_moe_ext.moe.step_shares`.
+`litgpt_moe_ext.moe.balancing.step_shares`.
 
 Shape legend: N numbers.
 """

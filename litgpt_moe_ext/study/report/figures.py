@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator
 
 from litgpt_moe_ext.pictures.style import STYLE, legend_below
-from litgpt_moe_ext.study.compare import Difference
+from litgpt_moe_ext.study.report.compare import Difference
 from litgpt_moe_ext.study.results import EVEN, MAX_VIO, Curve, Result
 from litgpt_moe_ext.study.search import by_place, mean_val_loss
 

@@ -11,16 +11,16 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from litgpt_moe_ext.moe.balancing import watch
+from litgpt_moe_ext.moe.balancing.bias import watch
+from litgpt_moe_ext.moe.balancing.gradient_injection import inject
+from litgpt_moe_ext.moe.balancing.step_shares import StepShares
+from litgpt_moe_ext.moe.balancing.tally import Tally
 from litgpt_moe_ext.moe.batch_metadata import TokenIds
-from litgpt_moe_ext.moe.gradient_injection import inject
-from litgpt_moe_ext.moe.kernels import fused_router
-from litgpt_moe_ext.moe.kernels.fused_router import Decision, Given, Rule
-from litgpt_moe_ext.moe.kernels.orthogonality import Directions, weighted_orthogonality
-from litgpt_moe_ext.moe.record import SUMS, Counted, StepLoss, count_in_backward, tokens_per_expert
+from litgpt_moe_ext.moe.kernels.routing import fused_router
+from litgpt_moe_ext.moe.kernels.routing.fused_router import Decision, Given, Rule
+from litgpt_moe_ext.moe.kernels.routing.orthogonality import Directions, weighted_orthogonality
 from litgpt_moe_ext.moe.registry import LOSSES, load, loss_field
-from litgpt_moe_ext.moe.step_shares import StepShares
-from litgpt_moe_ext.moe.tally import Tally
+from litgpt_moe_ext.moe.routing.record import SUMS, Counted, StepLoss, count_in_backward, tokens_per_expert
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
@@ -37,7 +37,7 @@ _FUSED_LOSSES = {
 }
 # The last one in the record. It depends on the weights only, and has a kernel of its own.
 _WEIGHT_LOSS = "orthogonality_loss"
-_LOSSES = "litgpt_moe_ext.moe.losses"
+_LOSSES = "litgpt_moe_ext.moe.balancing.losses"
 
 
 class Passed(NamedTuple):
@@ -128,7 +128,7 @@ class Router(nn.Module):
         e_score_correction_bias: The balancing bias, (E,), float32; only where there is a `bias_update_rate`.
         bias_updates: How often the bias has moved, int64; only where there is a `bias_update_schedule`.
         bias_update_rate: Step size of the balancing bias; 0 for routers that have none.
-        bias_update_schedule: How the step size changes (`litgpt_moe_ext.moe.balancing.scheduled_rate`).
+        bias_update_schedule: How the step size changes (`litgpt_moe_ext.moe.balancing.bias.scheduled_rate`).
         own_kernels: Whether the package's own kernels may be used; otherwise only torch's operators.
         step_shares: Each expert's share of the global batch, for a load-balancing loss over it; None without one.
     """

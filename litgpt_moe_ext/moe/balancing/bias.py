@@ -5,8 +5,8 @@ The balancing rule is from Wang et al., "Auxiliary-Loss-Free Load Balancing Stra
 the bias of an expert that received more tokens than the mean falls by a fixed rate, and the bias of an expert that
 received fewer rises. The bias enters the choice of experts only, never the gate values, so no gradient is disturbed.
 
-The tokens of a step are counted by `litgpt_moe_ext.moe.tally`. The bias moves in torch's global optimizer-step hook,
-which works in any training loop.
+The tokens of a step are counted by `litgpt_moe_ext.moe.balancing.tally`. The bias moves in torch's global
+optimizer-step hook, which works in any training loop.
 
 Shape legend: E experts, L layers.
 """
@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from litgpt_moe_ext.moe.gradient_injection import forget_scale
-from litgpt_moe_ext.moe.kernels import balancing as kernels
-from litgpt_moe_ext.moe.step_shares import begin_step
-from litgpt_moe_ext.moe.tally import sum_over_ranks
+from litgpt_moe_ext.moe.balancing.gradient_injection import forget_scale
+from litgpt_moe_ext.moe.balancing.step_shares import begin_step
+from litgpt_moe_ext.moe.balancing.tally import sum_over_ranks
+from litgpt_moe_ext.moe.kernels.routing import balancing as kernels
 
 if TYPE_CHECKING:
-    from litgpt_moe_ext.moe.router import Router
+    from litgpt_moe_ext.moe.routing.router import Router
 
 
 def updated_bias(bias_LE: Tensor, counts_LE: Tensor, rate: float | Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def _warn_unowned(routers: "list[Router]", optimizer: torch.optim.Optimizer) -> 
         warnings.warn(
             f"{len(new)} MoE routers were trained on tokens, but {type(optimizer).__name__} does not hold their "
             "weights, so their balancing bias does not move. This is fine if another optimizer holds them or they are "
-            "frozen on purpose; otherwise call litgpt_moe_ext.moe.balancing.update_routers after each step.",
+            "frozen on purpose; otherwise call litgpt_moe_ext.moe.balancing.bias.update_routers after each step.",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -1,0 +1,1 @@
+"""Commands that write a checkpoint in another form."""

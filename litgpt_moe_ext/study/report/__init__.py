@@ -1,0 +1,1 @@
+"""The results of a study as statistics, pictures and a page."""
