@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from lightning.fabric.loggers import Logger
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.logs import METRICS_FILE, WIDE_FILE
@@ -36,25 +33,29 @@ COLUMNS = {
 _FIRST = ("step", "epoch", "iter", "tokens", "total_tokens", "loss", "val_loss", "val_ppl", "learning_rate")
 
 
-class MetricsTable(Callback):
+class MetricsTables(Callback):
     """Write `metrics.csv`: one row per logged step, with the same columns in every run and for every logger.
 
     `tokens` are those trained on so far, `iter_tokens` those of one optimizer step, both over all processes and with
     padding; `time` is in seconds since the training began, without the pauses before resumes.
 
+    `metrics-wide.csv` has every metric, its columns in groups: training, all MoE layers together, each layer, load of
+    the experts.
+
     Args:
         out_dir: The run's directory.
         tokens_per_step: Tokens per optimizer step, over all ranks.
-        wide: The other table, or None if it is not written.
+        wide: Whether to write `metrics-wide.csv` as well.
         fabric: The running Fabric, which knows the step and prints if writing fails.
     """
 
-    def __init__(self, out_dir: Path, tokens_per_step: int, wide: WideTable | None, fabric: TrainingFabric) -> None:
+    def __init__(self, out_dir: Path, tokens_per_step: int, wide: bool, fabric: TrainingFabric) -> None:
         # Keep columns that the user added to the table.
         self._table = StepTable(
             out_dir / METRICS_FILE, lambda there, _: list(dict.fromkeys([*COLUMNS, *there])), fabric.print
         )
-        self._wide, self._tokens_per_step, self._fabric = wide, tokens_per_step, fabric
+        self._wide = StepTable(out_dir / WIDE_FILE, grouped, fabric.print) if wide else None
+        self._tokens_per_step, self._fabric = tokens_per_step, fabric
         self._began = 0.0
 
     def on_fit_begin(self, resume_dir: Path | None) -> None:
@@ -68,7 +69,9 @@ class MetricsTable(Callback):
             self._wide.start(step)
 
     def on_logged(self, metrics: dict[str, Any]) -> None:
-        """Write the columns that a training or validation line has."""
+        """Write a line: all of it to the wide table, to the other if it is of training or validation."""
+        if self._wide is not None:
+            self._wide.put(self._fabric.step, metrics)
         values = {column: metrics[name] for column, name in COLUMNS.items() if name in metrics}
         if "loss" in metrics:
             values["iter_tokens"] = self._tokens_per_step
@@ -76,46 +79,6 @@ class MetricsTable(Callback):
             return
         values["time"] = round(time.monotonic() - self._began, 3)
         self._table.put(self._fabric.step, values)
-
-
-class WideTable(Logger):
-    """The logger `csv`: every metric in `metrics-wide.csv`, one row per logged step.
-
-    The columns are grouped: training, all MoE layers together, each layer, load of the experts.
-
-    Args:
-        out_dir: The run's directory.
-        say: Told if writing fails.
-    """
-
-    def __init__(self, out_dir: Path, say: Callable[[str], None]) -> None:
-        super().__init__()
-        self._table = StepTable(out_dir / WIDE_FILE, grouped, say)
-
-    @property
-    def name(self) -> str:
-        """The name that Fabric shows."""
-        return "csv"
-
-    @property
-    def version(self) -> int:
-        """The version that Fabric shows; there is only one table."""
-        return 0
-
-    def start(self, last_step: int | None) -> None:
-        """See `StepTable.start`."""
-        self._table.start(last_step)
-
-    @rank_zero_only
-    def log_metrics(  # pyrefly: ignore[bad-override] the decorator hides that it is a method
-        self, metrics: Mapping[str, float], step: int | None = None
-    ) -> None:
-        """Add metrics to the row of a step."""
-        self._table.put(step or 0, metrics)
-
-    @rank_zero_only
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing; they are in `hyperparameters.yaml`."""
 
 
 def grouped(present: Sequence[str], new: Sequence[str]) -> list[str]:

@@ -86,7 +86,7 @@ def _callbacks(launched: Launched, prepared: Prepared, equipment: Equipment) -> 
     yield ExpertLoad()
     yield TokensValidatedAfter(fabric, plan.tokens_per_step // launched.accumulation)
     yield Telemetry(fabric.device, fabric.world_size, _peak(launched))
-    if shows_pictures(fabric.logger):
+    if any(map(shows_pictures, fabric.loggers)):
         yield ExpertImages(plan.config.name, fabric)
     if settings.sample.prompts and prepared.tokenizer is not None:
         if not fabric.strategy.holds_whole_model:

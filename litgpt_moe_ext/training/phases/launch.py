@@ -21,7 +21,7 @@ from litgpt_moe_ext.training.checkpoint import store as checkpoints
 from litgpt_moe_ext.training.control import Deadline
 from litgpt_moe_ext.training.fabric import TrainingFabric
 from litgpt_moe_ext.training.logs import TRANSCRIPT_FILE, wandb_run
-from litgpt_moe_ext.training.logs.metrics import MetricsTable, WideTable
+from litgpt_moe_ext.training.logs.metrics import MetricsTables
 from litgpt_moe_ext.training.parallel import topology
 from litgpt_moe_ext.training.parallel.accelerator import accelerator_here, default_precision
 from litgpt_moe_ext.training.parallel.processes import Processes, cluster_plugins, end_together, started_processes
@@ -87,16 +87,17 @@ def launch(plan: Plan) -> Iterator[Launched]:
         launched = _connect(plan, reporter)
         stack.callback(lock.release)
         _take(lock, launched)
-        earlier = _run_of_wandb()
-        logger = _make_logger(launched)
-        stack.push(lambda kind, *_: _finish(logger, plan, "success" if kind is None else "failed", earlier))
-        launched.fabric.add_logger(logger)
-        if launched.fabric.is_global_zero:
-            if settings.logger_name == "wandb":
+        if settings.logger_name != "csv":
+            earlier = _run_of_wandb()
+            logger = _make_logger(launched)
+            stack.push(lambda kind, *_: _finish(logger, plan, "success" if kind is None else "failed", earlier))
+            launched.fabric.add_logger(logger)
+            if settings.logger_name == "wandb" and launched.fabric.is_global_zero:
                 launched.fabric.add_callback(wandb_run.WandbRun(logger))
-            wide = logger if isinstance(logger, WideTable) else None
-            # Before the reporter: a step that has been shown is in the table, even if the run is killed then.
-            launched.fabric.add_callback(MetricsTable(plan.out_dir, plan.tokens_per_step, wide, launched.fabric))
+        if launched.fabric.is_global_zero:
+            # Before the reporter: a step that has been shown is in the tables, even if the run is killed then.
+            wide = settings.logger_name == "csv"
+            launched.fabric.add_callback(MetricsTables(plan.out_dir, plan.tokens_per_step, wide, launched.fabric))
             launched.fabric.add_callback(reporter)
         stack.push(lambda _kind, error, _trace: reporter.close(launched.fabric.step, error))
         yield launched
@@ -166,8 +167,6 @@ def _take(lock: ProcessLock, launched: Launched) -> None:
 def _make_logger(launched: Launched) -> Logger:
     plan, fabric = launched.plan, launched.fabric
     settings, name = plan.settings, plan.settings.logger_name
-    if name == "csv":
-        return WideTable(plan.out_dir, fabric.print)
     # To capture the terminal, litlogger would start the command again, in the middle of this run.
     log_args = asdict(settings.log) | {"save_logs": False}
     try:

@@ -20,7 +20,7 @@ import pytest
 from litgpt_moe_ext.software import software
 from litgpt_moe_ext.training.callbacks.progress import Reporter
 from litgpt_moe_ext.training.logs import metrics
-from litgpt_moe_ext.training.logs.metrics import COLUMNS, MetricsTable, grouped
+from litgpt_moe_ext.training.logs.metrics import COLUMNS, MetricsTables, grouped
 from litgpt_moe_ext.training.logs.table import StepTable
 from litgpt_moe_ext.training.logs.transcript import Transcript
 from tests.runs import PATIENCE, ROOT, small_disk, train
@@ -223,7 +223,7 @@ def test_logs_that_cannot_be_written_end_nothing(recipe, tmp_path, capsys, monke
 def test_a_time_that_is_no_number_counts_for_nothing(tmp_path, monkeypatch, time, passed):
     monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=itertools.count(100).__next__))
     (tmp_path / "metrics.csv").write_text(f'step,time\n1,"{time}"\n')
-    table = MetricsTable(tmp_path, 8, None, SimpleNamespace(step=1, print=print))
+    table = MetricsTables(tmp_path, 8, False, SimpleNamespace(step=1, print=print))
     table.on_fit_begin(tmp_path)
     table.on_logged({"loss": 1.0})
     (row,) = rows_of(tmp_path / "metrics.csv")
@@ -233,7 +233,7 @@ def test_a_time_that_is_no_number_counts_for_nothing(tmp_path, monkeypatch, time
 def test_columns_that_somebody_has_changed(tmp_path):
     """One was added and one deleted: the rows keep the first, and get the second again."""
     (tmp_path / "metrics.csv").write_text("step,train_loss,note\n1,2.5,good\n")
-    table = MetricsTable(tmp_path, 8, None, SimpleNamespace(step=1, print=print))
+    table = MetricsTables(tmp_path, 8, False, SimpleNamespace(step=1, print=print))
     table.on_fit_begin(tmp_path)
     table._fabric.step = 2
     table.on_logged({"loss": 1.0})
@@ -243,7 +243,7 @@ def test_columns_that_somebody_has_changed(tmp_path):
 
 def test_tokens_are_those_of_all_processes(tmp_path):
     """What LitGPT calls tokens are those of one."""
-    table = MetricsTable(tmp_path, 128, None, SimpleNamespace(step=3, print=print))
+    table = MetricsTables(tmp_path, 128, False, SimpleNamespace(step=3, print=print))
     table.on_fit_begin(None)
     table.on_logged({"loss": 2.0, "tokens": 192, "total_tokens": 384})
     (row,) = rows_of(tmp_path / "metrics.csv")
