@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from litgpt_moe_ext.moe.balancing.metrics import load_metrics
@@ -14,10 +13,18 @@ if TYPE_CHECKING:
     from litgpt_moe_ext.training.fabric import TrainingFabric
 
 
-class GradientNorm(Callback):
-    """Log `grad_norm`, the gradient norm of the last optimizer step before clipping."""
+class StepMetrics(Callback):
+    """Log, in training lines, `grad_norm` before clipping and how evenly the last optimizer step used the experts.
 
-    def __init__(self) -> None:
+    In validation lines, log `total_tokens`, which LitGPT logs only in training lines.
+
+    Args:
+        fabric: The running Fabric, which knows the iteration.
+        tokens_per_iteration: Tokens of a micro-batch, over all processes.
+    """
+
+    def __init__(self, fabric: TrainingFabric, tokens_per_iteration: int) -> None:
+        self._fabric, self._tokens_per_iteration = fabric, tokens_per_iteration
         self._norm: Tensor | None = None
 
     def on_gradients_clipped(self, norm: Tensor | None, module: Any, optimizer: Any, scaled: bool) -> None:
@@ -25,39 +32,10 @@ class GradientNorm(Callback):
         self._norm = norm
 
     def on_log(self, metrics: dict[str, Any]) -> None:
-        """Add the norm to a line of training."""
-        if self._norm is not None and "loss" in metrics:
-            metrics["grad_norm"] = self._norm.item()
-
-
-class ExpertLoad(Callback):
-    """Log how evenly the last optimizer step used the experts."""
-
-    def __init__(self) -> None:
-        self._model: torch.nn.Module | None = None
-
-    def on_after_setup(self, fabric: Any, module: torch.nn.Module) -> None:
-        """Keep the model."""
-        self._model = module
-
-    def on_log(self, metrics: dict[str, Any]) -> None:
-        """Add the metrics of `litgpt_moe_ext.moe.balancing.metrics` to a line of training."""
-        if self._model is not None and "loss" in metrics:
-            metrics.update(load_metrics(self._model))
-
-
-class TokensValidatedAfter(Callback):
-    """Log `total_tokens` in validation lines too, as LitGPT does only in training lines.
-
-    Args:
-        fabric: The running Fabric, which knows the iteration.
-        per_iteration: Tokens of a micro-batch, over all processes.
-    """
-
-    def __init__(self, fabric: TrainingFabric, per_iteration: int) -> None:
-        self._fabric, self._per_iteration = fabric, per_iteration
-
-    def on_log(self, metrics: dict[str, Any]) -> None:
-        """Add the tokens to a line of validation."""
+        """Add the metrics."""
+        if "loss" in metrics:
+            if self._norm is not None:
+                metrics["grad_norm"] = self._norm.item()
+            metrics.update(load_metrics(self._fabric.state["model"]))
         if "val_loss" in metrics:
-            metrics["total_tokens"] = self._fabric.state["iter_num"] * self._per_iteration
+            metrics["total_tokens"] = self._fabric.state["iter_num"] * self._tokens_per_iteration

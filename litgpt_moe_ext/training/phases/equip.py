@@ -15,7 +15,7 @@ from litgpt_moe_ext.training.callbacks.ema import WeightAverage
 from litgpt_moe_ext.training.callbacks.expert_images import ExpertImages, shows_pictures
 from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss, require_torch
 from litgpt_moe_ext.training.callbacks.kernel_report import KernelReport
-from litgpt_moe_ext.training.callbacks.step_metrics import ExpertLoad, GradientNorm, TokensValidatedAfter
+from litgpt_moe_ext.training.callbacks.step_metrics import StepMetrics
 from litgpt_moe_ext.training.callbacks.telemetry import Telemetry
 from litgpt_moe_ext.training.compilation import CompileDecision, decide, probe_platform
 from litgpt_moe_ext.training.gpu_peaks import peak_flops
@@ -82,9 +82,7 @@ def _compile(launched: Launched) -> CompileDecision:
 def _callbacks(launched: Launched, prepared: Prepared, equipment: Equipment) -> Iterator[Callback]:
     """Yield the callbacks in the order in which they see each event."""
     plan, settings, fabric = launched.plan, launched.plan.settings, launched.fabric
-    yield GradientNorm()
-    yield ExpertLoad()
-    yield TokensValidatedAfter(fabric, plan.tokens_per_step // launched.accumulation)
+    yield StepMetrics(fabric, plan.tokens_per_step // launched.accumulation)
     yield Telemetry(fabric.device, fabric.world_size, _peak(launched))
     if any(map(shows_pictures, fabric.loggers)):
         yield ExpertImages(plan.config.name, fabric)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from litgpt_moe_ext.moe.balancing.metrics import load_metrics, routers_of
 from litgpt_moe_ext.training.callbacks.ema import WeightAverage
-from litgpt_moe_ext.training.callbacks.step_metrics import GradientNorm
+from litgpt_moe_ext.training.callbacks.step_metrics import StepMetrics
 from litgpt_moe_ext.training.optim.optimization import Optimization
 from litgpt_moe_ext.training.settings import EmaArgs, ParameterGroupArgs
 from litgpt_moe_ext.training.steps.graphs.gradient_tasks import run_now
@@ -102,7 +102,7 @@ def test_no_step_waits_after_its_backward_pass(recipe, muon, monkeypatch):
         optimization = Optimization(ParameterGroupArgs())
         optimization.on_after_setup(fabric, model)
         optimizer = optimization.make_optimizer(MUON if muon else {"init_args": {}, **settings["optimizer"]}, None)
-        average, norms, losses = WeightAverage(EmaArgs(decay=0.99)), GradientNorm(), RunningMean(4)
+        average, norms, losses = WeightAverage(EmaArgs(decay=0.99)), StepMetrics(fabric, 1), RunningMean(4)
         average.on_after_setup(fabric, model)
         average.on_fit_begin(None)
         for scope in (contextlib.nullcontext(), NoWaits()):  # the first step makes the optimizer's state
