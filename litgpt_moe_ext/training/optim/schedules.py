@@ -1,7 +1,7 @@
 """The learning rate as a function of the number of finished optimizer steps.
 
-A linear warm-up is followed by one of torch's schedulers. The scheduler steps a throw-away optimizer, so what it
-computes depends on the step number alone: there is no state to save, and a resumed run finds the same rates.
+A linear warm-up is followed by one of torch's schedulers. The scheduler has a throw-away optimizer, so what it computes
+depends on the step number alone: there is no state to save, and a resumed run finds the same rates.
 
 LitGPT 0.5.13 computes a rate per iteration, so that with gradient accumulation an optimizer step is taken at the rate
 of its last micro batch, and the first step of a warm-up has rate 0. Here rates are counted in optimizer steps, and the
@@ -14,17 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch.optim import lr_scheduler
 
-from litgpt_moe_ext.moe.balancing.bias import leave_to_caller
 from litgpt_moe_ext.training.settings import ScheduleArgs, TrainArgs
 
 if TYPE_CHECKING:
     import litgpt.args
-
-
-class _Still(torch.optim.SGD):
-    # A step of a real optimizer loads torch's compiler.
-    def step(self, closure: object = None) -> None:  # pyrefly: ignore[bad-override] nothing to compute
-        pass
 
 
 class Schedule:
@@ -45,7 +38,7 @@ class Schedule:
         # OneCycle has a warm-up of its own shape.
         self._ramp_steps = 0 if args.name == "onecycle" else self._warmup_steps
         self._length = max(1, total_steps - self._ramp_steps)
-        self._rewind()
+        self._scheduler = self._make_scheduler()
 
     def rate(self, step: int) -> float:
         """Return the learning rate of the optimizer step that follows `step` finished ones."""
@@ -53,19 +46,11 @@ class Schedule:
             return self._peak * (step + 1) / self._ramp_steps
         # Past the end (when a finished run is resumed) the last rate stays.
         position = min(step - self._ramp_steps, self._last_position)
-        if position < self._position:
-            self._rewind()
-        while self._position < position:
+        if position < self._scheduler.last_epoch:
+            self._scheduler = self._make_scheduler()
+        while self._scheduler.last_epoch < position:
             self._scheduler.step()
-            self._position += 1
-        return self._optimizer.param_groups[0]["lr"]
-
-    def _rewind(self) -> None:
-        self._optimizer = _Still([torch.zeros(1)], lr=self._peak)
-        leave_to_caller(self._optimizer)  # its steps are not training steps
-        self._scheduler = self._make_scheduler()
-        self._optimizer.step()  # torch warns of schedulers whose optimizer never stepped
-        self._position = 0
+        return self._scheduler.optimizer.param_groups[0]["lr"]
 
     @property
     def _last_position(self) -> int:
@@ -73,7 +58,9 @@ class Schedule:
         return self._length - 1 if self._args.name == "onecycle" else self._length
 
     def _make_scheduler(self) -> lr_scheduler.LRScheduler:
-        optimizer, peak, floor, length = self._optimizer, self._peak, self._floor, self._length
+        peak, floor, length = self._peak, self._floor, self._length
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
+        optimizer._opt_called = True  # pyrefly: ignore[missing-attribute] or torch warns that it never stepped
         match self._args.name:
             case "cosine":
                 return lr_scheduler.CosineAnnealingLR(optimizer, T_max=length, eta_min=floor)
