@@ -1,4 +1,4 @@
-"""Room for the documents of many batches when a model's passes are captured once (`training/steps/graphs/room.py`).
+"""Room for the documents of many batches when passes are captured once (`training/steps/graphs/dynamic_sizes.py`).
 
 Shape legend: B batch, T tokens.
 """

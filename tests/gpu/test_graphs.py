@@ -20,7 +20,6 @@ from litgpt_moe_ext.training.parallel.strategies import ReplicatedStrategy
 from litgpt_moe_ext.training.settings import DistributedArgs, ParameterGroupArgs
 from litgpt_moe_ext.training.steps.graphs.gradient_tasks import GradientTask, run_now
 from litgpt_moe_ext.training.steps.graphs.graphed_loss import GraphedLoss, GraphOptions
-from litgpt_moe_ext.training.steps.graphs.room import NoRoom
 from tests.gpu.card import no_waits, require_bfloat16
 from tests.gpu.test_steps import autocast, loss_of, make_config, make_model
 from tests.runs import logged, train, weights_of
@@ -68,7 +67,7 @@ def trained(card, dtype, accumulation, graphs, share=True, recomputed=None, muon
     loss_function = validated = plain_loss
     run_task = run_now
     if graphs:
-        how = GraphOptions(careful=False, room=document_room(model.config) or NoRoom(), sharing=share)
+        how = GraphOptions(careful=False, dynamic_sizes=document_room(model.config), sharing=share)
         loss_function = GraphedLoss(plain_loss, model, said.append, how)
         run_task, validated = loss_function.run_task, loss_function.validated
     GpuStep(optimizer, run_task).install()

@@ -32,9 +32,9 @@ from torch import Tensor
 
 from litgpt_moe_ext.loss.cross_entropy import has_kernel, mean_cross_entropy
 from litgpt_moe_ext.moe.balancing.gradient_injection import remember_scale
+from litgpt_moe_ext.training.steps.graphs.dynamic_sizes import DynamicSizes
 from litgpt_moe_ext.training.steps.graphs.gradient_tasks import GradientTask
 from litgpt_moe_ext.training.steps.graphs.graphed_loss import GraphedLoss, GraphOptions
-from litgpt_moe_ext.training.steps.graphs.room import NoRoom, Room
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins.precision import Precision
@@ -71,11 +71,13 @@ class Handover:
     Args:
         decision: Whether to try CUDA graphs.
         say: Told once whether graphs are used.
-        room: Sizes that graphed passes must have room for.
+        dynamic_sizes: Sizes of graphed passes that depend on the values of a batch, if any.
     """
 
-    def __init__(self, decision: GraphDecision, say: Callable[[str], None], room: Room | None = None) -> None:
-        self._decision, self._say, self._room = decision, say, room or NoRoom()
+    def __init__(
+        self, decision: GraphDecision, say: Callable[[str], None], dynamic_sizes: DynamicSizes | None = None
+    ) -> None:
+        self._decision, self._say, self._dynamic_sizes = decision, say, dynamic_sizes
         self._passes: GraphedLoss | None = None
         self._expects = False
         self._cross_entropy: Callable[[Any, Tensor], Tensor]
@@ -163,7 +165,7 @@ class Handover:
                 logits = model.module(ids_BT)
             return self._cross_entropy(logits, targets_BT)
 
-        options = GraphOptions(not self._decision.asked, self._room, strategy.exchange_gradients)
+        options = GraphOptions(not self._decision.asked, self._dynamic_sizes, strategy.exchange_gradients)
         return GraphedLoss(loss, model, self._say, options)
 
 

@@ -16,7 +16,7 @@ Shape legend: B batch, T tokens.
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -30,9 +30,9 @@ from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
 from litgpt_moe_ext.training.steps.graphs.capture import Capture, CudaCapture, Loss, Passes, gradients_set_aside
 from litgpt_moe_ext.training.steps.graphs.check import Reference, side_effects_undone
 from litgpt_moe_ext.training.steps.graphs.detached_loss import DetachedLosses
-from litgpt_moe_ext.training.steps.graphs.gradient_tasks import GradientTask
+from litgpt_moe_ext.training.steps.graphs.dynamic_sizes import DynamicSizes, SizesByShape
+from litgpt_moe_ext.training.steps.graphs.gradient_tasks import GradientTask, TaskGraphs
 from litgpt_moe_ext.training.steps.graphs.graphs import Graphs, SharingCapture
-from litgpt_moe_ext.training.steps.graphs.history import PassHistory, Turn
 from litgpt_moe_ext.training.steps.graphs.inputs import Inputs
 from litgpt_moe_ext.training.steps.graphs.obstacles import (
     GraphError,
@@ -42,9 +42,13 @@ from litgpt_moe_ext.training.steps.graphs.obstacles import (
     reason_of,
 )
 from litgpt_moe_ext.training.steps.graphs.passes import CapturedPasses
-from litgpt_moe_ext.training.steps.graphs.room import NoRoom, Room
+from litgpt_moe_ext.training.steps.graphs.validation import CapturedValidation
 
 _Result = TypeVar("_Result")
+
+# The first step compiles kernels, which a capture does not allow, and the optimizer creates its states. The second is
+# watched for waits for the device, which a graph cannot contain.
+_WATCHED = 2
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class GraphOptions:
     Attributes:
         careful: Whether to continue without graphs if they fail, or if their memory and that of passes without graphs,
             such as a validation's, do not fit side by side.
-        room: Sizes that passes must have room for.
+        dynamic_sizes: Sizes that depend on the values of a batch, if any.
         exchange: Called after a replay has written gradients, which autograd does not see.
         make_capture: Returns what captures passes.
         sharing: Whether the passes of a step share casts of weights and sums of their gradients.
@@ -62,7 +66,7 @@ class GraphOptions:
     """
 
     careful: bool
-    room: Room = field(default_factory=NoRoom)
+    dynamic_sizes: DynamicSizes | None = None
     exchange: Callable[[], None] = lambda: None
     make_capture: Callable[[], Capture] = CudaCapture
     sharing: bool = True
@@ -72,13 +76,12 @@ class GraphOptions:
 class GraphedLoss:
     """A loss function whose passes are captured in the third optimizer step and replayed from then on.
 
-    The first two steps run eagerly (`litgpt_moe_ext.training.steps.graphs.history` says why). A step begins when no
-    parameter has a gradient.
+    The first two steps run eagerly. A step begins when no parameter has a gradient.
 
-    Batches of another shape than the captured one run eagerly. So do micro-batches that need more room than was
-    captured (`litgpt_moe_ext.training.steps.graphs.room`), until the next step captures anew. If capturing fails, or a
-    replay computes something else (`litgpt_moe_ext.training.steps.graphs.check`), gradients and random generators are
-    restored, and this micro-batch and all later ones run eagerly.
+    Batches of another shape than the captured one run eagerly. So do micro-batches that need larger sizes than were
+    captured (`litgpt_moe_ext.training.steps.graphs.dynamic_sizes`), until the next step captures anew. If capturing
+    fails, or a replay computes something else (`litgpt_moe_ext.training.steps.graphs.check`), gradients and random
+    generators are restored, and this micro-batch and all later ones run eagerly.
 
     Args:
         loss: Takes ids and targets, both int64, (B, T), and returns a scalar.
@@ -90,7 +93,9 @@ class GraphedLoss:
     def __init__(self, loss: Loss, model: nn.Module, say: Callable[[str], None], options: GraphOptions) -> None:
         self._loss, self._model, self._say, self._options = loss, model, say, options
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._history = PassHistory(options.room)
+        self._sizes = SizesByShape(options.dynamic_sizes)
+        self._steps = 0
+        self._accumulates = False  # whether a step has had more than one micro-batch
         self._weights = StepWeights()
         self._detached = DetachedLosses()
         self._graphs: Graphs | None = None
@@ -113,13 +118,16 @@ class GraphedLoss:
         if begins:
             self._weights.expire()
         add_up()  # a callback may have called the model, which a graph would miss
-        turn = self._history.note(ids_BT, targets_BT, begins)
-        if turn.watched:
+        self._steps += begins
+        self._accumulates |= not begins
+        may_capture = begins and self._steps > _WATCHED and ids_BT.shape in self._sizes
+        batch = Inputs(ids_BT, targets_BT, self._sizes.note(ids_BT))
+        if self._steps == _WATCHED:
             return self._watched(ids_BT, targets_BT)
-        ready = self._tried(partial(self._ready, turn))
+        ready = self._tried(partial(self._ready, batch, begins, may_capture))
         if ready is None:
             return self._eager(ids_BT, targets_BT)
-        return self._replayed(*ready, turn.inputs)
+        return self._replayed(*ready, batch)
 
     def run_task(self, task: GradientTask) -> Tensor | None:
         """Do work on the gradients of the step, as a graph if they are where captured passes write them.
@@ -164,15 +172,15 @@ class GraphedLoss:
             self._say(f"CUDA graphs: not for {name} ({reason_of(error)})")
             return None
 
-    def _ready(self, turn: Turn) -> tuple[CapturedPasses, Passes] | None:
-        """Return the passes for a micro-batch, captured now if it is time to; None if no passes fit."""
-        if turn.captures and (self._graphs is None or self._graphs.passes.lacks(turn.inputs)):
-            self._graphs = self._new_graphs(turn.inputs)
-        if self._graphs is None or not self._graphs.passes.fits(turn.inputs):
+    def _ready(self, batch: Inputs, begins: bool, may_capture: bool) -> tuple[CapturedPasses, Passes] | None:
+        """Return the passes for a micro-batch, captured now if they may be and none serve it; None if no passes fit."""
+        if may_capture and (self._graphs is None or self._graphs.passes.lacks(batch)):
+            self._graphs = self._new_graphs(batch)
+        if self._graphs is None or not self._graphs.passes.fits(batch):
             return None
         self._weights.refresh()
         captured = self._graphs.passes
-        return captured, captured.passes(turn.begins)
+        return captured, captured.passes(begins)
 
     def _replayed(self, captured: CapturedPasses, passes: Passes, batch: Inputs) -> Tensor:
         captured.load(batch)
@@ -214,17 +222,22 @@ class GraphedLoss:
         if is_first and self._options.careful:
             self._require_chances(batch.ids_BT.device)
         inputs, reference, casts = batch.cloned(), None, ""
-        self._options.room.reserve(inputs.ids_BT, inputs.sizes)
+        self._sizes.reserve(inputs.ids_BT, inputs.sizes)
         if is_first or is_outgrown:
             self._weights.refresh()
             reference = self._rehearsed(batch, inputs)
         if is_first:
             casts = self._keep_casts(inputs.ids_BT.device)
-        graphs = Graphs.over(inputs, self._capture(), self._loss, self._model, self._options.room)
+        capture = self._capture()
+        graphs = Graphs(
+            CapturedPasses(capture, self._loss, self._model, inputs),
+            TaskGraphs(capture.function),
+            CapturedValidation(capture, self._loss, self._model, self._options.dynamic_sizes),
+        )
         if reference is None:
             graphs.passes.passes(begins=True)
         else:
-            graphs.passes.check(reference, self._history.accumulates, self._model)
+            graphs.passes.check(reference, self._accumulates, self._model)
         if is_first:
             self._say(f"CUDA graphs: on, from this step{casts}")
         return graphs
@@ -235,13 +248,13 @@ class GraphedLoss:
             raise GraphError(f"{obstacle}; --cuda_graphs true tries them anyway")
 
     def _rehearsed(self, batch: Inputs, inputs: Inputs) -> Reference:
-        # Try sharing and the reserved room on throwaway gradients before the capture, which allows no compilation of
+        # Try sharing and the reserved sizes on throwaway gradients before the capture, which allows no compilation of
         # kernels; and no training step should be the first to meet a kernel that fails.
         reference = Reference(self._loss, batch.ids_BT, batch.targets_BT)
         with side_effects_undone(batch.ids_BT.device), gradients_set_aside(reference.leaves), self._sharing():
             self._loss(inputs.ids_BT, inputs.targets_BT).backward()
             # If neither holds, memory may not suffice for gradients besides a forward pass.
-            if self._history.accumulates or self._options.careful:
+            if self._accumulates or self._options.careful:
                 self._loss(inputs.ids_BT, inputs.targets_BT).backward()
         return reference
 

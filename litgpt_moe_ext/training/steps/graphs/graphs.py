@@ -7,14 +7,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from litgpt_moe_ext.moe.balancing.step_shares import nothing_counted
 from litgpt_moe_ext.training.steps.graphs.capture import Capture, Loss, Passes
 from litgpt_moe_ext.training.steps.graphs.gradient_tasks import Replay, TaskGraphs
-from litgpt_moe_ext.training.steps.graphs.inputs import Inputs
 from litgpt_moe_ext.training.steps.graphs.passes import CapturedPasses
-from litgpt_moe_ext.training.steps.graphs.room import Room
 from litgpt_moe_ext.training.steps.graphs.validation import CapturedValidation
 
 
@@ -30,23 +28,6 @@ class Graphs(NamedTuple):
     passes: CapturedPasses
     tasks: TaskGraphs
     validation: CapturedValidation
-
-    @classmethod
-    def over(cls, inputs: Inputs, capture: Capture, loss: Loss, model: nn.Module, room: Room) -> "Graphs":
-        """Return graphs that are not captured yet.
-
-        Args:
-            inputs: The static tensors that the passes of micro-batches read.
-            capture: Captures them all.
-            loss: Takes ids and targets and returns a scalar.
-            model: The model whose parameters and buffers `loss` reads.
-            room: Sizes that passes must have room for.
-        """
-        return cls(
-            CapturedPasses(capture, loss, model, inputs),
-            TaskGraphs(capture.function),
-            CapturedValidation(capture, loss, model, room),
-        )
 
 
 class SharingCapture(NamedTuple):

@@ -15,7 +15,7 @@ class Inputs(NamedTuple):
     Attributes:
         ids_BT: Token ids, int64.
         targets_BT: Targets, int64.
-        sizes: Sizes that passes need, or have reserved (`litgpt_moe_ext.training.steps.graphs.room`).
+        sizes: Sizes that passes need, or have reserved (`litgpt_moe_ext.training.steps.graphs.dynamic_sizes`).
     """
 
     ids_BT: Tensor

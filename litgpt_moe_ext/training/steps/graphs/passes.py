@@ -33,11 +33,11 @@ class CapturedPasses:
         return self._inputs.fits(batch)
 
     def lacks(self, batch: Inputs) -> bool:
-        """Return whether passes must be captured anew: the model's tensors have moved, or a batch needs more room."""
+        """Return whether passes must be captured anew: the model's tensors have moved, or sizes are too small."""
         return self._tensors.have_moved() or self.is_outgrown(batch)
 
     def is_outgrown(self, batch: Inputs) -> bool:
-        """Return whether a batch needs more room than the passes have."""
+        """Return whether a batch needs larger sizes than the passes have."""
         return self._inputs.is_outgrown(batch)
 
     def have_written(self, parameters: Iterable[nn.Parameter]) -> bool:

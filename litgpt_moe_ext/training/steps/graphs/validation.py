@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from litgpt_moe_ext.training.steps.graphs.capture import Capture, Loss
 from litgpt_moe_ext.training.steps.graphs.check import require_same_loss
+from litgpt_moe_ext.training.steps.graphs.dynamic_sizes import DynamicSizes, SizesByShape
 from litgpt_moe_ext.training.steps.graphs.gradient_tasks import Replay
 from litgpt_moe_ext.training.steps.graphs.inputs import Inputs, ModelTensors
 from litgpt_moe_ext.training.steps.graphs.obstacles import GraphError, hook_of_others
-from litgpt_moe_ext.training.steps.graphs.room import Room, SizesByShape
 
 
 class CapturedValidation:
@@ -22,12 +22,12 @@ class CapturedValidation:
         capture: Captures it. What else it has captured must not be under way.
         loss: Takes ids and targets and returns a scalar.
         model: The model whose parameters and buffers `loss` reads, in evaluation mode.
-        room: Sizes that passes must have room for.
+        dynamic_sizes: Sizes that depend on the values of a batch, if any.
     """
 
-    def __init__(self, capture: Capture, loss: Loss, model: nn.Module, room: Room) -> None:
-        self._capture, self._loss, self._model, self._room = capture, loss, model, room
-        self._sizes = SizesByShape(room)
+    def __init__(self, capture: Capture, loss: Loss, model: nn.Module, dynamic_sizes: DynamicSizes | None) -> None:
+        self._capture, self._loss, self._model = capture, loss, model
+        self._sizes = SizesByShape(dynamic_sizes)
         self._last: tuple = ()
         self._captured: tuple[Inputs, ModelTensors, Replay] | None = None
 
@@ -55,7 +55,7 @@ class CapturedValidation:
         if (obstacle := hook_of_others(self._model)) is not None:
             raise GraphError(obstacle)
         inputs = batch.cloned()
-        self._room.reserve(inputs.ids_BT, inputs.sizes)
+        self._sizes.reserve(inputs.ids_BT, inputs.sizes)
         expected = self._loss(inputs.ids_BT, inputs.targets_BT)
         replay = self._capture.forward(self._loss, inputs.ids_BT, inputs.targets_BT)
         replay.run()

@@ -357,7 +357,7 @@ def test_captures_again_for_what_needs_more_room():
             counts.append(len(training.captures))
         return found
 
-    graphed = assert_trains_alike(train, room=room)
+    graphed = assert_trains_alike(train, dynamic_sizes=room)
     assert counts[: len(counts) // 2] == [0, 0, 1, 1, 1, 2, 2, 2, 2]
     assert [sizes for _, sizes in room.reserved] == [(1,), (3,)]
     assert graphed.said == ["CUDA graphs: on, from this step"]

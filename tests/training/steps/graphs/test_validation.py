@@ -85,7 +85,7 @@ def test_is_captured_again_with_more_room(monkeypatch):
     )  # fmt: skip
     small = [batch.clamp(max=31) for batch in batches(3)]
     small[0][:, 0] = 31
-    graphed = assert_validates_alike([*small, *batches(3)], room=room)
+    graphed = assert_validates_alike([*small, *batches(3)], dynamic_sizes=room)
     assert [capture.validations for capture in graphed.captures] == [2]
     assert [sizes for _, sizes in room.reserved] == [(3,), (1,), (3,)]
 
