@@ -103,13 +103,13 @@ def graphs(recipe: Recipe, device_type: str) -> Finding:
         device_type: Where it runs.
     """
     from litgpt_moe_ext.training.parallel.facts import STRATEGIES
-    from litgpt_moe_ext.training.steps.graphs.decision import Conditions, decide
+    from litgpt_moe_ext.training.steps.graphs.decision import decide
 
     facts = STRATEGIES.get(recipe.strategy, STRATEGIES["auto"])  # another check reports an unknown one
     world_size = processes(recipe) * recipe.num_nodes
-    conditions = Conditions(device_type, facts, world_size, compiles(recipe, device_type), recipe.config)
     try:
-        decision = decide(recipe.settings.get("cuda_graphs", "auto"), conditions)
+        asked = recipe.settings.get("cuda_graphs", "auto")
+        decision = decide(asked, device_type, facts, world_size, compiles(recipe, device_type), recipe.config)
     except SettingsError as error:
         return Finding("CUDA graphs", "problem", str(error))
     return Finding("CUDA graphs", "good", str(decision).removeprefix("CUDA graphs: "))

@@ -21,7 +21,7 @@ from litgpt_moe_ext.training.compilation import CompileDecision, decide, probe_p
 from litgpt_moe_ext.training.gpu_peaks import peak_flops
 from litgpt_moe_ext.training.optim.optimization import Optimization
 from litgpt_moe_ext.training.phases.checks import check_whole_model
-from litgpt_moe_ext.training.steps.graphs.decision import Conditions, GraphDecision
+from litgpt_moe_ext.training.steps.graphs.decision import GraphDecision
 from litgpt_moe_ext.training.steps.graphs.decision import decide as decide_graphs
 
 if TYPE_CHECKING:
@@ -53,14 +53,21 @@ def choose_equipment(launched: Launched) -> Equipment:
     Raises:
         SettingsError: If the strategy cannot support a setting.
     """
-    settings, strategy = launched.plan.settings, launched.fabric.strategy
+    settings, fabric, strategy = launched.plan.settings, launched.fabric, launched.fabric.strategy
     compiled = _compile(launched)
     check_whole_model(settings, strategy.holds_whole_model, compiled.enabled)
     if settings.fused_cross_entropy:
         require_torch()
     return Equipment(
         compile=compiled,
-        graphs=decide_graphs(settings.cuda_graphs, Conditions.of(launched, compiled)),
+        graphs=decide_graphs(
+            settings.cuda_graphs,
+            fabric.device.type,
+            strategy.facts,
+            fabric.world_size,
+            compiled.enabled,
+            launched.plan.config,
+        ),
         optimization=Optimization(settings.parameter_groups, in_pieces=strategy.steps_in_parts),
         fused_loss=FusedLoss() if settings.fused_cross_entropy else None,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -11,9 +11,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.parallel.facts import StrategyFacts
 
 if TYPE_CHECKING:
-    from litgpt_moe_ext.config.types import Config
-    from litgpt_moe_ext.training.compilation import CompileDecision
-    from litgpt_moe_ext.training.phases.launch import Launched
+    import litgpt
 
 
 @dataclass(frozen=True)
@@ -34,67 +32,50 @@ class GraphDecision:
         return "CUDA graphs: tried in the third step"
 
 
-class Conditions(NamedTuple):
-    """The facts that decide whether passes can be captured.
-
-    Attributes:
-        device_type: Type of the device, such as `cuda`.
-        strategy: Facts about the strategy.
-        processes: Number of processes on all nodes.
-        compiled: Whether the model is compiled.
-        config: The model's configuration.
-    """
-
-    device_type: str
-    strategy: StrategyFacts
-    processes: int
-    compiled: bool
-    config: Config
-
-    @classmethod
-    def of(cls, launched: Launched, compiled: CompileDecision) -> Conditions:
-        """Return the conditions of a run."""
-        fabric, plan = launched.fabric, launched.plan
-        facts, config = fabric.strategy.facts, cast("Config", plan.config)
-        return cls(fabric.device.type, facts, fabric.world_size, compiled.enabled, config)
-
-    def obstacle(self) -> str | None:
-        """Return what keeps passes from being captured, or None."""
-        if self.device_type != "cuda":
-            return f"they are for NVIDIA GPUs, this is {self.device_type}"
-        if torch.version.hip is not None:
-            return "they are for NVIDIA GPUs, this is AMD's; nobody has tried them there"
-        # Obstacles that a setting can remove come last: following their advice then leaves none.
-        lasting = self.strategy.graph_obstacle(self.processes) or _obstacle_of(self.config, self.processes)
-        if lasting is not None:
-            return lasting
-        if self.compiled:
-            return "torch.compile is on; --compile false makes room for them"
-        return None
-
-
-def decide(asked: bool | Literal["auto"], conditions: Conditions) -> GraphDecision:
+def decide(
+    asked: bool | Literal["auto"],
+    device_type: str,
+    facts: StrategyFacts,
+    processes: int,
+    compiled: bool,
+    config: litgpt.Config,
+) -> GraphDecision:
     """Choose whether to try CUDA graphs.
 
     Args:
         asked: As `cuda_graphs` in a recipe.
-        conditions: What can keep them from working.
+        device_type: Type of the device, such as `cuda`.
+        facts: Facts about the strategy.
+        processes: Number of processes on all nodes.
+        compiled: Whether the model is compiled.
+        config: The model's configuration.
 
     Raises:
         SettingsError: If `cuda_graphs: true` cannot work.
     """
     if asked is False:
         return GraphDecision("as asked", False)
-    obstacle = conditions.obstacle()
+    # Obstacles that a setting can remove come last: following their advice then leaves none.
+    obstacle = _obstacle_of_device(device_type) or facts.graph_obstacle(processes) or _obstacle_of(config, processes)
+    if obstacle is None and compiled:
+        obstacle = "torch.compile is on; --compile false makes room for them"
     if asked is True and obstacle is not None:
         raise SettingsError(f"cuda_graphs: true cannot work here ({obstacle}); set cuda_graphs: auto")
-    if asked == "auto" and obstacle is None and conditions.processes > 1:
+    if asked == "auto" and obstacle is None and processes > 1:
         # Whether that costs more than graphs save depends on the model and the interconnect; not measured yet.
         obstacle = "gradients would be exchanged after the backward pass, not while it runs; --cuda_graphs true does so"
     return GraphDecision(obstacle, asked is True)
 
 
-def _obstacle_of(config: Config, processes: int) -> str | None:
+def _obstacle_of_device(device_type: str) -> str | None:
+    if device_type != "cuda":
+        return f"they are for NVIDIA GPUs, this is {device_type}"
+    if torch.version.hip is not None:
+        return "they are for NVIDIA GPUs, this is AMD's; nobody has tried them there"
+    return None
+
+
+def _obstacle_of(config: Any, processes: int) -> str | None:
     if config.mlp_class_name == "LLaMAMoE":
         return "LLaMAMoE waits for the device in every layer"
     is_global = config.router_load_balancing_loss_scope == "global_batch"

@@ -9,7 +9,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.loss.linear import _HalfProducts
 from litgpt_moe_ext.training.parallel.facts import facts_of
 from litgpt_moe_ext.training.steps import handover
-from litgpt_moe_ext.training.steps.graphs.decision import Conditions, GraphDecision, decide
+from litgpt_moe_ext.training.steps.graphs.decision import GraphDecision, decide
 from litgpt_moe_ext.training.steps.graphs.graphed_loss import GraphOptions
 from tests.models import moe_config, needs_fused_loss
 from tests.runs import logged, train, weights_of
@@ -108,7 +108,7 @@ def test_refused_where_there_is_no_card(recipe, capsys):
 
 def on_a_card(compiled=False, processes=1, strategy="auto", **config):
     """Return the conditions of a run on a card."""
-    return Conditions("cuda", facts_of(strategy), processes, compiled, moe_config(**config))
+    return "cuda", facts_of(strategy), processes, compiled, moe_config(**config)
 
 
 DOCUMENTS = {
@@ -118,23 +118,23 @@ GLOBAL = {"router_load_balancing_loss_coef": 0.1, "router_load_balancing_loss_sc
 
 
 def test_tried_on_one_card():
-    assert decide("auto", on_a_card()) == GraphDecision(None, False)
-    assert decide(True, on_a_card()) == GraphDecision(None, True)
+    assert decide("auto", *on_a_card()) == GraphDecision(None, False)
+    assert decide(True, *on_a_card()) == GraphDecision(None, True)
     for settings in ({"router_load_balancing_loss_coef": 0.1}, GLOBAL, DOCUMENTS):
-        assert decide("auto", on_a_card(**settings)) == GraphDecision(None, False)
-    assert str(decide(False, on_a_card())) == "CUDA graphs: off (as asked)"
+        assert decide("auto", *on_a_card(**settings)) == GraphDecision(None, False)
+    assert str(decide(False, *on_a_card())) == "CUDA graphs: off (as asked)"
     # Also where there is one process.
-    assert "DeepSpeed" in decide("auto", on_a_card(strategy="deepspeed_stage_1")).obstacle
+    assert "DeepSpeed" in decide("auto", *on_a_card(strategy="deepspeed_stage_1")).obstacle
 
 
 def test_tried_under_ddp_where_asked():
-    assert decide(True, on_a_card(processes=2)) == GraphDecision(None, True)
-    assert "exchanged after the backward pass" in decide("auto", on_a_card(processes=2)).obstacle
+    assert decide(True, *on_a_card(processes=2)) == GraphDecision(None, True)
+    assert "exchanged after the backward pass" in decide("auto", *on_a_card(processes=2)).obstacle
 
 
 def test_not_tried_on_amd(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert decide("auto", on_a_card()).obstacle.startswith("they are for NVIDIA GPUs, this is AMD's")
+    assert decide("auto", *on_a_card()).obstacle.startswith("they are for NVIDIA GPUs, this is AMD's")
 
 
 @pytest.mark.parametrize(
@@ -149,6 +149,6 @@ def test_not_tried_on_amd(monkeypatch):
     ],
 )
 def test_not_tried(conditions, reason):
-    assert reason in decide("auto", on_a_card(**conditions)).obstacle
+    assert reason in decide("auto", *on_a_card(**conditions)).obstacle
     with pytest.raises(SettingsError, match="cuda_graphs: true cannot work here"):
-        decide(True, on_a_card(**conditions))
+        decide(True, *on_a_card(**conditions))
