@@ -12,6 +12,7 @@ Shape legend: B batch, T tokens, A micro-batches of a step, C kinds of counted t
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -43,31 +44,13 @@ class MicroBatch(NamedTuple):
     Attributes:
         data: The loader's batch; in pretraining token ids, (B, T + 1), int64.
         waited: Seconds spent fetching it.
-        weights: Factors for its mean losses; None means 1.
+        weights: Returns factors for its mean losses, one for each kind of counted tokens, (C,), float64 (float32 if the
+            device has no float64). The first call of a step waits for the other ranks' counts. None means 1.
     """
 
     data: Any
     waited: float
-    weights: "MicroBatchWeights | None" = None
-
-
-class MicroBatchWeights:
-    """The weights of one micro-batch, computed on demand.
-
-    Args:
-        step: The counts of its step.
-        index: Its index in the step.
-    """
-
-    def __init__(self, step: "_Counts", index: int) -> None:
-        self._step, self._index = step, index
-
-    def __call__(self) -> Tensor:
-        """Return the weight for each kind of counted tokens, (C,), float64 (float32 if the device has no float64).
-
-        The first call of a step waits for the other ranks' counts.
-        """
-        return self._step.weights_AC()[self._index]
+    weights: Callable[[], Tensor] | None = None
 
 
 class StepBatches(Callback):
@@ -89,13 +72,13 @@ class StepBatches(Callback):
         self._counted, self._accumulation, self._ranks = counted, accumulation, ranks
         self._ahead: deque[MicroBatch] = deque()
         self._steps: list[_Counts] = []
-        self._logged = _Share()
+        self._text = self._positions = 0  # tokens of all logged steps: those of text, and all
         self.counts = False
 
     @property
     def padding(self) -> float | None:
         """Fraction of all logged tokens that was padding; None if rows cannot be padded."""
-        return self._logged.padding if self._logged.positions else None
+        return 1.0 - self._text / self._positions if self._positions else None
 
     def next(self, fetch: Callable[[], Any], iteration: int) -> MicroBatch:
         """Return the next micro-batch.
@@ -114,40 +97,29 @@ class StepBatches(Callback):
         batches = [_fetch(fetch) for _ in range(number)]
         counted = [self._counted(batch.data) for batch in batches]
         counts_AC = torch.stack([torch.stack([tokens.sum() for tokens in ways]) for ways in counted])
-        step = _Counts(counts_AC, self._accumulation * self._ranks, self._ranks)
-        step.positions = sum(text.numel() for *_, text in counted) * self._ranks
+        positions = sum(text.numel() for *_, text in counted) * self._ranks
+        step = _Counts(counts_AC, positions, self._accumulation * self._ranks, self._ranks)
         self._steps.append(step)
-        return [batch._replace(weights=MicroBatchWeights(step, index)) for index, batch in enumerate(batches)]
+        return [batch._replace(weights=partial(step.weights_C, index)) for index, batch in enumerate(batches)]
 
     def on_log(self, metrics: dict[str, Any]) -> None:
         """Add the share of padding to a line of training."""
         if "loss" in metrics and self._steps:
-            real = int(torch.stack([step.total_C()[-1] for step in self._steps]).sum())
-            share = _Share(real, sum(step.positions for step in self._steps))
-            metrics["padding"] = share.padding
-            self._logged = _Share(self._logged.real + share.real, self._logged.positions + share.positions)
+            text = int(torch.stack([step.total_C()[-1] for step in self._steps]).sum())
+            positions = sum(step.positions for step in self._steps)
+            metrics["padding"] = 1.0 - text / positions
+            self._text, self._positions = self._text + text, self._positions + positions
             self._steps.clear()
-
-
-class _Share(NamedTuple):
-    # Counts of text tokens and of all tokens.
-    real: int = 0
-    positions: int = 0
-
-    @property
-    def padding(self) -> float:
-        return 1.0 - self.real / self.positions
 
 
 class _Counts:
     """The token counts of a step: of each micro-batch on this rank, and in total over all ranks."""
 
-    def __init__(self, counts_AC: Tensor, micro_batches: int, ranks: int) -> None:
-        self._counts_AC, self._micro_batches = counts_AC, micro_batches
+    def __init__(self, counts_AC: Tensor, positions: int, micro_batches: int, ranks: int) -> None:
+        self._counts_AC, self._micro_batches, self.positions = counts_AC, micro_batches, positions
         self._total_C = counts_AC.sum(dim=0)
         self._work = torch.distributed.all_reduce(self._total_C, async_op=True) if ranks > 1 else None
         self._weights_AC: Tensor | None = None
-        self.positions = 0
 
     def total_C(self) -> Tensor:  # noqa: N802
         if self._work is not None:
@@ -155,13 +127,13 @@ class _Counts:
             self._work = None
         return self._total_C
 
-    def weights_AC(self) -> Tensor:  # noqa: N802
+    def weights_C(self, index: int) -> Tensor:  # noqa: N802
         if self._weights_AC is None:
             dtype = counting_dtype(self._counts_AC.device)
             # Exactly 1 if all counts are equal, as float64 represents integers below 2**53 exactly.
             shares_AC = (self._counts_AC * self._micro_batches).to(dtype)
             self._weights_AC = shares_AC / self.total_C().clamp(min=1).to(dtype)
-        return self._weights_AC
+        return self._weights_AC[index]
 
 
 def _fetch(fetch: Callable[[], Any]) -> MicroBatch:

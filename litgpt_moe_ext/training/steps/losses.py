@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litgpt_moe_ext.training.steps.batches import MicroBatchWeights, counts_for_loss
+from litgpt_moe_ext.training.steps.batches import counts_for_loss
 from litgpt_moe_ext.training.steps.corpora import CorpusLosses, find_mixture
 
 
@@ -24,7 +24,7 @@ class TokenMeans:
         ranks: Number of ranks.
 
     Attributes:
-        weights: Weights of the current training micro-batch; None means 1.
+        weights: Returns the weights of the current training micro-batch; None means 1.
         corpora: Keeps the validation losses of a mixture's corpora.
     """
 
@@ -32,7 +32,7 @@ class TokenMeans:
         self._ranks = ranks
         self._validated: list[tuple[Tensor, Tensor]] | None = None
         self.corpora = CorpusLosses(ranks)
-        self.weights: MicroBatchWeights | None = None
+        self.weights: Callable[[], Tensor] | None = None
 
     def wrap_loss(self, cross_entropy: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return a loss function that weighs its micro-batch.
