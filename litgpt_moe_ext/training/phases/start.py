@@ -69,12 +69,15 @@ def find_start(launched: Launched) -> tuple[Launched, Start]:
     found = agree(fabric, lambda: choose_checkpoint(plan, fabric.print))
     if found is None:
         return launched, Start(None, plan.settings.initial_checkpoint_dir)
-    fabric.attempt = agree(fabric, lambda: next_attempt(plan.out_dir, found.parent))
-    sequences, ahead = agree(fabric, lambda: sequences_and_steps_ahead(found.parent, plan.train.global_batch_size))
-    plan = dataclasses.replace(plan, steps_ahead=ahead)
-    launched.reporter.total_steps = plan.total_steps
-    corpora = agree(fabric, lambda: saved_corpora(found))
-    return dataclasses.replace(launched, plan=plan), Start(found, None, sequences, corpora)
+
+    def read() -> tuple[int, int | None, int, frozenset[str]]:
+        attempt = next_attempt(plan.out_dir, found.parent)
+        return attempt, *sequences_and_steps_ahead(found.parent, plan.train.global_batch_size), saved_corpora(found)
+
+    fabric.attempt, sequences, ahead, corpora = agree(fabric, read)
+    resumed = dataclasses.replace(plan, steps_ahead=ahead)
+    launched.reporter.total_steps = resumed.total_steps
+    return dataclasses.replace(launched, plan=resumed), Start(found, None, sequences, corpora)
 
 
 def choose_checkpoint(plan: Plan, say: Callable[[str], None], read_all: bool = True) -> Path | None:
