@@ -1,6 +1,6 @@
 """Checks and reports the kernels that a run will use, before the first step."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -40,37 +40,21 @@ class KernelReport(Callback):
                         fallback_is_known(_dtype(_attention_layers(module)[0], fabric.device), fabric.device)
 
 
-def check_named_kernels(config: Any, device: torch.device, dtype: torch.dtype) -> None:
+def check_kernels(launched: "Launched") -> None:
     """Refuse a kernel that the configuration names but this device lacks, before anything is prepared or moved.
 
-    Call it under the training's autocast.
-
-    Args:
-        config: The model's `litgpt.Config`.
-        device: The device it is trained on.
-        dtype: Dtype of its weights.
-
     Raises:
-        SettingsError: If `expert_backend` or `attention_backend` cannot work here.
+        SettingsError: If `expert_backend` or `attention_backend` cannot work here in the run's precision.
     """
+    config, fabric = launched.plan.config, launched.fabric
     if all(getattr(config, name, None) is None for name in BACKEND_FIELDS):
         return
-    model = meta_model(config).to(dtype)
-    experts_line(model, device, compiled=False)
-    attention_line(model, device)
-
-
-def check_kernels(launched: "Launched") -> None:
-    """Check a run's named kernels on its device and in its precision.
-
-    Raises:
-        SettingsError: If `expert_backend` or `attention_backend` cannot work here.
-    """
-    fabric = launched.fabric
     with fabric.init_tensor():
         dtype = torch.empty(0).dtype
+    model = meta_model(config).to(dtype)
     with fabric.autocast():
-        check_named_kernels(launched.plan.config, fabric.device, dtype)
+        experts_line(model, fabric.device, compiled=False)
+        attention_line(model, fabric.device)
 
 
 def experts_line(model: nn.Module, device: torch.device, compiled: bool) -> str | None:
