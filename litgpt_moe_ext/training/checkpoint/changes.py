@@ -31,49 +31,48 @@ def resume_notes(checkpoint_dir: Path, settings: dict[str, Any]) -> list[str]:
     saved = read(checkpoint_dir)
     if not saved:
         return [f"{checkpoint_dir} has no readable {FILE_NAME}: changed settings go unnoticed"]
-    notes, flat_before, flat_now = [], _flat(saved), _flat(settings)
-    for name, effect in _EFFECTS.items():
-        before, now = flat_before.get(name), flat_now.get(name)
-        if before != now and before is not None and now is not None:
-            notes.append(f"{name} was {before} in the checkpoint and is {now} now: {effect}")
-    for name, before, now in _differences(saved, settings):
-        if _is_kept_by_the_optimizer(name):
-            notes.append(
-                f"{name} was {before} in the checkpoint and is {now} now: it has no effect: the optimizer's state of "
-                "the checkpoint has its own"
-            )
+    notes = [
+        f"{name} was {before} in the checkpoint and is {now} now: {effect}"
+        for name, before, now in _differences(saved, settings)
+        if (effect := _effect_of(name)) is not None
+    ]
     if changes := changed_settings(checkpoint_dir, settings):
         notes.append(f"changed since the checkpoint: {', '.join(changes)}")
     return notes
 
 
 def changed_settings(checkpoint_dir: Path, settings: dict[str, Any]) -> list[str]:
-    """Return `NAME BEFORE -> NOW` for every setting that differs from a checkpoint's and takes effect.
+    """Return `NAME BEFORE -> NOW` for every setting that differs from a checkpoint's and whose effect is no surprise.
 
     Args:
         checkpoint_dir: The checkpoint to resume from.
         settings: Settings of the present run, as plain data.
     """
-    saved = read(checkpoint_dir)
-    flat_before, flat_now = _flat(saved), _flat(settings)
-    changes = []
-    for name, before, now in _differences(saved, settings):
-        # A setting missing on one side may not exist in that version, unless its default is null: nulls are not saved.
-        in_both = name in flat_before and name in flat_now
-        comparable = in_both or name.startswith(("model_config.", "data.")) or _is_null_by_default(name)
-        if comparable and not _is_kept_by_the_optimizer(name):
-            changes.append(f"{name} {before} -> {now}")
-    return changes
+    differences = _differences(read(checkpoint_dir), settings)
+    return [f"{name} {before} -> {now}" for name, before, now in differences if _effect_of(name) is None]
 
 
 def _differences(saved: dict[str, Any], settings: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield every setting that differs, with its values as text, except those with a note of their own."""
+    """Yield every setting that differs, with its values as text."""
     flat_before, flat_now = _flat(saved), _flat(settings)
-    told = _EFFECTS.keys() | _OF_THE_START
     for name in dict.fromkeys([*flat_before, *flat_now]):
         before, now = (shown(flat.get(name)) for flat in (flat_before, flat_now))
-        if before != now and name not in told:
+        # A setting missing on one side may not exist in that version, unless its default is null: nulls are not saved.
+        comparable = (
+            (name in flat_before and name in flat_now)
+            or name.startswith(("model_config.", "data."))
+            or _is_null_by_default(name)
+            or _is_kept_by_the_optimizer(name)
+        )
+        if before != now and comparable and name not in _OF_THE_START:
             yield name, before, now
+
+
+def _effect_of(name: str) -> str | None:
+    """Return the surprising effect of changing a setting, or None if it has the usual one."""
+    if _is_kept_by_the_optimizer(name):
+        return "it has no effect: the optimizer's state of the checkpoint has its own"
+    return _EFFECTS.get(name)
 
 
 def _is_null_by_default(name: str) -> bool:
