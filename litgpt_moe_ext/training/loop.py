@@ -169,7 +169,7 @@ class HookedLoop:
             "get_dataloaders": self._adaptable(litgpt.pretrain.get_dataloaders),
             "instantiate_torch_optimizer": self._equipment.optimization.make_optimizer,
             "chunked_cross_entropy": self._means.wrap_loss(self._handover.wrap(cross_entropy)),
-            "validate": self._noted(self._validate(litgpt.pretrain.validate)),
+            "validate": self._validate(litgpt.pretrain.validate),
             "RunningMean": RunningMean,
             "math": SimpleNamespace(**{**vars(math), "exp": exp}),
         }
@@ -238,9 +238,8 @@ class HookedLoop:
         return CycleIterator
 
     def _validate(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return self._means.wrap_validation(self._validation.wrap(self._handover.wrap_validation(original)))
+        validate = self._means.wrap_validation(self._validation.wrap(self._handover.wrap_validation(original)))
 
-    def _noted(self, validate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def noted_validate(*args: Any, verbose: bool = True, **kwargs: Any) -> Tensor:
             loss = validate(*args, verbose=verbose, **kwargs)
             if verbose:  # not LitGPT's sanity check
