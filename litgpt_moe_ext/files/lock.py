@@ -19,10 +19,10 @@ class ProcessLock:
         self._owner_file = file.with_name(f"{file.name}.owner")
         self._lock = FileLock(file)
 
-    def take(self) -> str | None:
-        """Take the lock and return None, or return who holds it."""
+    def take(self, wait: bool = False) -> str | None:
+        """Take the lock and return None, or return who holds it; with `wait`, do so once nobody holds it any more."""
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=-1 if wait else 0)
         except Timeout:
             try:
                 return self._owner_file.read_text(encoding="utf-8")

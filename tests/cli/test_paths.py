@@ -16,7 +16,7 @@ from litgpt_moe_ext.cli.arguments import build_parser
 from litgpt_moe_ext.cli.main import COMMANDS, load, main
 from litgpt_moe_ext.cli.output import write_text
 from litgpt_moe_ext.cli.paths import check_path, check_paths
-from litgpt_moe_ext.data.pipeline.store.finished import check_root
+from litgpt_moe_ext.data.pipeline.store.unfinished import only_one
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.phases.inputs import check_initial_checkpoint, check_writable
 from tests.runs import ROOT
@@ -163,7 +163,7 @@ def test_a_file_system_that_takes_no_files_is_no_place(place):
     with pytest.raises(SettingsError, match=f"^out_dir: '{place}' must be a directory in which files can be created"):
         check_writable(Path(place))
     with pytest.raises(SettingsError, match=f"^data_path: '{place}' cannot be used as a cache folder"):
-        check_root(Path(place))
+        only_one(Path(place) / "0123", verbose=False).__enter__()
 
 
 def test_a_file_system_without_locks_is_no_place(tmp_path, monkeypatch):
@@ -177,7 +177,7 @@ def test_a_file_system_without_locks_is_no_place(tmp_path, monkeypatch):
     with pytest.raises(SettingsError, match=r"^out_dir: '.*' must be .* and locked \(No locks available\); choose"):
         check_writable(tmp_path / "run")
     with pytest.raises(SettingsError, match=r"^data_path: '.*' .*\(No locks available\); set data_path to .* lock"):
-        check_root(tmp_path / "data")
+        only_one(tmp_path / "data" / "0123", verbose=False).__enter__()
     assert not [*(tmp_path / "run").iterdir()]
 
 

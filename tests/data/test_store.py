@@ -14,13 +14,12 @@ from litgpt_moe_ext.data.pipeline.store.finished import (
     STATE,
     TOKENIZER_DIR,
     cache_key,
-    check_root,
     in_validation,
     publish,
     read_manifest,
     unigram_loss,
 )
-from litgpt_moe_ext.data.pipeline.store.unfinished import remove_leftovers
+from litgpt_moe_ext.data.pipeline.store.unfinished import only_one, remove_leftovers
 from litgpt_moe_ext.errors import SettingsError
 
 
@@ -98,11 +97,11 @@ def test_hashes_that_were_never_written_to_their_end_go_when_they_are_old(tmp_pa
 def test_data_path_that_is_a_file(tmp_path, below):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(SettingsError, match="data_path: '.*file.*' cannot be used .*; set data_path"):
-        check_root(tmp_path / "file" / below)
+        only_one(tmp_path / "file" / below / "0123", verbose=False).__enter__()
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
 def test_data_path_without_permission(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(SettingsError, match="data_path: '.*locked' cannot be used .*Permission denied"):
-        check_root(tmp_path / "locked")
+        only_one(tmp_path / "locked" / "0123", verbose=False).__enter__()

@@ -30,7 +30,6 @@ from litgpt_moe_ext.data.pipeline.store.finished import (
     STATE,
     TOKENIZER_DIR,
     cache_key,
-    check_root,
     open_corpus,
     publish,
     read_manifest,
@@ -116,7 +115,6 @@ def prepare_corpus(
         if verbose:
             print(f"Reusing the corpus in {directory} ({_summary(manifest)})", flush=True)
         return directory
-    check_root(directory.parent)
     with only_one(directory, verbose):
         if read_manifest(directory) is None:  # another process may have finished it meanwhile
             if directory.exists():

@@ -19,7 +19,6 @@ from litgpt_moe_ext.data.pipeline.shards import open_shard
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files import checksums
 from litgpt_moe_ext.files.durable import flush, flush_tree
-from litgpt_moe_ext.files.lock import ProcessLock
 
 FORMAT_VERSION = 3  # part of every key; raise it when the same input leads to other files
 TOKENIZER_DIR = "tokenizer"
@@ -142,20 +141,3 @@ def publish(partial: Path, final: Path) -> None:
     os.rename(partial, final)
     flush(final.parent)
     (final / STATE).unlink(missing_ok=True)
-
-
-def check_root(root: Path) -> None:
-    """Raise SettingsError, with the remedy, unless `root` is a folder with files that can be made, and be locked."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        # One name for all, so that those that are killed here leave one file.
-        probe = root / ".probe"
-        probe.touch()  # what cannot be made is to filelock as if another process had it
-        lock = ProcessLock(probe)
-        lock.take()
-        lock.release()
-    except OSError as error:
-        raise SettingsError(
-            f"data_path: {str(root)!r} cannot be used as a cache folder ({error.strerror or error}); set data_path to "
-            "a folder in which files can be created and locked"
-        ) from error

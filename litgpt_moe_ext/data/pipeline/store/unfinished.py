@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from litgpt_moe_ext.data.pipeline.batches import Batch
 from litgpt_moe_ext.data.pipeline.hashes import HASHES
@@ -22,6 +21,7 @@ from litgpt_moe_ext.data.pipeline.sources import SIDES
 from litgpt_moe_ext.data.pipeline.store.finished import STATE
 from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.files.durable import flush, replacing
+from litgpt_moe_ext.files.lock import ProcessLock
 
 DAYS = 14
 UNFINISHED, LOCK = ".unfinished", ".lock"
@@ -101,14 +101,25 @@ def only_one(directory: Path, verbose: bool) -> Iterator[None]:
     Args:
         directory: The corpus.
         verbose: Whether to print the message.
+
+    Raises:
+        SettingsError: The folder of the corpora cannot be made, or takes no files, or no locks.
     """
-    lock = FileLock(directory.with_name(f".{directory.name}{LOCK}"))
+    root, file = directory.parent, directory.with_name(f".{directory.name}{LOCK}")
+    lock = ProcessLock(file)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
+        root.mkdir(parents=True, exist_ok=True)
+        file.touch()  # what cannot be made is to filelock as if another process had it
+        owner = lock.take()
+    except OSError as error:
+        raise SettingsError(
+            f"data_path: {str(root)!r} cannot be used as a cache folder ({error.strerror or error}); set data_path to "
+            "a folder in which files can be created and locked"
+        ) from error
+    if owner is not None:
         if verbose:
-            print(f"Waiting for another process that prepares {directory}", flush=True)
-        lock.acquire()
+            print(f"Waiting for {owner}, which prepares {directory}", flush=True)
+        lock.take(wait=True)
     try:
         yield
     finally:
@@ -147,19 +158,13 @@ def remove_leftovers(data_path: Path) -> list[Path]:
 
 
 def _remove(folder: Path, before: float) -> bool:
-    lock_file = folder.with_suffix(LOCK)
-    lock = FileLock(lock_file)
+    lock = ProcessLock(folder.with_suffix(LOCK))
     try:
-        if max(path.stat().st_mtime for path in (folder, *folder.iterdir())) >= before:
+        if max(path.stat().st_mtime for path in (folder, *folder.iterdir())) >= before or lock.take() is not None:
             return False
-        lock.acquire(timeout=0)
-    except (Timeout, OSError):  # somebody works on it, or has just finished
-        return False
-    try:
         shutil.rmtree(folder, ignore_errors=True)
-        # While it is held, as `files.lock` does.
-        with suppress(OSError):
-            lock_file.unlink(missing_ok=True)
+    except OSError:  # somebody has just finished it
+        return False
     finally:
         lock.release()
     return not folder.exists()
