@@ -110,7 +110,10 @@ def refuse_streaming(streaming: bool, source_path: Path) -> None:
 def _refuse_common_rows(trained: str, validated: str, lengths: dict[str, int]) -> None:
     from datasets import ReadInstruction
 
-    ours, theirs = (ReadInstruction.from_spec(split).to_absolute(lengths) for split in (trained, validated))
+    everything = {"all": "+".join(lengths)}  # as `load_dataset` reads it
+    ours, theirs = (
+        ReadInstruction.from_spec(everything.get(split, split)).to_absolute(lengths) for split in (trained, validated)
+    )
     for train, val in itertools.product(ours, theirs):
         first, end = max(train.from_, val.from_), min(train.to, val.to)
         if train.splitname == val.splitname and first < end:
