@@ -17,7 +17,7 @@ from litgpt_moe_ext.export.facts import Facts, facts_of, left_out
 from litgpt_moe_ext.export.hf.architectures import choose_class
 from litgpt_moe_ext.export.hf.config_json import REMOTE_CODE
 from litgpt_moe_ext.export.hf.names import OWN_BALANCING_BIAS
-from litgpt_moe_ext.export.hf.shards import MAX_SHARD_BYTES, Sketch, write_shards
+from litgpt_moe_ext.export.hf.shards import MAX_SHARD_BYTES, write_shards
 from litgpt_moe_ext.export.hf.tokenizer import export_tokenizer
 from litgpt_moe_ext.export.source import read_source
 from litgpt_moe_ext.export.tensors import BALANCING_BIAS
@@ -63,8 +63,8 @@ def export_checkpoint(
     chosen = parse_dtype(dtype)
     with new_directory(out_dir, source.nbytes(chosen, architecture)) as partial:
         ids = export_tokenizer(checkpoint_dir, partial, source.config.padded_vocab_size)
-        sketches = [_sketch(name, tensor, chosen) for name, tensor in source.tensors(architecture, meta=True)]
-        n_bytes = write_shards(sketches, source.tensors(architecture), partial, max_shard_bytes)
+        announced = {name: _converted(name, tensor, chosen) for name, tensor in source.tensors(architecture, meta=True)}
+        n_bytes = write_shards(announced, source.tensors(architecture), partial, max_shard_bytes)
         config = _config_json(architecture, facts, ids, chosen or source.dtype)
         _write_json(partial / "config.json", config | {"tie_word_embeddings": source.writes_once(architecture)})
         _write_json(partial / "generation_config.json", {"_from_model_config": True, **ids})
@@ -76,9 +76,9 @@ def export_checkpoint(
     )
 
 
-def _sketch(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Sketch:
+def _converted(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     keeps = dtype is None or name.endswith((BALANCING_BIAS, OWN_BALANCING_BIAS))
-    return Sketch(name, tuple(tensor.shape), tensor.dtype if keeps else dtype)
+    return tensor if keeps else tensor.to(dtype)
 
 
 def _config_json(architecture: Architecture, facts: Facts, ids: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
