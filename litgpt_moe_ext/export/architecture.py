@@ -23,7 +23,7 @@ class Architecture:
         class_name: The class with an output head.
         model_type: Its name in `config.json`.
         can: Values of each fact that it can express; facts that are not listed may have any value.
-        config: Returns the entries of `config.json` beyond the common ones.
+        parts: Return entries of `config.json`, or metadata of a graph; later parts replace entries of earlier ones.
         names: The map from our tensors to those of the class.
         biases: Biases of a layer that the class always has, by our names; zeros if ours has none.
         rotates_neighbours: Whether rotary positions rotate adjacent elements of a head, instead of its halves.
@@ -36,7 +36,7 @@ class Architecture:
     class_name: str
     model_type: str
     can: Mapping[str, tuple[Any, ...]]
-    config: Callable[[Facts], dict[str, Any]]
+    parts: tuple[Callable[[Facts], dict[str, Any]], ...]
     names: Names
     biases: tuple[str, ...] = ()
     rotates_neighbours: bool = False
@@ -51,6 +51,10 @@ class Architecture:
     def lacks(self, facts: Facts) -> list[str]:
         """Return the facts that the class cannot express, as `fact: value`; empty if it computes this model."""
         return _differences(facts, self.can)
+
+    def config(self, facts: Facts) -> dict[str, Any]:
+        """Return the entries of `config.json`, or the metadata, for a model."""
+        return {name: value for part in self.parts for name, value in part(facts).items()}
 
     def serve(self, facts: Facts, directory: str) -> str:
         """Return the command with which vLLM serves the export of a model."""

@@ -33,12 +33,19 @@ SOFTMAX = LLAMA_LIKE | {
     "scaled": (False,),
     "shared": ("none",),
 }
+# Sigmoid routers balanced by a bias.
+BALANCED: dict[str, tuple[Any, ...]] = {
+    "score": ("sigmoid",),
+    "norm_topk": (True, False),
+    "balancing_bias": (True, False),
+    "groups": ("none", "best_two"),
+}
 # DeepSeek's attention and layers.
 LATENT: dict[str, tuple[Any, ...]] = {
     "attention": ("latent",),
     "grouped": (False,),
-    "latent_norm_eps": (True,),
     "layers": ("moe", "mixed"),
+    "rope_layout": ("interleaved", "half"),
     "scaled": (True, False),
     "shared": ("plain",),
 }
@@ -61,16 +68,12 @@ GPT2: dict[str, tuple[Any, ...]] = {
 }
 # Biases that its classes have in every layer, zeros or not, by our names.
 GPT2_BIASES = ("attn.qkv.bias", "attn.proj.bias", "mlp.fc.bias", "mlp.proj.bias")
-# Balanced sigmoid routers, and shared experts.
-GLM: dict[str, tuple[Any, ...]] = {
+# Balanced routers, and shared experts.
+GLM = BALANCED | {
     "layers": ("moe", "mixed"),
     "positions": ("rotary", "partial_rotary"),
     "qk_norm": ("none", "head"),
     "attention_bias": ("none", "qkv"),
-    "score": ("sigmoid",),
-    "norm_topk": (True, False),
-    "balancing_bias": (True, False),
-    "groups": ("none", "best_two"),
     "scaled": (True, False),
     "shared": ("plain",),
 }

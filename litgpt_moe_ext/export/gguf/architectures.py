@@ -15,7 +15,7 @@ from litgpt_moe_ext.config.rope import DEFAULT_BETA_FAST, DEFAULT_BETA_SLOW, pre
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.architecture import Architecture
 from litgpt_moe_ext.export.facts import Facts, leading_dense_layers, window_of
-from litgpt_moe_ext.export.families import GLM, GPT2, GPT2_BIASES, GPT_OSS, LATENT, LLAMA_LIKE, SOFTMAX
+from litgpt_moe_ext.export.families import BALANCED, GLM, GPT2, GPT2_BIASES, GPT_OSS, LATENT, LLAMA_LIKE, SOFTMAX
 from litgpt_moe_ext.export.gguf import names
 from litgpt_moe_ext.export.tensors import Names
 
@@ -39,19 +39,15 @@ def _sizes(facts: Facts) -> dict[str, Any]:
     }
 
 
-def _decoder(facts: Facts) -> dict[str, Any]:
+def _heads(facts: Facts) -> dict[str, Any]:
     config = facts.config
-    return (
-        _sizes(facts)
-        | {
-            "attention.key_length": config.head_size,
-            "attention.value_length": config.head_size,
-            "attention.layer_norm_rms_epsilon": config.norm_eps,
-            "rope.dimension_count": config.rope_n_elem,
-            "rope.freq_base": float(config.rope_base),
-        }
-        | _rope_scaling(facts)
-    )
+    return {
+        "attention.key_length": config.head_size,
+        "attention.value_length": config.head_size,
+        "attention.layer_norm_rms_epsilon": config.norm_eps,
+        "rope.dimension_count": config.rope_n_elem,
+        "rope.freq_base": float(config.rope_base),
+    }
 
 
 def _rope_scaling(facts: Facts) -> dict[str, Any]:
@@ -74,9 +70,9 @@ def _rope_scaling(facts: Facts) -> dict[str, Any]:
     return scaling
 
 
-def _moe(facts: Facts) -> dict[str, Any]:
+def _experts(facts: Facts) -> dict[str, Any]:
     config = facts.config
-    return _decoder(facts) | {
+    return {
         "expert_count": config.n_expert,
         "expert_used_count": config.n_expert_per_token,
         "expert_feed_forward_length": config.moe_intermediate_size,
@@ -84,44 +80,41 @@ def _moe(facts: Facts) -> dict[str, Any]:
 
 
 def _one_width(facts: Facts) -> dict[str, Any]:
-    return _moe(facts) | {"feed_forward_length": facts.config.moe_intermediate_size}
+    return {"feed_forward_length": facts.config.moe_intermediate_size}
+
+
+def _shared_width(facts: Facts) -> dict[str, Any]:
+    return {"expert_shared_feed_forward_length": facts.shared_width} if facts.shared != "none" else {}
 
 
 def _glm(facts: Facts) -> dict[str, Any]:
     config = facts.config
     groups = {"expert_group_count": config.n_expert_groups, "expert_group_used_count": config.n_topk_groups}
-    return (
-        _moe(facts)
-        | {
-            "expert_shared_count": config.n_shared_expert,
-            "leading_dense_block_count": leading_dense_layers(config),
-            "expert_gating_func": _GATING[facts.score],
-            "expert_weights_norm": facts.norm_topk,
-            "expert_weights_scale": float(config.routed_scaling_factor),
-        }
-        | (groups if facts.groups != "none" else {})
-    )
+    return {
+        "expert_shared_count": config.n_shared_expert,
+        "leading_dense_block_count": leading_dense_layers(config),
+        "expert_gating_func": _GATING[facts.score],
+        "expert_weights_norm": facts.norm_topk,
+        "expert_weights_scale": float(config.routed_scaling_factor),
+        **(groups if facts.groups != "none" else {}),
+    }
 
 
-def _deepseek(facts: Facts) -> dict[str, Any]:
+def _latent(facts: Facts) -> dict[str, Any]:
     _require_full_depth(facts.config)
     sizes = facts.latent_sizes
     rank, rotated = sizes["kv_lora_rank"], sizes["qk_rope_head_dim"]
-    return (
-        _glm(facts)
-        | {
-            # The graph attends to the latent keys as to a single head shared by all queries.
-            "attention.head_count_kv": 1,
-            "attention.key_length": rank + rotated,
-            "attention.value_length": rank,
-            "attention.key_length_mla": sizes["qk_nope_head_dim"] + rotated,
-            "attention.value_length_mla": sizes["v_head_dim"],
-            "attention.q_lora_rank": sizes["q_lora_rank"],
-            "attention.kv_lora_rank": rank,
-            "rope.dimension_count": rotated,
-        }
-        | _yarn_of_latent_attention(facts)
-    )
+    return {
+        # The graph attends to the latent keys as to a single head shared by all queries.
+        "attention.head_count_kv": 1,
+        "attention.key_length": rank + rotated,
+        "attention.value_length": rank,
+        "attention.key_length_mla": sizes["qk_nope_head_dim"] + rotated,
+        "attention.value_length_mla": sizes["v_head_dim"],
+        "attention.q_lora_rank": sizes["q_lora_rank"],
+        "attention.kv_lora_rank": rank,
+        "rope.dimension_count": rotated,
+    }
 
 
 def _require_full_depth(config: "Config") -> None:
@@ -153,9 +146,7 @@ def _yarn_of_latent_attention(facts: Facts) -> dict[str, Any]:
 
 
 def _ernie(facts: Facts) -> dict[str, Any]:
-    shared = {"expert_shared_feed_forward_length": facts.shared_width} if facts.shared != "none" else {}
-    dense = leading_dense_layers(facts.config)
-    return _moe(facts) | {"interleave_moe_layer_step": 1, "leading_dense_block_count": dense} | shared
+    return {"interleave_moe_layer_step": 1, "leading_dense_block_count": leading_dense_layers(facts.config)}
 
 
 def _gpt_oss(facts: Facts) -> dict[str, Any]:
@@ -163,14 +154,14 @@ def _gpt_oss(facts: Facts) -> dict[str, Any]:
     windows = [window_of(config, i) is not None for i in range(config.n_layer)]
     # The graph requires a layer with a window; a window as long as the context hides nothing.
     windows[0] = windows[0] or not any(windows)
-    return _moe(facts) | {
+    return {
         "attention.sliding_window": config.sliding_window_size or config.block_size,
         "attention.sliding_window_pattern": windows,
     }
 
 
 def _gpt2(facts: Facts) -> dict[str, Any]:
-    return _sizes(facts) | {"attention.layer_norm_epsilon": facts.config.norm_eps}
+    return {"attention.layer_norm_epsilon": facts.config.norm_eps}
 
 
 def _llama3_factors(config: "Config") -> dict[str, Tensor]:
@@ -190,10 +181,15 @@ _ANY_LLAMA: dict[str, tuple[Any, ...]] = {
 }
 
 
+# The metadata by its parts.
+_DECODER_PARTS = (_sizes, _heads, _rope_scaling)
+_MOE_PARTS = (*_DECODER_PARTS, _experts)
+
+
 def _graph(
     name: str,
     can: dict[str, tuple[Any, ...]],
-    metadata: Callable[[Facts], dict[str, Any]],
+    metadata: tuple[Callable[[Facts], dict[str, Any]], ...],
     tensors: Names,
     **more: Any,
 ) -> Architecture:
@@ -201,31 +197,25 @@ def _graph(
 
 
 GRAPHS = (
-    _graph(
-        "gpt2",
-        GPT2 | {"activation": ("gelu_tanh",)},
-        _gpt2,
-        names.GPT2,
-        biases=GPT2_BIASES,
-    ),
+    _graph("gpt2", GPT2 | {"activation": ("gelu_tanh",)}, (_sizes, _gpt2), names.GPT2, biases=GPT2_BIASES),
     _graph(
         "llama",
         _COMMON | _ANY_LLAMA | {"layers": ("dense",), "mlp_bias": (False, True)},
-        _decoder,
+        _DECODER_PARTS,
         names.DECODER,
         rotates_neighbours=True,
         more=_llama3_factors,
     ),
-    _graph("qwen3", _COMMON | {"layers": ("dense",), "qk_norm": ("head",)}, _decoder, names.DECODER),
+    _graph("qwen3", _COMMON | {"layers": ("dense",), "qk_norm": ("head",)}, _DECODER_PARTS, names.DECODER),
     _graph(
         "llama with experts",
         _MOE | _ANY_LLAMA | {"layers": ("moe",)},
-        _one_width,
+        (*_MOE_PARTS, _one_width),
         names.DECODER,
         rotates_neighbours=True,
         more=_llama3_factors,
     ),
-    _graph("qwen3moe", _MOE | {"layers": ("moe",), "qk_norm": ("head",)}, _moe, names.DECODER),
+    _graph("qwen3moe", _MOE | {"layers": ("moe",), "qk_norm": ("head",)}, _MOE_PARTS, names.DECODER),
     _graph(
         "qwen2moe",
         _MOE
@@ -236,7 +226,7 @@ GRAPHS = (
             "shared": ("gated",),
             "free_head_size": (False,),
         },
-        lambda facts: _moe(facts) | {"expert_shared_feed_forward_length": facts.shared_width},
+        (*_MOE_PARTS, _shared_width),
         names.DECODER,
         ties=False,
     ),
@@ -250,7 +240,7 @@ GRAPHS = (
             "grouped": (False,),
             "free_head_size": (False,),
         },
-        _one_width,
+        (*_MOE_PARTS, _one_width),
         names.DECODER,
         ties=False,
     ),
@@ -262,38 +252,17 @@ GRAPHS = (
             "balancing_bias": (True, False),
             "shared": ("none", "plain", "plain_other_width"),
         },
-        _ernie,
+        (*_MOE_PARTS, _ernie, _shared_width),
         names.BALANCED,
         rotates_neighbours=True,
     ),
-    _graph(
-        "glm4moe",
-        _MOE | GLM,
-        _glm,
-        names.GLM,
-    ),
+    _graph("glm4moe", _MOE | GLM, (*_MOE_PARTS, _glm), names.GLM),
     _graph(
         "deepseek2",
-        _MOE
-        | {name: values for name, values in LATENT.items() if name != "latent_norm_eps"}
-        | {
-            "rope": ("default", "yarn"),
-            "rope_layout": ("interleaved", "half"),
-            "score": ("softmax", "sigmoid"),
-            "norm_topk": (True, False),
-            "balancing_bias": (True, False),
-            "groups": ("none", "best_two"),
-        },
-        _deepseek,
+        _MOE | LATENT | BALANCED | {"rope": ("default", "yarn"), "score": ("softmax", "sigmoid")},
+        (*_MOE_PARTS, _glm, _latent, _yarn_of_latent_attention),
         names.BALANCED,
         rotates_neighbours=True,
     ),
-    _graph(
-        "gpt-oss",
-        _MOE | GPT_OSS,
-        _gpt_oss,
-        names.GPT_OSS,
-        biases=("mlp.gate.bias",),
-        ties=False,
-    ),
+    _graph("gpt-oss", _MOE | GPT_OSS, (*_MOE_PARTS, _gpt_oss), names.GPT_OSS, biases=("mlp.gate.bias",), ties=False),
 )

@@ -76,9 +76,22 @@ def qwen_layers(facts: Facts) -> _Json:
     return {"num_experts": config.n_expert, "decoder_sparse_step": 1, "mlp_only_layers": dense}
 
 
-def window_key(facts: Facts) -> _Json:
-    """Return Mixtral's entry for the sliding window."""
-    return {"sliding_window": window_of(facts.config, 0)}
+def mixtral(facts: Facts) -> _Json:
+    """Return the entries of Mixtral alone."""
+    return {
+        "num_local_experts": facts.config.n_expert,
+        "intermediate_size": facts.config.moe_intermediate_size,
+        "sliding_window": window_of(facts.config, 0),
+    }
+
+
+def olmoe(facts: Facts) -> _Json:
+    """Return the entries of OLMoE alone."""
+    return {
+        "num_experts": facts.config.n_expert,
+        "intermediate_size": facts.config.moe_intermediate_size,
+        "clip_qkv": facts.config.clip_qkv,
+    }
 
 
 def no_window(facts: Facts) -> _Json:
@@ -87,24 +100,20 @@ def no_window(facts: Facts) -> _Json:
 
 
 def glm(facts: Facts) -> _Json:
-    """Return the entries of GLM-4-MoE."""
+    """Return the entries that GLM-4-MoE and DeepSeek share."""
     config = facts.config
-    return (
-        llama(facts)
-        | moe_sizes(facts)
-        | {
-            "n_routed_experts": config.n_expert,
-            "n_shared_experts": config.n_shared_expert,
-            "n_group": config.n_expert_groups or 1,
-            "topk_group": config.n_topk_groups or 1,
-            "routed_scaling_factor": config.routed_scaling_factor,
-            "first_k_dense_replace": leading_dense_layers(config),
-            "partial_rotary_factor": _share(config.rope_n_elem, config.head_size),
-            "use_qk_norm": facts.qk_norm == "head",
-            # Otherwise llama.cpp would count a layer for multi-token prediction.
-            "num_nextn_predict_layers": 0,
-        }
-    )
+    return {
+        "n_routed_experts": config.n_expert,
+        "n_shared_experts": config.n_shared_expert,
+        "n_group": config.n_expert_groups or 1,
+        "topk_group": config.n_topk_groups or 1,
+        "routed_scaling_factor": config.routed_scaling_factor,
+        "first_k_dense_replace": leading_dense_layers(config),
+        "partial_rotary_factor": _share(config.rope_n_elem, config.head_size),
+        "use_qk_norm": facts.qk_norm == "head",
+        # Otherwise llama.cpp would count a layer for multi-token prediction.
+        "num_nextn_predict_layers": 0,
+    }
 
 
 def _share(part: int, whole: int) -> float:
@@ -113,16 +122,16 @@ def _share(part: int, whole: int) -> float:
     return share if int(share * whole) == part else math.nextafter(share, 1)
 
 
-def _latent(facts: Facts) -> _Json:
+def latent(facts: Facts) -> _Json:
+    """Return the entries of latent attention."""
     config = facts.config
     sizes = {"head_dim": config.rope_n_elem, "num_key_value_heads": config.n_head, "partial_rotary_factor": 1.0}
-    return facts.latent_sizes | sizes
+    return facts.latent_sizes | sizes | _temperature(facts)
 
 
 def deepseek_v2(facts: Facts) -> _Json:
-    """Return the entries of DeepSeek-V2."""
-    method = "greedy" if facts.groups == "none" else "group_limited_greedy"
-    return glm(facts) | _latent(facts) | _temperature(facts) | _routing(method, "softmax")
+    """Return the entries of DeepSeek-V2 alone."""
+    return _routing("greedy" if facts.groups == "none" else "group_limited_greedy", "softmax")
 
 
 def _temperature(facts: Facts) -> _Json:
@@ -144,43 +153,37 @@ def _routing(method: str, score: str) -> _Json:
 
 
 def deepseek_v3(facts: Facts) -> _Json:
-    """Return the entries of DeepSeek-V3."""
+    """Return the entries of DeepSeek-V3 alone."""
     # Always stored interleaved, because vLLM does not read this entry.
-    routing = _routing("noaux_tc", "sigmoid")
-    return glm(facts) | _latent(facts) | _temperature(facts) | routing | {"rope_interleave": True}
+    return _routing("noaux_tc", "sigmoid") | {"rope_interleave": True}
 
 
 def gpt_oss(facts: Facts) -> _Json:
-    """Return the entries of GPT-OSS."""
+    """Return the entries of GPT-OSS alone."""
     config = facts.config
     windows = [window_of(config, i) for i in range(config.n_layer)]
-    return (
-        llama(facts)
-        | moe_sizes(facts)
-        | {
-            "num_local_experts": config.n_expert,
-            "intermediate_size": config.moe_intermediate_size,
-            "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
-            "sliding_window": config.sliding_window_size or config.block_size,
-            "swiglu_alpha": 1.702,
-            "swiglu_limit": 7.0,
-            # Without an entry the default would be YaRN.
-            "rope_scaling": _rope_scaling(facts) or {"rope_type": "default"},
-        }
-    )
+    return {
+        "num_local_experts": config.n_expert,
+        "intermediate_size": config.moe_intermediate_size,
+        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
+        "sliding_window": config.sliding_window_size or config.block_size,
+        "swiglu_alpha": 1.702,
+        "swiglu_limit": 7.0,
+        # Without an entry the default would be YaRN.
+        "rope_scaling": _rope_scaling(facts) or {"rope_type": "default"},
+    }
 
 
 def ernie(facts: Facts) -> _Json:
-    """Return the entries of ERNIE-4.5-MoE."""
+    """Return the entries of ERNIE-4.5-MoE alone."""
     config = facts.config
-    first = leading_dense_layers(config)
-    return llama(facts) | {
+    return {
         "use_bias": facts.mlp_bias,
         "moe_intermediate_size": config.moe_intermediate_size,
         "moe_k": config.n_expert_per_token,
         "moe_num_experts": config.n_expert,
         "moe_num_shared_experts": config.n_shared_expert or 0,
-        "moe_layer_start_index": first,
+        "moe_layer_start_index": leading_dense_layers(config),
         "moe_layer_end_index": config.n_layer - 1,
         "moe_layer_interval": 1,
     }
