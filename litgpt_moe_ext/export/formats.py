@@ -24,23 +24,12 @@ def export(checkpoint_dir: Path, out_dir: Path, name: str, dtype: str | None = N
         SettingsError: If the model cannot be exported, or a directory is unsuitable.
     """
     if name == "gguf":
-        from litgpt_moe_ext.export.gguf.write import MODEL_FILE, export_gguf
+        from litgpt_moe_ext.export.gguf.write import export_gguf
 
-        file = export_gguf(checkpoint_dir, out_dir, dtype)
-        return [
-            *file.left_out,
-            f"Wrote {out_dir / MODEL_FILE} as {file.graph}, {file.n_bytes / 1e6:,.1f} MB of weights",
-        ]
+        return export_gguf(checkpoint_dir, out_dir, dtype)
     from litgpt_moe_ext.export.hf.write import export_checkpoint
 
-    done = export_checkpoint(checkpoint_dir, out_dir, dtype)
-    lines = [f"not {class_name}: {', '.join(lacking)}" for class_name, lacking in done.rejected.items()]
-    return [
-        *lines,
-        *done.left_out,
-        f"vLLM: {done.serve}",
-        f"Wrote {out_dir} as {done.class_name}, {done.n_bytes / 1e6:,.1f} MB of weights",
-    ]
+    return export_checkpoint(checkpoint_dir, out_dir, dtype).lines
 
 
 def check_exportable(config: "Config", name: str) -> None:

@@ -1,7 +1,6 @@
 """From a LitGPT checkpoint to a GGUF file."""
 
 import importlib.util
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +24,16 @@ _FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 _ALWAYS_FLOAT32 = ("ffn_gate_inp.weight", "position_embd.weight")
 
 
-@dataclass(frozen=True)
-class GGUFExport:
-    """The result of an export.
-
-    Attributes:
-        graph: The graph of llama.cpp that computes the model.
-        left_out: A sentence about each setting that the export leaves out.
-        n_bytes: Size of the tensors.
-    """
-
-    graph: str
-    left_out: list[str]
-    n_bytes: int
-
-
-def export_gguf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None) -> GGUFExport:
+def export_gguf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None) -> list[str]:
     """Write a checkpoint as a file for llama.cpp and programs built on it.
 
     Args:
         checkpoint_dir: A LitGPT checkpoint of any strategy.
         out_dir: The new directory, with `model.gguf` in it.
         dtype: Floating type of the matrices; None keeps theirs. Vectors and routers are float32.
+
+    Returns:
+        Lines for the user: the settings that the export leaves out, and what was written.
 
     Raises:
         SettingsError: If no graph of llama.cpp computes this model, if there is no whole checkpoint, if `out_dir`
@@ -72,7 +59,8 @@ def export_gguf(checkpoint_dir: Path, out_dir: Path, dtype: str | None = None) -
     with new_directory(out_dir, source.nbytes(chosen, graph)) as partial:
         n_bytes = _write(partial / MODEL_FILE, source, graph, metadata, chosen)
         write_card(partial, source, graph, "gguf", dtype)
-    return GGUFExport(graph.class_name, left_out(source.config), n_bytes)
+    written = f"Wrote {out_dir / MODEL_FILE} as {graph.class_name}, {n_bytes / 1e6:,.1f} MB of weights"
+    return [*left_out(source.config), written]
 
 
 def require_package() -> None:

@@ -30,16 +30,13 @@ class Export:
     Attributes:
         class_name: The class of transformers, or of the file next to the weights.
         serve: The command with which vLLM serves it.
-        rejected: What each class that was tried before lacks.
-        left_out: A sentence about each setting that the export leaves out.
-        n_bytes: Size of the weights.
+        lines: For the user: what each class that was tried before lacks, the settings that the export leaves out, the
+            command, and what was written.
     """
 
     class_name: str
     serve: str
-    rejected: dict[str, list[str]]
-    left_out: list[str]
-    n_bytes: int
+    lines: list[str]
 
 
 def export_checkpoint(
@@ -71,9 +68,14 @@ def export_checkpoint(
         if architecture.model_type == "litgpt_moe":
             shutil.copyfile(Path(__file__).with_name(f"{REMOTE_CODE}.py"), partial / f"{REMOTE_CODE}.py")
         write_card(partial, source, architecture, "hf", dtype, architecture.serve(facts, "PATH"))
-    return Export(
-        architecture.class_name, architecture.serve(facts, str(out_dir)), rejected, left_out(source.config), n_bytes
-    )
+    serve = architecture.serve(facts, str(out_dir))
+    lines = [
+        *(f"not {class_name}: {', '.join(lacking)}" for class_name, lacking in rejected.items()),
+        *left_out(source.config),
+        f"vLLM: {serve}",
+        f"Wrote {out_dir} as {architecture.class_name}, {n_bytes / 1e6:,.1f} MB of weights",
+    ]
+    return Export(architecture.class_name, serve, lines)
 
 
 def _converted(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -28,7 +28,7 @@ def test_logits_and_tokens_equal_the_originals(tmp_path, name):
     class_name, settings, biased = CASES[name]
     model = make_checkpoint(tmp_path / "checkpoint", settings, biased)
     done = export_checkpoint(tmp_path / "checkpoint", tmp_path / "out")
-    assert done.class_name == class_name, done.rejected
+    assert done.class_name == class_name, done.lines
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     assert type(theirs).__name__ == class_name
     tokens = torch.randint(settings["vocab_size"], (2, 48), generator=torch.Generator().manual_seed(1))
