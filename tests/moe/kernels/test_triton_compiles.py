@@ -31,9 +31,9 @@ from litgpt_moe_ext.moe.kernels.triton import (  # noqa: E402
     gating,
     orthogonality,
     projecting,
-    tile_choice,
 )
 from litgpt_moe_ext.moe.kernels.triton.routing import blocks, launches  # noqa: E402
+from litgpt_moe_ext.moe.kernels.triton.tiling import tile_choice  # noqa: E402
 from litgpt_moe_ext.moe.kernels.triton.tiling.tiles import CARDS, RowsWork, WeightsWork, card_for, precision_of  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
