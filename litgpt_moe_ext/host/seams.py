@@ -296,7 +296,7 @@ class State:
 
 STATE = (
     State("host.autoload", "_finder", "Python has one list of finders."),
-    State("padding", "_accepted", "LitGPT's loop passes nothing from the data to the model."),
+    State("tokens.padding", "_accepted", "LitGPT's loop passes nothing from the data to the model."),
     State("data.tokenizer.threads", "_parallelism_is_ours", "The tokenizers library reads an environment variable."),
     State("data.pipeline.preparation", "_check", "LitGPT's data modules take nothing along to a preparation."),
     State("host.registration", "_registered", "LitGPT's modules exist once."),
