@@ -15,7 +15,7 @@ from tests.models import moe_config
 
 CPU = torch.device("cpu")
 PRODUCTS = [
-    RowsWork("ieee", 2, 8, 32, 16, 2, True, False, False),
+    pytest.param(RowsWork("ieee", 2, 8, 32, 16, 2, True, False, False), marks=pytest.mark.slow),
     pytest.param(RowsWork("ieee", 2, 8, 16, 32, 2, False, True, False), marks=pytest.mark.slow),
     pytest.param(RowsWork("ieee", 2, 8, 16, 16, 2, True, False, True), marks=pytest.mark.slow),
     pytest.param(RowsWork("half", 2, 8, 32, 32, 2, False, True, True), marks=pytest.mark.slow),
@@ -61,7 +61,8 @@ def test_the_fastest_block_is_found_and_used(work, used):
     assert choice(work, CPU) == found.table
 
 
-@pytest.mark.parametrize("work", [PRODUCTS[0]], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("work", [PRODUCTS[-1]], ids=str)
 def test_a_little_faster_is_chance(work, used):
     def milliseconds(call):
         call()
@@ -72,8 +73,9 @@ def test_a_little_faster_is_chance(work, used):
     assert worthwhile([found]) == TunedTiles({}, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["does not fit", "computes something else"])
-@pytest.mark.parametrize("work", [PRODUCTS[0], PRODUCTS[5]], ids=str)
+@pytest.mark.parametrize("work", [PRODUCTS[0], PRODUCTS[-1]], ids=str)
 def test_a_faulty_block_is_never_the_fastest(work, fault, used, monkeypatch):
     name = "multiply_rows" if isinstance(work, RowsWork) else "sum_outer_products"
     original = getattr(tuning, name)
@@ -97,7 +99,7 @@ def test_a_faulty_block_is_never_the_fastest(work, fault, used, monkeypatch):
     assert found.best_us < float("inf")
 
 
-@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("add", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_products_are_those_of_a_training_pass(add):
     sizes = {"n_embd": 32, "moe_intermediate_size": 16, "n_expert": 4, "n_expert_per_token": 2}
     config = moe_config(**sizes, n_layer=3, vocab_size=64, expert_backend="triton")

@@ -154,7 +154,7 @@ def _on_a_gpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("_on_a_gpu")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 def test_with_the_output_head(monkeypatch, dtype):
     """Piece by piece, the kernels do what torch's operators do, also with targets that are apart."""
     monkeypatch.setattr(linear, "_LOGITS", 1)
