@@ -167,7 +167,7 @@ def read_results(runs: Sequence[Run], runs_dir: Path) -> list[Result]:
             costs[model] = _cost(recipe)
         if text not in lengths:
             lengths[text] = bytes_per_token(recipe, final)
-        precision = recipe.settings.get("precision")
+        precision = recipe.settings.precision
         where = _trained_on(folder / FINISHED, precision)
         results.append(Result(run, load_run(folder, run.title), *costs[model], lengths[text], where))
     return results

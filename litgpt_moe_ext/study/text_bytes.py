@@ -14,9 +14,8 @@ from litgpt_moe_ext.inspect.recipes import Recipe
 
 def validated_on(recipe: Recipe) -> tuple[Any, ...]:
     """Return what determines the text of a validation, as comparable plain data."""
-    batches = (recipe.settings.get("eval") or {}).get("max_iters", 100)
-    text = tuple(str(recipe.settings.get(name)) for name in ("data", "tokenizer_dir"))
-    return *text, recipe.sequence_length, recipe.micro_batch_size, batches
+    settings, length = recipe.settings, recipe.sequence_length
+    return str(settings.data), settings.tokenizer_dir, length, settings.train.micro_batch_size, settings.eval.max_iters
 
 
 def bytes_per_token(recipe: Recipe, tokenizer_dir: Path) -> float:
@@ -45,7 +44,7 @@ def _validation(recipe: Recipe, tokenizer: Any) -> list[torch.Tensor]:
     from jsonargparse import ArgumentParser
     from litgpt.data import DataModule
 
-    section, length = recipe.settings.get("data"), recipe.sequence_length
+    section, length = recipe.settings.data, recipe.sequence_length
     if section is None:
         return []
     parser = ArgumentParser()
@@ -54,7 +53,7 @@ def _validation(recipe: Recipe, tokenizer: Any) -> list[torch.Tensor]:
     path = getattr(data, "data_path", None) or getattr(data, "corpus_dir", None)
     if path is None or not Path(path).is_dir():
         return []
-    data.connect(tokenizer=tokenizer, batch_size=recipe.micro_batch_size, max_seq_length=length)
+    data.connect(tokenizer=tokenizer, batch_size=recipe.settings.train.micro_batch_size, max_seq_length=length)
     try:
         # Do not prepare a corpus just for this page.
         with contextlib.redirect_stdout(io.StringIO()), only_finished():

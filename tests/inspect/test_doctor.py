@@ -22,19 +22,19 @@ from litgpt_moe_ext.inspect.doctor import room
 from litgpt_moe_ext.inspect.doctor.computing import graphs
 from litgpt_moe_ext.inspect.doctor.examination import examine
 from litgpt_moe_ext.inspect.doctor.installation import links, versions
-from litgpt_moe_ext.inspect.recipes import Recipe, load_recipe
+from litgpt_moe_ext.inspect.recipes import load_recipe
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
 from litgpt_moe_ext.training.phases.inputs import check_writable
 from tests.models import moe_config, needs_fused_loss
-from tests.settings import read_settings
+from tests.settings import read_settings, recipe_with
 
 MODEL = {"n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 16, "padded_vocab_size": 320, "vocab_size": 320}
 STDLIB = {"class_path": "litgpt_moe_ext.data.PythonStdlib", "init_args": {"vocab_size": 300}}
 
 
 def verdicts(settings: dict) -> dict[str, str]:
-    return {finding.topic: finding.verdict for finding in examine(Recipe(moe_config(), settings))}
+    return {finding.topic: finding.verdict for finding in examine(recipe_with(moe_config(), settings))}
 
 
 def test_a_recipe_that_can_run(tmp_path, capsys):
@@ -76,7 +76,7 @@ def test_a_litgpt_that_is_not_tested(monkeypatch):
 
 def test_kernels_are_those_that_a_run_announces():
     config = moe_config(attention_class_name="SinkAttention", attention_sinks=False)
-    texts = {finding.topic: finding.text for finding in examine(Recipe(config, {"precision": "bf16-mixed"}))}
+    texts = {finding.topic: finding.text for finding in examine(recipe_with(config, {"precision": "bf16-mixed"}))}
     device = accelerator_here()
     assert texts["experts"].endswith(f" for torch.bfloat16 on {device} (chosen)")
     assert texts["attention"] == f"scaled_dot_product_attention for torch.bfloat16 on {device} (chosen)"
@@ -96,7 +96,6 @@ def test_kernels_are_those_that_a_run_announces():
         ),
         ({"precision": "64-quantum"}, "precision"),
         ({"strategy": "deepspeed_stage_1", "devices": 2}, "strategy"),
-        ({"strategy": "zero9", "devices": 2}, "strategy"),
         ({"strategy": "fsdp2", "devices": 2, "distributed": {"bucket_mb": 5}}, "strategy"),
         ({"strategy": "ddp", "distributed": {"cpu_offload": True}}, "strategy"),
     ],
@@ -112,7 +111,7 @@ def test_memory_takes_the_whole_recipe_into_account(monkeypatch):
     config = moe_config(padded_vocab_size=4096, n_layer=6)
 
     def memory(config=config, **settings):
-        findings = examine(Recipe(config, settings))
+        findings = examine(recipe_with(config, settings))
         return next(finding for finding in findings if finding.topic == "memory")
 
     import psutil
@@ -147,17 +146,17 @@ def test_memory_takes_the_whole_recipe_into_account(monkeypatch):
 )
 def test_cuda_graphs_are_foretold(monkeypatch, settings, verdict, text):
     monkeypatch.setattr("litgpt_moe_ext.training.compilation.probe_platform", lambda device_type: None)
-    found = graphs(Recipe(moe_config(), settings), "cuda")
+    found = graphs(recipe_with(moe_config(), settings), "cuda")
     assert found.verdict == verdict
     assert text in found.text
-    assert "this is cpu" in graphs(Recipe(moe_config(), {"compile": False}), "cpu").text
+    assert "this is cpu" in graphs(recipe_with(moe_config(), {"compile": False}), "cpu").text
 
 
 def test_memory_of_cuda_graphs_has_the_weights_in_16_bits():
     """Four of six layers are added by calculation; float32 needs no cast."""
     short = shorten(moe_config(n_layer=6))
     for precision, numbers in (("bf16-mixed", 6 * 8 * 3 * 16 * 12), ("32-true", 0)):
-        memory = training_memory(short, Recipe(moe_config(n_layer=6)).step(precision))
+        memory = training_memory(short, recipe_with(moe_config(n_layer=6)).step(precision))
         assert graph_memory(short, memory, precision) - memory.activations == 2 * numbers
 
 
@@ -172,7 +171,7 @@ def test_memory_of_cuda_graphs_has_the_weights_in_16_bits():
 def test_strategies_are_named(monkeypatch, settings, verdict, text):
     # Of some it has more to say with an older torch.
     monkeypatch.setattr("importlib.metadata.version", lambda name: "2.15.0")
-    findings = examine(Recipe(moe_config(), settings))
+    findings = examine(recipe_with(moe_config(), settings))
     found = next(finding for finding in findings if finding.topic == "strategy")
     assert found.verdict == verdict
     assert text in found.text
@@ -182,7 +181,7 @@ def test_a_full_disk_is_a_problem(monkeypatch):
     usage = room.shutil.disk_usage("/")
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     assert verdicts({})["disk"] == "problem"
-    with_average, without = (room.disk(Recipe(moe_config(n_embd=512), {"ema": {"decay": d}})) for d in (0.9, None))
+    with_average, without = (room.disk(recipe_with(moe_config(n_embd=512), {"ema": {"decay": d}})) for d in (0.9, None))
     sizes = [float(finding.text.split(" GiB")[0].split()[-1]) for finding in (with_average, without)]
     assert sizes[0] / sizes[1] == pytest.approx(4 / 3, rel=0.2)
 
@@ -201,7 +200,7 @@ def test_a_full_disk_is_a_problem(monkeypatch):
 def test_a_checkpoint_has_the_type_of_its_weights(monkeypatch, settings, bytes_each):
     """The parameters, what the optimizer keeps of them, and their average in float32."""
     config = moe_config(n_embd=512)
-    text = room.disk(Recipe(config, {"precision": "32-true"} | settings)).text
+    text = room.disk(recipe_with(config, {"precision": "32-true"} | settings)).text
     expected = bytes_each * count_parameters(config).total / 2**30
     assert f"takes about {expected:.2f} GiB" in text
 
@@ -218,11 +217,11 @@ def test_the_exit_status_tells(tmp_path, capsys):
 def test_places_that_take_no_files_are_problems(tmp_path):
     data = {"class_path": "litgpt_moe_ext.data.TextCorpus", "init_args": {"data_path": "/proc/data"}}
     settings = {"out_dir": "/proc/out", "data": data}
-    found = {finding.topic: finding for finding in examine(Recipe(moe_config(), settings))}
+    found = {finding.topic: finding for finding in examine(recipe_with(moe_config(), settings))}
     assert "data_path: '/proc/data' must be a folder in which the data can be prepared" in found["data"].text
     assert "out_dir: '/proc/out' must be a directory in which directories can be made" in found["out_dir"].text
     assert found["data"].verdict == found["out_dir"].verdict == "problem"
-    of_a_run = examine(Recipe(moe_config(), settings, checkpoint=tmp_path))  # which may be another machine's
+    of_a_run = examine(recipe_with(moe_config(), settings, checkpoint=tmp_path))  # which may be another machine's
     assert {"out_dir", "data"} & {finding.topic for finding in of_a_run if finding.verdict == "problem"} == set()
 
 
@@ -232,7 +231,7 @@ def test_data_that_may_not_be_looked_up_are_a_problem(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "iterdir", refuse)
     data = {"class_path": "litgpt_moe_ext.data.TextCorpus", "init_args": {"data_path": str(tmp_path)}}
-    (found,) = (finding for finding in examine(Recipe(moe_config(), {"data": data})) if finding.topic == "data")
+    (found,) = (finding for finding in examine(recipe_with(moe_config(), {"data": data})) if finding.topic == "data")
     assert found.verdict == "problem"
     assert found.text.startswith(f"data: '{tmp_path}' cannot be looked up (Permission denied); have its owner")
 
@@ -252,7 +251,7 @@ def test_a_link_to_nothing_is_no_place_for_files(target, tmp_path, monkeypatch, 
     (tmp_path / "link").symlink_to(target)
     data = {"class_path": "litgpt_moe_ext.data.TextCorpus", "init_args": {"data_path": "link/data"}}
     settings = {"out_dir": "link", "data": data}
-    found = {finding.topic: finding for finding in examine(Recipe(moe_config(), settings))}
+    found = {finding.topic: finding for finding in examine(recipe_with(moe_config(), settings))}
     assert "out_dir: 'link' must be a directory in which directories can be made" in found["out_dir"].text
     assert found["data"].verdict == found["out_dir"].verdict == "problem"
     with pytest.raises(SettingsError, match="out_dir: 'link' must be a directory"):  # as a run says
@@ -269,7 +268,9 @@ def test_a_missing_tokenizer_of_the_data_is_not_ok():
 
 def test_a_broken_tokenizer_is_a_finding(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
-    found = next(f for f in examine(Recipe(moe_config(), {"tokenizer_dir": str(tmp_path)})) if f.topic == "tokenizer")
+    found = next(
+        f for f in examine(recipe_with(moe_config(), {"tokenizer_dir": str(tmp_path)})) if f.topic == "tokenizer"
+    )
     assert found.verdict == "problem"
     assert "cannot be opened" in found.text
 
@@ -277,7 +278,7 @@ def test_a_broken_tokenizer_is_a_finding(tmp_path):
 @pytest.mark.slow
 def test_settings_that_fit_fit(monkeypatch):
     """What is advised for a memory takes no more than that, by the model card; and no larger micro-batch fits."""
-    recipe = Recipe(moe_config(n_layer=2, padded_vocab_size=2048), {"train": {"global_batch_size": 24}})
+    recipe = recipe_with(moe_config(n_layer=2, padded_vocab_size=2048), {"train": {"global_batch_size": 24}})
     own = replace(recipe.step("bf16-mixed"), kernel_loss=True)
     monkeypatch.setattr("litgpt_moe_ext.inspect.cost.fit.triton_installed", lambda: True)
     memory = RUNTIME + training_memory(shorten(recipe.config), replace(own, micro_batch_size=7)).total
@@ -296,7 +297,7 @@ def test_settings_that_fit_fit(monkeypatch):
 
 
 def test_the_fastest_settings_that_hold_the_recipes_micro_batch_are_advised():
-    step = Recipe(moe_config(), {"train": {"micro_batch_size": 4}}).step("bf16-mixed")
+    step = recipe_with(moe_config(), {"train": {"micro_batch_size": 4}}).step("bf16-mixed")
     nothing, few, enough, more = (Fit(step, size, 0) for size in (0, 2, 4, 8))
     assert best_fit([nothing, few, enough, more]) is enough
     assert best_fit([nothing, Fit(step, 1, 0), few]) is few, "the largest there is"

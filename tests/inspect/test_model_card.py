@@ -27,7 +27,7 @@ from litgpt_moe_ext.inspect.cost.model_card import make_card
 from litgpt_moe_ext.inspect.cost.optimizer_state import measure_state_ratio, state_ratio
 from litgpt_moe_ext.inspect.cost.sharding import STRATEGIES, BlockSizes, block_sizes, process_memory
 from litgpt_moe_ext.inspect.doctor.room import disk
-from litgpt_moe_ext.inspect.recipes import Recipe, load_recipe
+from litgpt_moe_ext.inspect.recipes import load_recipe
 from litgpt_moe_ext.loss.cross_entropy import mean_cross_entropy
 from litgpt_moe_ext.meta.models import meta_model
 from litgpt_moe_ext.model_size import count_flops
@@ -38,6 +38,7 @@ from litgpt_moe_ext.training.optim.parameter_groups import group_parameters
 from litgpt_moe_ext.training.settings import ParameterGroupArgs
 from tests.inspect.live_memory import LiveMemory
 from tests.models import HAS_FUSED_LOSS, initialized_model, moe_config, needs_fused_loss
+from tests.settings import recipe_with
 
 LENGTH = 32
 RECIPE = {
@@ -310,7 +311,7 @@ def test_a_checkpoint_of_muon_takes_less_room():
     assert 0.9 * total < matrices < total
     for optimizer, remembered in ((MUON, 2 * total - matrices), ("AdamW", 2 * total)):
         taken = 4 * (total + remembered) / 2**30
-        recipe = Recipe(config, {"optimizer": {"class_path": optimizer}, "precision": "32-true"})
+        recipe = recipe_with(config, {"optimizer": {"class_path": optimizer}, "precision": "32-true"})
         assert disk(recipe).text.startswith(f"a training checkpoint takes about {taken:.2f} GiB")
         assert make_card(recipe).checkpoint_training["32-true"] == pytest.approx(4 * (total + remembered), rel=1e-4)
 
@@ -411,7 +412,7 @@ def test_flops_are_those_of_the_active_matrices():
 def test_card_takes_the_settings_of_the_recipe():
     settings = {"train": {"micro_batch_size": 3, "max_seq_length": 16}, "optimizer": {"class_path": "torch.optim.SGD"}}
     config = moe_config(block_size=32, vocab_size=60, padded_vocab_size=64)
-    card = make_card(Recipe(config, settings))
+    card = make_card(recipe_with(config, settings))
     assert (card.micro_batch_size, card.sequence_length, card.optimizer) == (3, 16, "SGD")
     assert card.parameters_embedding == 64 * config.n_embd
     assert card.kv_cache_per_token["float32"] * 32 == card.inference["float32"]["GPU"]["kv_cache"]
@@ -421,7 +422,7 @@ def test_card_takes_the_settings_of_the_recipe():
     assert card.processes == {}
     assert card.training["32-true"]["optimizer"] == 0
     assert card.checkpoint_training["32-true"] == card.checkpoint_weights["float32"]
-    assert make_card(Recipe(moe_config(), settings), micro_batch_size=1).micro_batch_size == 1
+    assert make_card(recipe_with(moe_config(), settings), micro_batch_size=1).micro_batch_size == 1
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -430,7 +431,7 @@ def test_a_moving_average_takes_room(tied):
     train = {"tie_embeddings": tied, "max_seq_length": 8}
     config = moe_config(n_layer=4)
     numbers = sum(tensor.numel() for tensor in GPT(config).state_dict().values() if tensor.is_floating_point())
-    cards = [make_card(Recipe(config, {"train": train, "ema": {"decay": decay}}), 1) for decay in (None, 0.0)]
+    cards = [make_card(recipe_with(config, {"train": train, "ema": {"decay": decay}}), 1) for decay in (None, 0.0)]
     for figures in ("training", "checkpoint_training"):
         without, there = (getattr(card, figures)["bf16-true"] for card in cards)
         grown = there - without if figures != "training" else there["total"] - without["total"]
@@ -438,7 +439,7 @@ def test_a_moving_average_takes_room(tied):
 
 
 def test_tied_tables_count_once():
-    tied, untied = (make_card(Recipe(moe_config(), {"train": {"tie_embeddings": tie}})) for tie in (True, False))
+    tied, untied = (make_card(recipe_with(moe_config(), {"train": {"tie_embeddings": tie}})) for tie in (True, False))
     table = 64 * 16
     assert untied.parameters_total - tied.parameters_total == table
     for part, copies in (("weights", 1), ("gradients", 1), ("optimizer", 2)):
@@ -491,8 +492,8 @@ def test_the_card_says_whose_loss_it_counts_with(tmp_path, monkeypatch, capsys, 
 
 
 def test_llama_moe_can_be_carded():
-    card = make_card(Recipe(moe_config(mlp_class_name="LLaMAMoE")), micro_batch_size=1)
-    ours = make_card(Recipe(moe_config()), micro_batch_size=1)
+    card = make_card(recipe_with(moe_config(mlp_class_name="LLaMAMoE")), micro_batch_size=1)
+    ours = make_card(recipe_with(moe_config()), micro_batch_size=1)
     assert card.parameters_total == ours.parameters_total
     assert card.flops_per_token_forward == ours.flops_per_token_forward
 

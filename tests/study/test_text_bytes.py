@@ -16,6 +16,7 @@ from litgpt_moe_ext.inspect.recipes import Recipe
 from litgpt_moe_ext.study.text_bytes import bytes_per_token
 from litgpt_moe_ext.tokens.padding import PADDING
 from tests.models import moe_config
+from tests.settings import recipe_with
 
 LENGTH = 16
 
@@ -37,12 +38,12 @@ def recipe(tmp_path):
         "train": {"micro_batch_size": 2, "max_seq_length": LENGTH},
         "eval": {"max_iters": 3},
     }
-    return Recipe(moe_config(), settings)
+    return recipe_with(moe_config(), settings)
 
 
 def test_bytes_per_token(recipe, capsys):
     """The text is ASCII, so every token is text of its own."""
-    data = PythonStdlib(**recipe.settings["data"]["init_args"])
+    data = PythonStdlib(**recipe.settings.data["init_args"])
     data.connect(None, 2, LENGTH)
     data.prepare_data()
     data.setup()
@@ -57,14 +58,14 @@ def test_bytes_per_token(recipe, capsys):
 
 
 def test_what_fills_up_rows_of_whole_documents_stands_for_no_text(recipe):
-    arguments = recipe.settings["data"]["init_args"]
+    arguments = recipe.settings.data["init_args"]
     arguments["packing"] = "pad"
     (Path(arguments["source_path"]) / "e.py").write_text("e = 1\n")
     data = PythonStdlib(**arguments)
     data.connect(None, 2, LENGTH)
     data.prepare_data()
     data.setup()
-    recipe.settings["eval"] = {"max_iters": 1000}
+    recipe.settings.eval.max_iters = 1000
     targets = torch.cat([batch[:, 1:].flatten() for batch in data.val_dataloader()])
     text = targets[targets != PADDING].tolist()
     assert 0 < len(text) < len(targets)
@@ -77,7 +78,7 @@ def text_corpus(recipe: Recipe, folder: Path, **more) -> TextCorpus:
     """Have a recipe read the files as text of any kind."""
     arguments = {"source_path": folder / "text", "data_path": folder / "data", "pattern": "*.py", "val_fraction": 0.5}
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in (arguments | more).items()}
-    recipe.settings["data"] = {"class_path": "litgpt_moe_ext.data.TextCorpus", "init_args": plain}
+    recipe.settings.data = {"class_path": "litgpt_moe_ext.data.TextCorpus", "init_args": plain}
     return TextCorpus(**arguments, **more)
 
 
@@ -87,7 +88,7 @@ def test_characters_of_several_tokens_and_an_end_of_text_that_is_not_marked_as_s
         text = "".join(chr(0x4E00 + ord(name) * i) for i in range(30))
         (tmp_path / "text" / f"{name}.py").write_text(text)
     tokenizer_dir = shutil.copytree(
-        PythonStdlib(**recipe.settings["data"]["init_args"]).prepare() / "tokenizer", tmp_path / "tokenizer"
+        PythonStdlib(**recipe.settings.data["init_args"]).prepare() / "tokenizer", tmp_path / "tokenizer"
     )
     content = json.loads((tokenizer_dir / "tokenizer.json").read_text())
     content["added_tokens"][0]["special"] = False
@@ -100,9 +101,9 @@ def test_characters_of_several_tokens_and_an_end_of_text_that_is_not_marked_as_s
 
 
 def test_the_tokenizer_of_the_run_has_encoded_the_corpus(recipe, tmp_path):
-    tokenizer_dir = PythonStdlib(**recipe.settings["data"]["init_args"]).prepare() / "tokenizer"
+    tokenizer_dir = PythonStdlib(**recipe.settings.data["init_args"]).prepare() / "tokenizer"
     corpus = text_corpus(recipe, tmp_path)
-    recipe.settings["tokenizer_dir"] = str(tokenizer_dir)
+    recipe.settings.tokenizer_dir = tokenizer_dir
     assert math.isnan(bytes_per_token(recipe, tokenizer_dir)), "a page prepares no corpus"
     assert len(list((tmp_path / "data").glob("[!.]*"))) == 1
     corpus.prepare(tokenizer=Tokenizer(tokenizer_dir))
@@ -110,17 +111,17 @@ def test_the_tokenizer_of_the_run_has_encoded_the_corpus(recipe, tmp_path):
 
 
 def test_a_corpus_that_came_prepared_has_bytes_too(recipe):
-    corpus = PythonStdlib(**recipe.settings["data"]["init_args"])
+    corpus = PythonStdlib(**recipe.settings.data["init_args"])
     expected = bytes_per_token(recipe, tokenizer_dir := corpus.prepare() / "tokenizer")
     arguments = {"corpus_dir": str(tokenizer_dir.parent)}
-    recipe.settings["data"] = {"class_path": "litgpt_moe_ext.data.PreparedCorpus", "init_args": arguments}
+    recipe.settings.data = {"class_path": "litgpt_moe_ext.data.PreparedCorpus", "init_args": arguments}
     assert bytes_per_token(recipe, tokenizer_dir) == expected > 1
 
 
 def test_without_the_corpus_or_a_tokenizer_the_length_is_unknown(recipe, tmp_path):
     assert math.isnan(bytes_per_token(recipe, tmp_path))
     assert not (tmp_path / "data").exists()
-    corpus = PythonStdlib(**recipe.settings["data"]["init_args"]).prepare()
+    corpus = PythonStdlib(**recipe.settings.data["init_args"]).prepare()
     assert math.isnan(bytes_per_token(recipe, tmp_path))
     shutil.rmtree(tmp_path / "text")
     assert math.isnan(bytes_per_token(recipe, corpus / "tokenizer"))

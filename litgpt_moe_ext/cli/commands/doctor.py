@@ -37,11 +37,13 @@ class Doctor:
         return self._print_page() if self.memory is None else self._search(self.memory)
 
     def _search(self, memory: float) -> int:
+        from litgpt_moe_ext.inspect.recipes import load_recipe
+
         if memory > _MOST_MEMORY:
             raise SettingsError(f"memory: {memory:g} must be the GiB of a GPU, at most {_MOST_MEMORY}")
         if self.recipe is None:
             raise SettingsError(f"memory: {memory:g} needs a recipe; give doctor RECIPE --memory {memory:g}")
-        return _print_fits(_load(self.recipe), memory)
+        return _print_fits(load_recipe(self.recipe), memory)
 
     def _print_page(self) -> int:
         from rich.console import Console
@@ -49,10 +51,11 @@ class Doctor:
 
         from litgpt_moe_ext.cli.settings import settings_of
         from litgpt_moe_ext.inspect.doctor.examination import examine
+        from litgpt_moe_ext.inspect.recipes import load_recipe
 
         recipe, settings = None, None
         if self.recipe is not None:
-            recipe = _load(self.recipe)
+            recipe = load_recipe(self.recipe)
             settings = None if recipe.checkpoint else settings_of([], self.recipe)
         findings = examine(recipe, settings)
         console = Console(highlight=False, soft_wrap=True)
@@ -66,16 +69,6 @@ class Doctor:
             return CANNOT
         print(f"{self.recipe} can run here")
         return 0
-
-
-def _load(path: Path) -> "Recipe":
-    from litgpt_moe_ext.cli.settings import read_plain_settings
-    from litgpt_moe_ext.inspect.recipes import load_recipe
-
-    recipe = load_recipe(path)
-    if not recipe.checkpoint:
-        read_plain_settings(path)  # what is no recipe at all is refused, what cannot run here is a finding
-    return recipe
 
 
 def _print_fits(recipe: "Recipe", gib: float) -> int:

@@ -40,14 +40,10 @@ class ModelCard:
     def run(self) -> None:
         """Print the card."""
         from litgpt_moe_ext.cli.output import write_json
-        from litgpt_moe_ext.cli.settings import read_plain_settings
         from litgpt_moe_ext.inspect.cost.model_card import make_card
         from litgpt_moe_ext.inspect.recipes import load_recipe
 
-        recipe = load_recipe(self.model)
-        if self.model.is_file():  # what a checkpoint holds may be the settings of another program
-            read_plain_settings(self.model)
-        card = make_card(recipe, self.micro_batch_size, self.devices, self.num_nodes)
+        card = make_card(load_recipe(self.model), self.micro_batch_size, self.devices, self.num_nodes)
         _print_size(card)
         _print_training(card)
         if card.processes:

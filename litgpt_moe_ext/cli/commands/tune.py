@@ -47,7 +47,7 @@ class Tune:
         from litgpt_moe_ext.moe.kernels.triton.tiling import tuned_tiles
 
         device = torch.device("cuda", torch.cuda.current_device())
-        batch = (self.micro_batch_size or recipe.micro_batch_size, recipe.sequence_length)
+        batch = (self.micro_batch_size or recipe.settings.train.micro_batch_size, recipe.sequence_length)
         works, found = _products(recipe, batch, device), []
         with progress("Measuring", len(works)) as advance:
             for work in works:
@@ -95,8 +95,9 @@ def _products(recipe: "Recipe", batch: tuple[int, int], device: "torch.device") 
     from litgpt_moe_ext.inspect.tuning import Pass, products_of
 
     _, dtype, autocast = computing(recipe)
+    adds = recipe.settings.train.global_batch_size > batch[0]
     try:
-        return products_of(recipe.config, Pass(batch, dtype, autocast, recipe.global_batch_size > batch[0]), device)
+        return products_of(recipe.config, Pass(batch, dtype, autocast, adds), device)
     except torch.OutOfMemoryError as error:
         raise SettingsError(
             f"micro_batch_size: {batch[0]} does not fit into the memory of this GPU; take a smaller one, here and in "

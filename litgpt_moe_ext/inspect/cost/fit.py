@@ -65,9 +65,8 @@ def best_fit(fits: list[Fit]) -> Fit | None:
 def _steps(recipe: "Recipe") -> Iterator[Step]:
     # A GPU may support only the recipe's precision. Of the others, mixed precision is the fastest, and pure bfloat16
     # trains less exactly.
-    own = [recipe.precision] if recipe.precision in PRECISIONS else []
-    precisions = dict.fromkeys((*own, "bf16-mixed", "bf16-true"))
-    for precision in precisions:
+    own = recipe.settings.precision
+    for precision in dict.fromkeys((*([own] if own in PRECISIONS else []), "bf16-mixed", "bf16-true")):
         # On Linux, torch includes Triton; on Windows without Triton, a GPU makes copies of the logits.
         step = replace(recipe.step(precision), kernel_loss=triton_installed())
         for mode in get_args(Mode):
@@ -84,7 +83,7 @@ def _fit(recipe: "Recipe", short: ShortModel, step: Step, room: int) -> Fit:
         return Fit(step, 0, one.total)
     # Activations grow with every sequence, by at least as much as from 1 to 2: at most this many fit.
     most = 1 + (room - one.total) // max(memory(2).activations - one.activations, 1)
-    batch = recipe.global_batch_size
+    batch = recipe.settings.train.global_batch_size
     for size in (n for n in range(min(most, batch), 1, -1) if batch % n == 0):
         if (total := memory(size).total) <= room:
             return Fit(step, size, total)

@@ -118,10 +118,10 @@ def make_card(
     Raises:
         SettingsError: If the recipe's settings do not go together.
     """
-    config, length = recipe.config, recipe.sequence_length
-    devices, num_nodes = devices or recipe.devices or 1, num_nodes or recipe.num_nodes
-    precision = recipe.precision if recipe.precision in PRECISIONS else "32-true"
-    micro_batch_size = micro_batch_size or recipe.micro_batch_size
+    config, settings, length = recipe.config, recipe.settings, recipe.sequence_length
+    devices, num_nodes = devices or recipe.devices or 1, num_nodes or settings.num_nodes
+    precision = settings.precision if settings.precision in PRECISIONS else "32-true"
+    micro_batch_size = micro_batch_size or settings.train.micro_batch_size
     step = replace(recipe.step(precision), micro_batch_size=micro_batch_size, kernel_loss=triton_installed())
     short = shorten(config)
     memory_of = _training_memory(short)
@@ -146,8 +146,9 @@ def make_card(
         micro_batch_size=step.micro_batch_size,
         kernel_loss=step.kernel_loss,
         block_size=config.block_size,
-        optimizer=str(class_path_of(recipe.optimizer)).rpartition(".")[2],
-        **recipe.memory_savers,
+        optimizer=str(class_path_of(settings.optimizer)).rpartition(".")[2],
+        activation_checkpointing=step.activation_checkpointing,
+        fused_cross_entropy=step.fused_cross_entropy,
         flops_per_token_forward=forward / length,
         flops_per_token_training=both / length,
         training={name: _parts(memory) for name, memory in training.items()},

@@ -1,7 +1,6 @@
 """How a recipe would be computed: compiler, kernels, number format, processes."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, cast
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.doctor.finding import Finding
@@ -9,16 +8,13 @@ from litgpt_moe_ext.inspect.doctor.run_here import compiles, computing, processe
 from litgpt_moe_ext.inspect.recipes import Recipe
 from litgpt_moe_ext.wording import counted
 
-if TYPE_CHECKING:
-    from litgpt_moe_ext.training.settings import StrategyName
-
 
 def compiling(recipe: Recipe) -> Finding:
     """Return whether a run would be compiled."""
     from litgpt_moe_ext.training.compilation import decide, obstacle, probe_platform
     from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
 
-    found, setting = probe_platform(accelerator_here()), recipe.settings.get("compile", "auto")
+    found, setting = probe_platform(accelerator_here()), recipe.settings.compile
     if setting is True and (reason := obstacle(found)):
         return Finding("compile", "problem", f"compile: true cannot work here: {reason}; set compile: auto")
     return Finding("compile", "good", str(decide(setting, recipe.config, found)))
@@ -77,20 +73,19 @@ def strategy(recipe: Recipe) -> Finding:
 
     from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
     from litgpt_moe_ext.training.phases.checks import check_strategy, strategy_note
-    from litgpt_moe_ext.training.settings import DistributedArgs
 
-    per_node, nodes = processes(recipe), recipe.num_nodes
+    per_node, nodes = processes(recipe), recipe.settings.num_nodes
+    chosen, args = recipe.settings.strategy, recipe.settings.distributed
     try:
-        args = DistributedArgs(**(recipe.settings.get("distributed") or {}))
-        check_strategy(recipe.strategy, args, accelerator_here())
+        check_strategy(chosen, args, accelerator_here())
     except (TypeError, ValueError, ImportError) as error:
         return Finding("strategy", "problem", str(error))
     if torch.cuda.is_available() and per_node > torch.cuda.device_count():
         text = f"devices: {per_node}, but torch can use {counted(torch.cuda.device_count(), 'GPU')} here"
         return Finding("strategy", "problem", f"{text}; set devices: auto")
-    if note := strategy_note(cast("StrategyName", recipe.strategy), per_node * nodes, args):
+    if note := strategy_note(chosen, per_node * nodes, args):
         return Finding("strategy", "note", note)
-    name = "ddp" if recipe.strategy == "auto" and per_node * nodes > 1 else recipe.strategy
+    name = "ddp" if chosen == "auto" and per_node * nodes > 1 else chosen
     count = counted(per_node, "process") + (f" on each of {nodes} nodes" if nodes > 1 else "")
     return Finding("strategy", "good", f"{name}, {count}")
 
@@ -102,14 +97,14 @@ def graphs(recipe: Recipe, device_type: str) -> Finding:
         recipe: The recipe.
         device_type: Where it runs.
     """
-    from litgpt_moe_ext.training.parallel.facts import STRATEGIES
+    from litgpt_moe_ext.training.parallel.facts import facts_of
     from litgpt_moe_ext.training.steps.graphs.decision import decide
 
-    facts = STRATEGIES.get(recipe.strategy, STRATEGIES["auto"])  # another check reports an unknown one
-    world_size = processes(recipe) * recipe.num_nodes
+    settings = recipe.settings
+    facts, world_size = facts_of(settings.strategy), processes(recipe) * settings.num_nodes
     try:
-        asked = recipe.settings.get("cuda_graphs", "auto")
-        decision = decide(asked, device_type, facts, world_size, compiles(recipe, device_type), recipe.config)
+        compiled = compiles(recipe, device_type)
+        decision = decide(settings.cuda_graphs, device_type, facts, world_size, compiled, recipe.config)
     except SettingsError as error:
         return Finding("CUDA graphs", "problem", str(error))
     return Finding("CUDA graphs", "good", str(decision).removeprefix("CUDA graphs: "))

@@ -36,7 +36,7 @@ def _of_recipe(recipe: Recipe, settings: "AbstractContextManager[Settings] | Non
 
     yield computing.compiling(recipe)
     yield from computing.kernels(recipe)
-    yield computing.precision(recipe.precision)
+    yield computing.precision(recipe.settings.precision)
     if recipe.checkpoint:
         yield unread(recipe.checkpoint)
     of_settings = [] if settings is None else list(settings_together(recipe, settings))

@@ -20,7 +20,7 @@ def data(recipe: Recipe, found: Sequence[Finding]) -> Iterator[Finding]:
         recipe: The recipe.
         found: Findings about its settings, which may already include problems of the data.
     """
-    given = recipe.settings.get("data")
+    given: Any = recipe.settings.data
     if not given:
         yield Finding("data", "note", "the recipe names none; LitGPT's default is TinyLlama, which must exist locally")
         return
@@ -87,14 +87,14 @@ def tokenizer(recipe: Recipe, found: Sequence[Finding]) -> Iterator[Finding]:
     """
     from litgpt_moe_ext.training.phases.inputs import open_tokenizer
 
-    directory = recipe.settings.get("tokenizer_dir")
+    directory = recipe.settings.tokenizer_dir
     if directory is None:
         # The settings or the data may already have a problem with the tokenizer.
         if not any(finding.verdict == "problem" and finding.topic in ("settings", "data") for finding in found):
             yield Finding("tokenizer", "good", "the data's own, if any")
-    elif Path(directory).is_dir():  # otherwise the check of settings reports it
+    elif directory.is_dir():  # otherwise the check of settings reports it
         try:
-            open_tokenizer(Path(directory), recipe.config.padded_vocab_size or 0)
+            open_tokenizer(directory, recipe.config.padded_vocab_size or 0)
         except (OSError, ValueError) as error:
             yield Finding("tokenizer", "problem", str(error))
         else:
@@ -105,7 +105,7 @@ def out_dir(recipe: Recipe) -> Iterator[Finding]:
     """Yield what keeps a run from writing to the recipe's output directory."""
     from litgpt_moe_ext.training.phases.inputs import check_own
 
-    out_dir = out_dir_of(recipe)
+    out_dir = recipe.settings.out_dir
     try:
         check_own(out_dir)
     except SettingsError as error:
@@ -118,8 +118,3 @@ def out_dir(recipe: Recipe) -> Iterator[Finding]:
 def existing(path: Path, is_there: Callable[[Path], bool] = os.path.lexists) -> Path:
     """Return a path if it exists (a dangling link does), or else its innermost existing parent."""
     return next(place for place in (path.absolute(), *path.absolute().parents) if is_there(place))
-
-
-def out_dir_of(recipe: Recipe) -> Path:
-    """Return where a run of the recipe writes."""
-    return Path(recipe.settings.get("out_dir") or "out/pretrain")

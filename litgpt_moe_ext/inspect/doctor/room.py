@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.doctor.finding import Finding
-from litgpt_moe_ext.inspect.doctor.places import existing, out_dir_of
+from litgpt_moe_ext.inspect.doctor.places import existing
 from litgpt_moe_ext.inspect.doctor.run_here import computing, holds_whole_model, processes
 from litgpt_moe_ext.inspect.recipes import Recipe
 
@@ -24,18 +24,18 @@ def memory(recipe: Recipe) -> Iterator[Finding]:
     from litgpt_moe_ext.training.parallel.accelerator import accelerator_here, default_precision
 
     cuda = torch.cuda.is_available()
-    precision = recipe.precision or default_precision(accelerator_here())
+    settings = recipe.settings
+    precision = settings.precision or default_precision(accelerator_here())
     if precision not in PRECISIONS or recipe.sequence_length > recipe.config.block_size:
         return  # reported by other checks
     per_node = processes(recipe)
-    knobs = recipe.settings.get("distributed") or {}
-    offload = bool(knobs.get("cpu_offload") or knobs.get("offload_optimizer"))
+    offload = bool(settings.distributed.cpu_offload or settings.distributed.offload_optimizer)
     try:
         short = shorten(recipe.config)
         kernel_loss = cuda and triton_works_on(torch.device("cuda", torch.cuda.current_device()))
         whole = training_memory(short, replace(recipe.step(precision), kernel_loss=kernel_loss))
         sizes = block_sizes(short, PRECISIONS[precision][0].itemsize)
-        one = process_memory(whole, sizes, recipe.strategy, per_node, recipe.num_nodes, offload)
+        one = process_memory(whole, sizes, settings.strategy, per_node, settings.num_nodes, offload)
     except (ImportError, ValueError) as error:
         yield Finding("memory", "problem", str(error))
         return
@@ -45,7 +45,7 @@ def memory(recipe: Recipe) -> Iterator[Finding]:
     among = " on each GPU" if cuda and per_node > 1 else f" in {per_node} processes" if per_node > 1 else ""
     text = f"training in {precision} takes about {needed / 2**30:.2f} GiB of tensors{among}"
     text += f", {free / 2**30:.1f} GiB are free"
-    if cuda and per_node * recipe.num_nodes == 1:
+    if cuda and per_node * settings.num_nodes == 1:
         text += f"; CUDA graphs, where tried, want {graph_memory(short, whole, precision) / 2**30:.2f} more"
     if needed > free:
         yield Finding("memory", "problem", f"{text}; {'; '.join(_remedies(recipe, cuda))}")
@@ -56,12 +56,12 @@ def memory(recipe: Recipe) -> Iterator[Finding]:
 def _remedies(recipe: Recipe, cuda: bool) -> Iterator[str]:
     from litgpt_moe_ext.inspect.cost.memory import fusing_choices
 
-    savers = recipe.memory_savers
-    yield f"lower train.micro_batch_size ({recipe.micro_batch_size})"
-    if savers["activation_checkpointing"] != "full":
-        yield f"set activation_checkpointing ({savers['activation_checkpointing']}) to full"
+    settings = recipe.settings
+    yield f"lower train.micro_batch_size ({settings.train.micro_batch_size})"
+    if settings.activation_checkpointing != "full":
+        yield f"set activation_checkpointing ({settings.activation_checkpointing}) to full"
     whole = holds_whole_model(recipe)
-    if whole and not savers["fused_cross_entropy"] and True in fusing_choices(recipe.config):
+    if whole and not settings.fused_cross_entropy and True in fusing_choices(recipe.config):
         yield "set fused_cross_entropy to true"
     if cuda and whole:
         yield "share the model among several GPUs with strategy: fsdp2"
@@ -72,13 +72,13 @@ def disk(recipe: Recipe) -> Finding:
     from litgpt_moe_ext.inspect.cost.optimizer_state import state_of_modules
     from litgpt_moe_ext.meta.models import meta_model
 
-    place = existing(out_dir_of(recipe), os.path.exists)
+    place = existing(recipe.settings.out_dir, os.path.exists)
     free = shutil.disk_usage(place).free
     _, dtype, _ = computing(recipe)
     model = meta_model(recipe.config, recipe.tie_embeddings)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     try:
-        remembered = state_of_modules(recipe.optimizer, model, dtype)(model)
+        remembered = state_of_modules(recipe.settings.optimizer, model, dtype)(model)
     except SettingsError:  # reported by another check
         remembered = 2 * parameters
     # Parameters, the optimizer's state, and an average of the weights in float32.

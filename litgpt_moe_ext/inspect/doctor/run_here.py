@@ -12,7 +12,7 @@ def compiles(recipe: Recipe, device_type: str) -> bool:
     """Return whether a run on a type of device would be compiled."""
     from litgpt_moe_ext.training.compilation import decide, probe_platform
 
-    return decide(recipe.settings.get("compile", "auto"), recipe.config, probe_platform(device_type)).enabled
+    return decide(recipe.settings.compile, recipe.config, probe_platform(device_type)).enabled
 
 
 def computing(recipe: Recipe) -> "tuple[torch.device, torch.dtype, torch.autocast]":
@@ -25,7 +25,7 @@ def computing(recipe: Recipe) -> "tuple[torch.device, torch.dtype, torch.autocas
     accelerator = accelerator_here()
     usual = default_precision(accelerator)
     # The check of settings reports an unknown precision.
-    dtype, autocast = PRECISIONS.get(recipe.precision or usual, PRECISIONS[usual])
+    dtype, autocast = PRECISIONS.get(recipe.settings.precision or usual, PRECISIONS[usual])
     return torch.device(accelerator), dtype, torch.autocast(accelerator, autocast, enabled=autocast is not None)
 
 
@@ -40,4 +40,4 @@ def holds_whole_model(recipe: Recipe) -> bool:
     """Return whether every process of a run has all weights."""
     from litgpt_moe_ext.training.parallel.facts import facts_of
 
-    return facts_of(recipe.strategy).holds_whole_model(processes(recipe) * recipe.num_nodes)
+    return facts_of(recipe.settings.strategy).holds_whole_model(processes(recipe) * recipe.settings.num_nodes)

@@ -49,7 +49,8 @@ def _checked(recipe: Recipe, settings: "Settings") -> "Plan":
     from litgpt_moe_ext.training.phases.plan import check_plan
 
     plan = check_plan(settings)
-    check_batch(recipe.global_batch_size, recipe.micro_batch_size, processes(recipe) * recipe.num_nodes)
+    train = recipe.settings.train
+    check_batch(train.global_batch_size, train.micro_batch_size, processes(recipe) * recipe.settings.num_nodes)
     check_whole_model(plan.settings, holds_whole_model(recipe), compiles(recipe, accelerator_here()))
     check_data(plan.settings, plan.config)
     data: Any = plan.settings.data
