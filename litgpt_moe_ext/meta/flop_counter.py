@@ -4,8 +4,7 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from litgpt_moe_ext.host.without_compiler import without_compiler
-from litgpt_moe_ext.meta.operators import OPERATORS, make_on_meta
+from litgpt_moe_ext.meta.kernels import call
 
 
 class FlopCounter(TorchDispatchMode):
@@ -23,24 +22,15 @@ class FlopCounter(TorchDispatchMode):
 
         self.total = 0
         self._formulas = flop_registry
-        self._without_compiler = without_compiler()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         # Telling torch's compiler to skip this mode would load it.
         return False
 
-    def __enter__(self) -> "FlopCounter":
-        self._without_compiler.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
-        super().__exit__(exc_type, exc_val, exc_tb)
-        self._without_compiler.__exit__(exc_type, exc_val, exc_tb)
-
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        result = OPERATORS(func, args, kwargs, make_on_meta)
+        result = call(func, *args, **kwargs)
         formula = self._formulas.get(func._overloadpacket)
         if formula is not None:
             self.total += formula(*args, **kwargs, out_val=result)

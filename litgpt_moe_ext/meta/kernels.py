@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.meta.registrations import asking_again
+
 _aten = torch.ops.aten
 
 
@@ -73,3 +75,8 @@ KERNELS: dict[Any, Callable[..., Any]] = {
     _aten.var.correction: lambda x, dim=None, correction=None, keepdim=False: _aten.mean.dim(x, dim, keepdim),
 }
 """Overload of an operator to a function of its arguments that returns tensors of the right shape and type."""
+
+
+def call(operator: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return the result of an overload of an operator for meta tensors."""
+    return asking_again(KERNELS.get(operator, operator), *args, **kwargs)

@@ -4,14 +4,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.overrides import TorchFunctionMode
 
 from litgpt_moe_ext.host.without_compiler import without_compiler
-from litgpt_moe_ext.meta.operators import META
 from litgpt_moe_ext.meta.registrations import asking_again
 
 if TYPE_CHECKING:
     from litgpt.model import GPT
+
+META = torch.device("meta")
 
 
 class _Uninitialized(TorchFunctionMode):

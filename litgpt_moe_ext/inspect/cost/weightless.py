@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litgpt_moe_ext.host.without_compiler import without_compiler
-from litgpt_moe_ext.meta.operators import OPERATORS, New, View
+from litgpt_moe_ext.meta.kernels import call
+from litgpt_moe_ext.meta.models import META
 
 _CPU = torch.device("cpu")
 
@@ -32,11 +33,15 @@ class Weightless(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyrefly: ignore[bad-override] as torch documents it
 
     @staticmethod
-    def __new__(cls, note: New | View, memory: "_Memory") -> "Weightless":
-        """Return a tensor of the kind that is noted."""
-        offset = note.offset if isinstance(note, View) else 0
+    def __new__(cls, like: Tensor, memory: "_Memory") -> "Weightless":
+        """Return a tensor like one on the meta device."""
         tensor = Tensor._make_wrapper_subclass(
-            cls, note.size, strides=note.stride, storage_offset=offset, dtype=note.dtype, device=_CPU
+            cls,
+            like.shape,
+            strides=like.stride(),
+            storage_offset=like.storage_offset(),
+            dtype=like.dtype,
+            device=_CPU,
         )
         tensor.memory = memory
         return tensor
@@ -78,21 +83,43 @@ class WeightlessMemory(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = OPERATORS(func, args, kwargs or {}, self._make)
+        given: list[tuple[Tensor, Tensor]] = []
+        result = call(func, *_on_meta(args, given), **_on_meta(kwargs or {}, given))
+        made = self._weightless(result, given)
         self.peak = max(self.peak, self.live)
-        return result
+        return made
 
     def reset(self) -> None:
         """Start looking for a new peak."""
         self.peak = self.live
 
-    def _make(self, note: New | View, base: Tensor | None) -> Tensor:
-        if isinstance(note, New):
-            return Weightless(note, _Memory(self, note.n_bytes))
-        assert base is not None, "a view has a base"
-        # What has memory is a constant that somebody made of numbers.
-        known = isinstance(base, Weightless)
-        return Weightless(note, base.memory if known else _Memory(self, base.untyped_storage().nbytes()))
+    def _weightless(self, result: Any, given: list[tuple[Tensor, Tensor]]) -> Any:
+        if isinstance(result, (tuple, list)):
+            return type(result)([self._weightless(item, given) for item in result])
+        if not isinstance(result, Tensor):
+            return result
+        storage = result.untyped_storage()
+        for argument, on_meta in given:
+            if result is on_meta:  # an operator that changes a tensor returns it
+                return argument
+            if isinstance(argument, Weightless) and storage._cdata == on_meta.untyped_storage()._cdata:
+                return Weightless(result, argument.memory)
+        return Weightless(result, _Memory(self, storage.nbytes()))
+
+
+def _on_meta(value: Any, given: list[tuple[Tensor, Tensor]]) -> Any:
+    """Return arguments on the meta device; `given` gets each tensor among them, and what stands for it."""
+    if isinstance(value, Tensor):
+        storage = torch.empty(value.untyped_storage().nbytes(), dtype=torch.uint8, device=META).untyped_storage()
+        tensor = torch.empty(0, dtype=value.dtype, device=META)
+        tensor.set_(storage, value.storage_offset(), value.shape, value.stride())
+        given.append((value, tensor))
+        return tensor
+    if isinstance(value, (tuple, list)):
+        return type(value)([_on_meta(item, given) for item in value])
+    if isinstance(value, dict):
+        return {name: _on_meta(item, given) for name, item in value.items()}
+    return META if isinstance(value, torch.device) else value
 
 
 @contextmanager
