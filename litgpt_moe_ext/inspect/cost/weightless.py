@@ -100,10 +100,10 @@ class WeightlessMemory(TorchDispatchMode):
             return result
         storage = result.untyped_storage()
         for argument, on_meta in given:
-            if result is on_meta:  # an operator that changes a tensor returns it
-                return argument
+            # Others are constants that somebody made of numbers.
             if isinstance(argument, Weightless) and storage._cdata == on_meta.untyped_storage()._cdata:
-                return Weightless(result, argument.memory)
+                # An operator that changes a tensor returns it.
+                return argument if result is on_meta else Weightless(result, argument.memory)
         return Weightless(result, _Memory(self, storage.nbytes()))
 
 
