@@ -7,12 +7,12 @@ first step and printed in one line; if the compiler fails, the model runs eagerl
 """
 
 import contextlib
-import importlib.util
 import os
 import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from litgpt_moe_ext.config.features import MLP_CLASS_NAMES
@@ -23,55 +23,25 @@ if TYPE_CHECKING:
     from litgpt.config import Config
 
 
-@dataclass(frozen=True)
-class Platform:
-    """The facts that decide whether code can be compiled here.
+def obstacle(device_type: str) -> str | None:
+    """Return what keeps `torch.compile` from working on this machine, or None.
 
-    Attributes:
-        system: As `platform.system()`: Linux, Windows or Darwin.
+    Args:
         device_type: Where the model will run: cpu, cuda, mps.
-        has_triton: Whether Triton, which makes GPU code, is installed.
-        has_cpp_compiler: Whether a C++ compiler, which makes CPU code, is on the path.
-        cuda_capability: Compute capability of the GPU, or None.
     """
-
-    system: str
-    device_type: str
-    has_triton: bool
-    has_cpp_compiler: bool
-    cuda_capability: tuple[int, int] | None = None
-
-
-def probe_platform(device_type: str) -> Platform:
-    """Return the facts of this machine, for a model on `device_type`."""
-    system = platform.system()
-    compilers = (
-        [os.environ.get("CXX"), "cl"] if system == "Windows" else [os.environ.get("CXX"), "g++", "clang++", "c++"]
-    )
-    capability = None
+    windows = platform.system() == "Windows"
     if device_type == "cuda":
         import torch
 
+        if find_spec("triton") is None:
+            return f"Triton is not installed (pip install {'triton-windows' if windows else 'triton'})"
         capability = torch.cuda.get_device_capability()
-    return Platform(
-        system=system,
-        device_type=device_type,
-        has_triton=importlib.util.find_spec("triton") is not None,
-        has_cpp_compiler=any(compiler and shutil.which(compiler) for compiler in compilers),
-        cuda_capability=capability,
-    )
-
-
-def obstacle(platform: Platform) -> str | None:
-    """Return what keeps `torch.compile` from working on `platform`, or None."""
-    if platform.device_type == "cuda":
-        if not platform.has_triton:
-            hint = "pip install triton-windows" if platform.system == "Windows" else "pip install triton"
-            return f"Triton is not installed ({hint})"
-        if platform.cuda_capability is not None and platform.cuda_capability < (7, 0):
-            return f"Triton needs compute capability 7.0, this GPU has {'.'.join(map(str, platform.cuda_capability))}"
-    elif not platform.has_cpp_compiler:
-        compiler = "MSVC's cl.exe" if platform.system == "Windows" else "a C++ compiler"
+        if capability < (7, 0):
+            return f"Triton needs compute capability 7.0, this GPU has {'.'.join(map(str, capability))}"
+        return None
+    compilers = [os.environ.get("CXX"), *(["cl"] if windows else ["g++", "clang++", "c++"])]
+    if not any(compiler and shutil.which(compiler) for compiler in compilers):
+        compiler = "MSVC's cl.exe" if windows else "a C++ compiler"
         return f"{compiler} was not found on the path"
     return None
 
@@ -92,26 +62,26 @@ class CompileDecision:
         return f"torch.compile: {'on' if self.enabled else 'off'} ({self.reason})"
 
 
-def decide(requested: bool | Literal["auto"], config: "Config", platform: Platform) -> CompileDecision:
+def decide(requested: bool | Literal["auto"], config: "Config", device_type: str) -> CompileDecision:
     """Choose between compiled and eager execution.
 
     Args:
         requested: True and False are obeyed if possible; `"auto"` chooses.
         config: The model's configuration.
-        platform: The result of `probe_platform`.
+        device_type: Where the model will run: cpu, cuda, mps.
 
     Returns:
         The choice with its reason.
     """
     if requested is False:
         return CompileDecision(False, "as asked")
-    hindrance = obstacle(platform)
+    hindrance = obstacle(device_type)
     if hindrance is not None:
         return CompileDecision(False, hindrance)
     if requested is True:
         return CompileDecision(True, "as asked")
-    if platform.device_type != "cuda":
-        return CompileDecision(False, f"it gains little on {platform.device_type}; --compile true tries it")
+    if device_type != "cuda":
+        return CompileDecision(False, f"it gains little on {device_type}; --compile true tries it")
     if config.mlp_class_name == "LLaMAMoE":
         return CompileDecision(False, "its loop over experts breaks the graph in every layer; --compile true tries it")
     if config.mlp_class_name in MLP_CLASS_NAMES:

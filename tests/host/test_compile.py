@@ -9,22 +9,33 @@ import torch
 
 from litgpt_moe_ext.host.compile import compile_where_it_works
 from litgpt_moe_ext.training import compilation
-from litgpt_moe_ext.training.compilation import CompileDecision, Platform, compile_scope, decide, obstacle
+from litgpt_moe_ext.training.compilation import CompileDecision, compile_scope, decide, obstacle
 from tests.models import dense_config, moe_config
 from tests.runs import run_command
 
-LINUX_GPU = Platform("Linux", "cuda", has_triton=True, has_cpp_compiler=True, cuda_capability=(9, 0))
-LINUX_CPU = Platform("Linux", "cpu", has_triton=True, has_cpp_compiler=True)
-BARE_CPU = Platform("Linux", "cpu", has_triton=False, has_cpp_compiler=False)
-WINDOWS_GPU = Platform("Windows", "cuda", has_triton=False, has_cpp_compiler=True, cuda_capability=(8, 9))
-WINDOWS_CPU = Platform("Windows", "cpu", has_triton=False, has_cpp_compiler=False)
-OLD_GPU = Platform("Linux", "cuda", has_triton=True, has_cpp_compiler=True, cuda_capability=(6, 1))
+# Device type, system, whether it has Triton and a C++ compiler, and the capability of its GPU.
+LINUX_GPU = ("cuda", "Linux", True, True, (9, 0))
+LINUX_CPU = ("cpu", "Linux", True, True, None)
+BARE_CPU = ("cpu", "Linux", False, False, None)
+WINDOWS_GPU = ("cuda", "Windows", False, True, (8, 9))
+WINDOWS_CPU = ("cpu", "Windows", False, False, None)
+OLD_GPU = ("cuda", "Linux", True, True, (6, 1))
 
 DENSE = dense_config()
 
 
+def pretend(monkeypatch, machine) -> str:
+    """Make this machine look like another; return the device type of models there."""
+    device_type, system, has_triton, has_compiler, capability = machine
+    monkeypatch.setattr(compilation.platform, "system", lambda: system)
+    monkeypatch.setattr(compilation, "find_spec", lambda name: object() if has_triton else None)
+    monkeypatch.setattr(compilation.shutil, "which", lambda name: name if has_compiler else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    return device_type
+
+
 @pytest.mark.parametrize(
-    ("requested", "config", "platform", "enabled", "reason"),
+    ("requested", "config", "machine", "enabled", "reason"),
     [
         ("auto", DENSE, LINUX_GPU, True, "dense model on a GPU"),
         ("auto", moe_config(), LINUX_GPU, False, "gained an MoE model nothing"),
@@ -40,25 +51,21 @@ DENSE = dense_config()
         (False, DENSE, LINUX_GPU, False, "as asked"),
     ],
 )
-def test_decisions(requested, config, platform, enabled, reason):
-    decision = decide(requested, config, platform)
+def test_decisions(monkeypatch, requested, config, machine, enabled, reason):
+    decision = decide(requested, config, pretend(monkeypatch, machine))
     assert decision.enabled is enabled
     assert re.search(reason, decision.reason)
     assert str(decision).startswith(f"torch.compile: {'on' if enabled else 'off'} (")
 
 
 @pytest.mark.parametrize(("system", "compiler"), [("Windows", "cl"), ("Linux", "g++")])
-def test_probe_asks_for_the_compiler_of_the_system(monkeypatch, system, compiler):
-    asked = []
+def test_the_compiler_of_the_system_is_looked_for(monkeypatch, system, compiler):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(compilation.platform, "system", lambda: system)
-    monkeypatch.setattr(
-        compilation.shutil, "which", lambda name: asked.append(name) or (name if name == compiler else None)
-    )
-    assert compilation.probe_platform("cpu").has_cpp_compiler
-    assert compiler in asked
+    monkeypatch.setattr(compilation.shutil, "which", lambda name: name if name == compiler else None)
+    assert obstacle("cpu") is None
     monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
-    assert obstacle(compilation.probe_platform("cpu")) is not None
+    assert obstacle("cpu") is not None
 
 
 def test_switched_off_nothing_is_compiled():
@@ -103,7 +110,7 @@ class Pretrain(SimpleNamespace):
 
 
 @pytest.mark.parametrize(
-    ("config", "platform", "message"),
+    ("config", "machine", "message"),
     [
         (DENSE, LINUX_CPU, None),
         (DENSE, WINDOWS_CPU, "torch.compile: off (MSVC's cl.exe was not found on the path)"),
@@ -111,14 +118,15 @@ class Pretrain(SimpleNamespace):
     ],
     ids=["LitGPT's own choice where it can work", "no compiler", "the plugin's model"],
 )
-def test_plain_litgpt_pretrain(config, platform, message):
+def test_plain_litgpt_pretrain(monkeypatch, config, machine, message):
+    pretend(monkeypatch, machine)
     said, stances = [], []
 
     def main(fabric, config):
         stances.append(torch._dynamo.eval_frame._stance.stance)
 
     pretrain = Pretrain(main=main)
-    compile_where_it_works(pretrain, probe=lambda device_type: platform)
+    compile_where_it_works(pretrain)
     pretrain.main(SimpleNamespace(device=torch.device("cpu"), print=lambda text: said.append(str(text))), config)
     assert said == ([] if message is None else [message])
     assert stances == ["default" if message is None else "force_eager"]

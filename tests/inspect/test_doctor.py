@@ -145,7 +145,7 @@ def test_memory_takes_the_whole_recipe_into_account(monkeypatch):
     ],
 )
 def test_cuda_graphs_are_foretold(monkeypatch, settings, verdict, text):
-    monkeypatch.setattr("litgpt_moe_ext.training.compilation.probe_platform", lambda device_type: None)
+    monkeypatch.setattr("litgpt_moe_ext.training.compilation.obstacle", lambda device_type: None)
     found = graphs(recipe_with(moe_config(), settings), "cuda")
     assert found.verdict == verdict
     assert text in found.text

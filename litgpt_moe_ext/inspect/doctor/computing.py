@@ -11,13 +11,13 @@ from litgpt_moe_ext.wording import counted
 
 def compiling(recipe: Recipe) -> Finding:
     """Return whether a run would be compiled."""
-    from litgpt_moe_ext.training.compilation import decide, obstacle, probe_platform
+    from litgpt_moe_ext.training.compilation import decide, obstacle
     from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
 
-    found, setting = probe_platform(accelerator_here()), recipe.settings.compile
-    if setting is True and (reason := obstacle(found)):
+    device_type, setting = accelerator_here(), recipe.settings.compile
+    if setting is True and (reason := obstacle(device_type)):
         return Finding("compile", "problem", f"compile: true cannot work here: {reason}; set compile: auto")
-    return Finding("compile", "good", str(decide(setting, recipe.config, found)))
+    return Finding("compile", "good", str(decide(setting, recipe.config, device_type)))
 
 
 def kernels(recipe: Recipe) -> Iterator[Finding]:

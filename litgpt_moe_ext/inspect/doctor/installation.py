@@ -104,9 +104,9 @@ def kernels() -> Iterator[Finding]:
 
 def compiler() -> Finding:
     """Return whether torch.compile could work."""
-    from litgpt_moe_ext.training.compilation import obstacle, probe_platform
+    from litgpt_moe_ext.training.compilation import obstacle
     from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
 
-    reason = obstacle(probe_platform(accelerator_here()))
+    reason = obstacle(accelerator_here())
     text = f"torch.compile cannot work: {reason}" if reason else "torch.compile has the compiler it needs"
     return Finding("compile", "note" if reason else "good", text)

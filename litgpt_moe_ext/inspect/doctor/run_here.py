@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 def compiles(recipe: Recipe, device_type: str) -> bool:
     """Return whether a run on a type of device would be compiled."""
-    from litgpt_moe_ext.training.compilation import decide, probe_platform
+    from litgpt_moe_ext.training.compilation import decide
 
-    return decide(recipe.settings.compile, recipe.config, probe_platform(device_type)).enabled
+    return decide(recipe.settings.compile, recipe.config, device_type).enabled
 
 
 def computing(recipe: Recipe) -> "tuple[torch.device, torch.dtype, torch.autocast]":

@@ -17,7 +17,7 @@ from litgpt_moe_ext.training.callbacks.fused_loss import FusedLoss, require_torc
 from litgpt_moe_ext.training.callbacks.kernel_report import KernelReport
 from litgpt_moe_ext.training.callbacks.step_metrics import StepMetrics
 from litgpt_moe_ext.training.callbacks.telemetry import Telemetry
-from litgpt_moe_ext.training.compilation import CompileDecision, decide, probe_platform
+from litgpt_moe_ext.training.compilation import CompileDecision, decide
 from litgpt_moe_ext.training.gpu_peaks import peak_flops
 from litgpt_moe_ext.training.optim.optimization import Optimization
 from litgpt_moe_ext.training.phases.checks import check_whole_model
@@ -83,7 +83,7 @@ def equip(launched: Launched, prepared: Prepared, equipment: Equipment) -> None:
 def _compile(launched: Launched) -> CompileDecision:
     if (obstacle := launched.fabric.strategy.compile_obstacle) is not None:
         return CompileDecision(False, obstacle)
-    return decide(launched.plan.settings.compile, launched.plan.config, probe_platform(launched.fabric.device.type))
+    return decide(launched.plan.settings.compile, launched.plan.config, launched.fabric.device.type)
 
 
 def _callbacks(launched: Launched, prepared: Prepared, equipment: Equipment) -> Iterator[Callback]:
