@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import lightning as L
 import torch
 from lightning.fabric.loggers import Logger
-from lightning.fabric.wrappers import _FabricOptimizer
+from lightning.fabric.wrappers import _FabricOptimizer, _unwrap_objects
 from torch import Tensor
 
 from litgpt_moe_ext.errors import FROM_ITS_WEIGHTS, SettingsError, one_line
@@ -293,7 +293,7 @@ class TrainingFabric(L.Fabric):
     def load_raw(self, path: str | Path, obj: Any, strict: bool = True, **kwargs: Any) -> None:
         """As Fabric's, but also accept a training checkpoint and take only its weights; schedules start anew."""
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        self.strategy.load_weights(obj, checkpoint.get("model", checkpoint), strict)
+        self.strategy.load_module_state_dict(_unwrap_objects(obj), checkpoint.get("model", checkpoint), strict)
         begin_schedules(routers_of(obj).values())
 
 

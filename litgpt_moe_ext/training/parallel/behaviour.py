@@ -70,16 +70,6 @@ class Behaviour(_Base):
         """
         return self.setup_optimizer(optimizer)
 
-    def load_weights(self, model: nn.Module, weights: Mapping[str, Tensor], strict: bool = True) -> None:
-        """Load weights into a model that was set up; every rank must call this.
-
-        Args:
-            model: The model.
-            weights: Whole tensors by name, the same on every rank.
-            strict: As `nn.Module.load_state_dict`.
-        """
-        model.load_state_dict(weights, strict=strict)
-
     def in_place_of_forward(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Return the result of a function that runs the model's passes, with gradients exchanged among ranks.
 

@@ -150,21 +150,16 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
         return rest
 
     def load_module_state_dict(self, module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-        """Load whole weights, present on every rank, into a sharded model."""
-        self.load_weights(module, state_dict, strict)
+        """Load whole weights, present on every rank, into a sharded model; every rank copies its shards."""
+        loaded = as_the_model_names_them(module, state_dict, strict)
+        with torch.no_grad():
+            for name, value in module.state_dict().items():
+                value.copy_(like(loaded[name], value))
 
     def clip_gradients_norm(self, *args: Any, **kwargs: Any) -> Tensor:
         """Clip as Lightning does; return the norm over all shards as a plain tensor."""
         norm = super().clip_gradients_norm(*args, **kwargs)
         return norm.full_tensor() if is_shard(norm) else norm
-
-    def load_weights(self, model: nn.Module, weights: Mapping[str, Tensor], strict: bool = True) -> None:
-        """Load weights into a sharded model; every rank copies its shards from the whole tensors."""
-        network = getattr(model, "module", model)
-        loaded = as_the_model_names_them(network, weights, strict)
-        with torch.no_grad():
-            for name, value in network.state_dict().items():
-                value.copy_(like(loaded[name], value))
 
 
 def _by_name(saved: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

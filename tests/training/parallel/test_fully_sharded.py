@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import MixedPrecision, Precision
-from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
@@ -225,7 +224,7 @@ def loaded_weights() -> bool:
     strategy, model = sharded("fsdp2", "32-true")
     torch.manual_seed(1)
     other = initialized_model(moe_config())
-    strategy.load_weights(_FabricModule(model, strategy), other.state_dict())
+    strategy.load_module_state_dict(model, other.state_dict())
     found = {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in model.state_dict().items()}
     return all(torch.equal(found[name], value) for name, value in other.state_dict().items())
 

@@ -126,10 +126,6 @@ class ZeroStrategy(Behaviour, DeepSpeedStrategy):
                 else:
                     value.copy_(loaded[name])
 
-    def load_weights(self, model: nn.Module, weights: Mapping[str, Tensor], strict: bool = True) -> None:
-        """Give DeepSpeed's model other weights; every rank copies its shards out of the whole tensors."""
-        self.load_module_state_dict(self.model, weights, strict)
-
 
 class _StepBoundary(_BackwardSyncControl):
     def no_backward_sync(self, module: Any, enabled: bool) -> contextlib.AbstractContextManager:
