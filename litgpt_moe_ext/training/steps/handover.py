@@ -43,26 +43,14 @@ if TYPE_CHECKING:
     from litgpt_moe_ext.training.steps.graphs.decision import GraphDecision
 
 
-class _Deferred(NamedTuple):
-    """A placeholder for the logits of a batch, which the function of its loss computes.
+class _Handed(NamedTuple):
+    """What the model hands over in place of the logits of a batch.
 
     Attributes:
-        ids_BT: Token ids, int64.
-        loss: Takes ids and targets and returns the loss.
+        loss: Takes the targets and returns the loss; called once.
     """
 
-    ids_BT: Tensor
-    loss: Callable[[Tensor, Tensor], Tensor]
-
-
-class _Handed:
-    """Logits that can be taken once: LitGPT's loop keeps this object until the next batch, but not the logits."""
-
-    def __init__(self, logits: Any) -> None:
-        self._logits = [logits]
-
-    def take(self) -> Any:
-        return self._logits.pop()
+    loss: Callable[[Tensor], Tensor]
 
 
 class Handover:
@@ -115,10 +103,8 @@ class Handover:
         self._cross_entropy = cross_entropy
 
         def loss(logits: Any, targets: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if isinstance(logits, _Deferred):
-                return logits.loss(logits.ids_BT, targets)
             if isinstance(logits, _Handed):
-                logits = logits.take()
+                return logits.loss(targets)
             return cross_entropy(logits, targets, *args, **kwargs)
 
         return loss
@@ -142,9 +128,11 @@ class Handover:
             if not expected or args or kwargs or model.training != torch.is_grad_enabled():
                 return compute(ids_BT, *args, **kwargs)
             if (loss := training if model.training else validating) is not None:
-                return _Deferred(ids_BT, loss)
+                return _Handed(partial(loss, ids_BT))
             with _unconverted(strategy.precision):
-                return _Handed(compute(ids_BT))
+                logits = [compute(ids_BT)]
+            # Taken out: LitGPT's loop keeps what it gets until the next batch, when there would be two of them.
+            return _Handed(lambda targets: self._cross_entropy(logits.pop(), targets))
 
         # Fabric's wrapper would forward an ordinary assignment to the inner model.
         object.__setattr__(model, "forward", forward)
