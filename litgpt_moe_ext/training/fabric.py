@@ -47,6 +47,7 @@ class TrainingFabric(L.Fabric):
     Attributes:
         random_streams: The random generators of every process.
         attempt: How many times the run has been started: 1, plus one for every resume.
+        model: The model that was set up, once it is.
         state: LitGPT's training state, once it exists.
         stop_requests: Signals that this process has received.
         interrupted_by: Signal that all processes have agreed to act on before the next step; 0 if none.
@@ -66,7 +67,7 @@ class TrainingFabric(L.Fabric):
         self._told: set[Any] = set()  # topics of messages that are printed only once
         self.random_streams = RankStreams(self)
         self.attempt = 1
-        self._model: Any = None
+        self.model: Any = None
         self._optimizer: Any = None
         self.state: dict[str, Any] = {"step_count": 0}
         self.stop_requests = StopRequests(self.print)
@@ -144,21 +145,21 @@ class TrainingFabric(L.Fabric):
         before = _weight_shapes(model)
         self.call("on_before_setup", model=model)
         _require_same_shapes(before, _weight_shapes(model))
-        self._model = super().setup(module, *args, **kwargs)
-        return self._model
+        self.model = super().setup(module, *args, **kwargs)
+        return self.model
 
     def setup_optimizers(self, *optimizers: torch.optim.Optimizer) -> Any:
         """Give the optimizer to the strategy, which may replace it."""
         (optimizer,) = optimizers
-        attached = self.strategy.attach_optimizer(self._model, optimizer, self._report_norm)
+        attached = self.strategy.attach_optimizer(self.model, optimizer, self._report_norm)
         self._optimizer = _FabricOptimizer(attached, self.strategy, self._callbacks)
         return self._optimizer
 
     def require_training_mode(self) -> None:
         """Put the model back into training mode if a callback left it in evaluation mode, and say so once."""
-        if self._model.module.training:
+        if self.model.module.training:
             return
-        self._model.train()
+        self.model.train()
         self._print_once(
             "mode",
             "  A callback has left the model in evaluation mode, without dropout and without balancing of experts: it "
@@ -206,7 +207,7 @@ class TrainingFabric(L.Fabric):
         self.call(
             "on_gradients_clipped",
             norm=norm,
-            module=self._model,
+            module=self.model,
             optimizer=self._optimizer,
             scaled=self.strategy.scales_gradients,
         )

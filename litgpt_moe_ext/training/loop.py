@@ -45,6 +45,7 @@ from litgpt_moe_ext.training.checkpoint.progress import FINAL
 from litgpt_moe_ext.training.checkpoint.resharding import convert_position
 from litgpt_moe_ext.training.checkpoint.writer import CheckpointWriter
 from litgpt_moe_ext.training.control import TrainingInterrupted
+from litgpt_moe_ext.training.optim.make import make_optimizer
 from litgpt_moe_ext.training.optim.schedules import Schedule, schedule_steps
 from litgpt_moe_ext.training.parallel.agreement import Agreement
 from litgpt_moe_ext.training.steps.batches import StepBatches, can_pad, counts_for_loss
@@ -55,6 +56,7 @@ from litgpt_moe_ext.training.steps.validation import StoppableValidation
 
 if TYPE_CHECKING:
     import litgpt.args
+    import torch
 
     from litgpt_moe_ext.training.phases.equip import Equipment
     from litgpt_moe_ext.training.phases.launch import Launched
@@ -87,7 +89,7 @@ class HookedLoop:
         launched: The connected processes.
         start: What the run starts from.
         tokenizer_dir: Tokenizer to copy into checkpoints, or None.
-        equipment: The optimizer, and how the model, its head and its loss are computed.
+        equipment: How the model, its head and its loss are computed.
 
     Attributes:
         writer: Saves checkpoints.
@@ -167,7 +169,7 @@ class HookedLoop:
             "get_lr": self._learning_rate,
             "measure_flops": self._measure_flops,
             "get_dataloaders": self._adaptable(litgpt.pretrain.get_dataloaders),
-            "instantiate_torch_optimizer": self._equipment.optimization.make_optimizer,
+            "instantiate_torch_optimizer": self._make_optimizer,
             "chunked_cross_entropy": self._means.wrap_loss(self._handover.wrap(cross_entropy)),
             "validate": self._validate(litgpt.pretrain.validate),
             "RunningMean": RunningMean,
@@ -310,6 +312,10 @@ class HookedLoop:
 
     def _interrupt(self, signal_number: int) -> NoReturn:
         raise TrainingInterrupted(signal_number, self.save_step(last=True))
+
+    def _make_optimizer(self, optimizer: str | dict, _parameters: Any, **_options: Any) -> torch.optim.Optimizer:
+        fabric, groups = self.fabric, self._plan.settings.parameter_groups
+        return make_optimizer(optimizer, fabric.model, groups, fabric.run_task, fabric.strategy.steps_in_parts)
 
     def _measure_flops(self, model: Any, _forward: Any, _loss: Any) -> int:
         length = self._plan.sequence_length

@@ -1,16 +1,14 @@
 """Muon, and the AdamW of what is no matrix, on this card."""
 
 import contextlib
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from litgpt_moe_ext.training.optim.make import make_optimizer
 from litgpt_moe_ext.training.optim.muon import MuonAdamW
-from litgpt_moe_ext.training.optim.optimization import Optimization
 from litgpt_moe_ext.training.optim.parameter_groups import group_parameters
 from litgpt_moe_ext.training.settings import ParameterGroupArgs
-from litgpt_moe_ext.training.steps.graphs.gradient_tasks import run_now
 from tests.gpu.card import no_waits
 
 pytestmark = pytest.mark.gpu
@@ -61,10 +59,8 @@ def test_a_run_steps_as_the_optimizer_itself(device, name):
     """With the rate as a number; a card reads it from its own memory, in float32, where an optimizer can."""
     models = [torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 9)).to(device) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    optimization = Optimization(ParameterGroupArgs())
-    optimization.on_after_setup(SimpleNamespace(run_task=run_now), models[0])
     path = name if "." in name else f"torch.optim.{name}"
-    ours = optimization.make_optimizer({"class_path": path, "init_args": {"lr": 0.1}}, None)
+    ours = make_optimizer({"class_path": path, "init_args": {"lr": 0.1}}, models[0], ParameterGroupArgs())
     theirs = type(ours)(group_parameters(models[1], ParameterGroupArgs(), split_matrices="Muon" in name), lr=0.1)
     for i in range(3):
         for model in models:

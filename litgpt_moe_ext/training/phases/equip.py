@@ -19,7 +19,6 @@ from litgpt_moe_ext.training.callbacks.step_metrics import StepMetrics
 from litgpt_moe_ext.training.callbacks.telemetry import Telemetry
 from litgpt_moe_ext.training.compilation import CompileDecision, decide
 from litgpt_moe_ext.training.gpu_peaks import peak_flops
-from litgpt_moe_ext.training.optim.optimization import Optimization
 from litgpt_moe_ext.training.phases.checks import check_whole_model
 from litgpt_moe_ext.training.steps.graphs.decision import GraphDecision
 from litgpt_moe_ext.training.steps.graphs.decision import decide as decide_graphs
@@ -37,13 +36,11 @@ class Equipment:
     Attributes:
         compile: Whether the model is compiled, and why.
         graphs: Whether CUDA graphs are tried, and why not.
-        optimization: Makes the optimizer.
         fused_loss: Computes output head and loss together, or None if the head is computed by itself.
     """
 
     compile: CompileDecision
     graphs: GraphDecision
-    optimization: Optimization
     fused_loss: FusedLoss | None
 
 
@@ -68,7 +65,6 @@ def choose_equipment(launched: Launched) -> Equipment:
             compiled.enabled,
             launched.plan.config,
         ),
-        optimization=Optimization(settings.parameter_groups, in_pieces=strategy.steps_in_parts),
         fused_loss=FusedLoss() if settings.fused_cross_entropy else None,
     )
 
@@ -110,7 +106,6 @@ def _callbacks(launched: Launched, prepared: Prepared, equipment: Equipment) -> 
         yield ActivationCheckpointing(settings.activation_checkpointing)
     if equipment.fused_loss is not None:
         yield equipment.fused_loss
-    yield equipment.optimization
     yield GradientGuard(settings.anomaly, plan.out_dir, fabric.global_rank, fabric.print)
     if fabric.strategy.scales_gradients:
         yield fabric.strategy.loss_scale_state()

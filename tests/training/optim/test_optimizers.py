@@ -1,15 +1,13 @@
 """Parameter groups and Muon."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from lightning.fabric.plugins import MixedPrecision
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.optim.arguments import learning_rate_of
+from litgpt_moe_ext.training.optim.make import make_optimizer
 from litgpt_moe_ext.training.optim.muon import MuonAdamW
-from litgpt_moe_ext.training.optim.optimization import Optimization
 from litgpt_moe_ext.training.optim.orthogonal import orthogonalize
 from litgpt_moe_ext.training.optim.parameter_groups import group_parameters, scale_rates
 from litgpt_moe_ext.training.settings import ParameterGroupArgs
@@ -55,9 +53,7 @@ def test_what_a_recipe_may_leave_out(model, path, rest):
     """It has passed the checks, so it must make an optimizer."""
     given = {"class_path": path, **rest}
     assert learning_rate_of(given) == 0.001
-    optimization = Optimization(ParameterGroupArgs())
-    optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
-    assert optimization.make_optimizer(given, None).defaults["lr"] == 0.001
+    assert make_optimizer(given, model, ParameterGroupArgs()).defaults["lr"] == 0.001
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +75,8 @@ def test_one_group_unless_asked(model):
 
 def test_on_a_cpu_a_step_takes_the_order_of_the_model(model):
     """As its gradients are clipped: numbers are those of LitGPT's own optimizer."""
-    optimization, seen = Optimization(ParameterGroupArgs()), []
-    optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
-    optimizer = optimization.make_optimizer("AdamW", None)
+    seen = []
+    optimizer = make_optimizer("AdamW", model, ParameterGroupArgs())
     optimizer.register_step_post_hook(lambda *_: seen.extend(optimizer.param_groups[0]["params"]))
     optimizer.step()
     assert all(one is other for one, other in zip(seen, model.parameters(), strict=True))
@@ -102,9 +97,9 @@ class Counting(torch.optim.SGD):
 
 
 def test_an_optimizer_may_wrap_its_step(model):
-    optimization = Optimization(ParameterGroupArgs())
-    optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
-    optimizer = optimization.make_optimizer({"class_path": f"{__name__}.Counting", "init_args": {"lr": 0.1}}, None)
+    optimizer = make_optimizer(
+        {"class_path": f"{__name__}.Counting", "init_args": {"lr": 0.1}}, model, ParameterGroupArgs()
+    )
     optimizer.step()
     assert optimizer.steps == 1
 
@@ -112,9 +107,7 @@ def test_an_optimizer_may_wrap_its_step(model):
 @pytest.mark.parametrize("fused", [True, False])
 def test_kernels_stay_those_of_the_run(model, fused):
     """A checkpoint of another device, strategy or precision does not bring its own."""
-    optimization = Optimization(ParameterGroupArgs())
-    optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
-    optimizer = optimization.make_optimizer({"class_path": "AdamW", "init_args": {"fused": fused}}, None)
+    optimizer = make_optimizer({"class_path": "AdamW", "init_args": {"fused": fused}}, model, ParameterGroupArgs())
     state = optimizer.state_dict()
     state["param_groups"][0].update(fused=not fused, foreach=True, eps=0.5)
     optimizer.load_state_dict(state)
@@ -145,9 +138,7 @@ def test_groups(model):
     ("given", "fused"), [({}, True), ({"fused": False}, False), ({"foreach": False}, None), ({"lr": 0.5}, True)]
 )
 def test_a_fused_optimizer_is_a_default(model, given, fused):
-    optimization = Optimization(ParameterGroupArgs())
-    optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
-    made = optimization.make_optimizer({"class_path": "torch.optim.AdamW", "init_args": given}, None)
+    made = make_optimizer({"class_path": "torch.optim.AdamW", "init_args": given}, model, ParameterGroupArgs())
     assert made.defaults["fused"] is fused
     assert made.defaults["lr"] == given.get("lr", 1e-3)
 
@@ -156,9 +147,7 @@ def test_a_fused_optimizer_is_a_default(model, given, fused):
 def test_a_gradient_scaler_works_with_a_fused_optimizer(path):
     """It unscales before gradients are clipped, and a step whose gradients overflow changes nothing."""
     model = torch.nn.Linear(2, 2)
-    optimization = Optimization(ParameterGroupArgs())
-    optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
-    optimizer = optimization.make_optimizer({"class_path": path, "init_args": {"lr": 0.5}}, None)
+    optimizer = make_optimizer({"class_path": path, "init_args": {"lr": 0.5}}, model, ParameterGroupArgs())
     assert optimizer.defaults["fused"]
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     precision = MixedPrecision("16-mixed", "cpu", scaler)
@@ -177,9 +166,9 @@ def test_a_gradient_scaler_works_with_a_fused_optimizer(path):
 def test_who_scales_the_rates(model, in_pieces, rate):
     """Where a step calls the optimizer several times, its owner: a hook would do so at each call."""
     groups = ParameterGroupArgs(router_lr_factor=0.5)
-    optimization = Optimization(groups, in_pieces=in_pieces)
-    optimization.on_after_setup(SimpleNamespace(device=torch.device("cpu")), model)
-    made = optimization.make_optimizer({"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}, None)
+    made = make_optimizer(
+        {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}, model, groups, in_pieces=in_pieces
+    )
     made.step()
     assert {group["lr"] for group in made.param_groups} == {rate, 0.5}
 

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.balancing.metrics import routers_of
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing, Mode
+from litgpt_moe_ext.training.optim.make import make_optimizer
 from litgpt_moe_ext.training.optim.muon import MuonAdamW
-from litgpt_moe_ext.training.optim.optimization import Optimization
 from litgpt_moe_ext.training.optim.parameter_groups import group_parameters
 from litgpt_moe_ext.training.parallel import fully_sharded, random_state
 from litgpt_moe_ext.training.parallel.facts import facts_of
@@ -346,10 +346,9 @@ def test_muon_needs_no_communication_for_whole_experts(experts, dim):
 def fused_steps() -> dict[str, bool]:
     """Return whether the kernels of optimizers that have fused ones are fused, after a step on shards."""
     _, model = sharded("fsdp2", "32-true")
-    optimization, fused = Optimization(ParameterGroupArgs()), {}
-    optimization.on_after_setup(None, model)
+    fused = {}
     for name in ("Adam", "AdamW", "SGD", "Adagrad"):
-        optimizer = optimization.make_optimizer({"class_path": name, "init_args": {"lr": 0.1}}, None)
+        optimizer = make_optimizer({"class_path": name, "init_args": {"lr": 0.1}}, model, ParameterGroupArgs())
         model(tokens()).sum().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from litgpt_moe_ext.moe.balancing.metrics import load_metrics, routers_of
 from litgpt_moe_ext.training.callbacks.ema import WeightAverage
 from litgpt_moe_ext.training.callbacks.step_metrics import StepMetrics
-from litgpt_moe_ext.training.optim.optimization import Optimization
+from litgpt_moe_ext.training.optim.make import make_optimizer
 from litgpt_moe_ext.training.settings import EmaArgs, ParameterGroupArgs
 from litgpt_moe_ext.training.steps.graphs.gradient_tasks import run_now
 from litgpt_moe_ext.training.steps.losses import RunningMean
@@ -98,10 +98,9 @@ def test_no_step_waits_after_its_backward_pass(recipe, muon, monkeypatch):
             tasks.append(task.name)
             return run_now(task)
 
-        fabric = SimpleNamespace(device=torch.device("cuda", 0), print=print, run_task=run_task)
-        optimization = Optimization(ParameterGroupArgs())
-        optimization.on_after_setup(fabric, model)
-        optimizer = optimization.make_optimizer(MUON if muon else {"init_args": {}, **settings["optimizer"]}, None)
+        fabric = SimpleNamespace(device=torch.device("cuda", 0), print=print)
+        named = MUON if muon else {"init_args": {}, **settings["optimizer"]}
+        optimizer = make_optimizer(named, model, ParameterGroupArgs(), run_task)
         average, norms, losses = WeightAverage(EmaArgs(decay=0.99)), StepMetrics(fabric, 1), RunningMean(4)
         average.on_after_setup(fabric, model)
         average.on_fit_begin(None)
