@@ -7,12 +7,14 @@ Shape legend: B batch, T tokens.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.moe.balancing.step_shares import nothing_counted
 from litgpt_moe_ext.training.steps.graphs.gradient_tasks import Replay
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -124,6 +126,34 @@ class CudaCapture:
             raise failure or error from None
         finally:
             failure = None  # its traceback holds this frame, and the memory of the pass
+
+
+class SharingCapture(NamedTuple):
+    """Captures passes that share what they can, in parallel branches.
+
+    Attributes:
+        capture: Captures them.
+        sharing: The scope in which they share.
+        abreast: The scope in which parts of layers get branches of their own.
+    """
+
+    capture: Capture
+    sharing: Callable[[], AbstractContextManager[None]]
+    abreast: Callable[[], AbstractContextManager[None]]
+
+    def passes(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor, add: bool) -> Passes:
+        """See `Capture.passes`."""
+        with self.sharing(), nothing_counted(), self.abreast():
+            return self.capture.passes(loss, ids_BT, targets_BT, add)
+
+    def forward(self, loss: Loss, ids_BT: Tensor, targets_BT: Tensor) -> Replay:
+        """See `Capture.forward`. What is shared is only kept up to date for `passes`."""
+        with self.abreast():
+            return self.capture.forward(loss, ids_BT, targets_BT)
+
+    def function(self, function: Callable[[], Tensor | None]) -> Replay:
+        """See `Capture.function`."""
+        return self.capture.function(function)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,18 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.kernels.side_stream import side_by_side
 from litgpt_moe_ext.moe.balancing.step_shares import add_up
 from litgpt_moe_ext.moe.kernels.step_weights import StepWeights
-from litgpt_moe_ext.training.steps.graphs.capture import Capture, CudaCapture, Loss, Passes, gradients_set_aside
+from litgpt_moe_ext.training.steps.graphs.capture import (
+    Capture,
+    CudaCapture,
+    Loss,
+    Passes,
+    SharingCapture,
+    gradients_set_aside,
+)
 from litgpt_moe_ext.training.steps.graphs.check import Reference, side_effects_undone
 from litgpt_moe_ext.training.steps.graphs.detached_loss import DetachedLosses
 from litgpt_moe_ext.training.steps.graphs.dynamic_sizes import DynamicSizes, SizesByShape
 from litgpt_moe_ext.training.steps.graphs.gradient_tasks import GradientTask, TaskGraphs
-from litgpt_moe_ext.training.steps.graphs.graphs import Graphs, SharingCapture
 from litgpt_moe_ext.training.steps.graphs.inputs import Inputs
 from litgpt_moe_ext.training.steps.graphs.obstacles import (
     GraphError,
@@ -71,6 +77,20 @@ class GraphOptions:
     make_capture: Callable[[], Capture] = CudaCapture
     sharing: bool = True
     abreast: bool = True
+
+
+class Graphs(NamedTuple):
+    """The graphs of a run. They share memory, so one must have ended before another runs.
+
+    Attributes:
+        passes: Those of micro-batches.
+        tasks: What happens to the gradients of the passes.
+        validation: The loss without gradients.
+    """
+
+    passes: CapturedPasses
+    tasks: TaskGraphs
+    validation: CapturedValidation
 
 
 class GraphedLoss:
@@ -176,14 +196,14 @@ class GraphedLoss:
         """Return the passes for a micro-batch, captured now if they may be and none serve it; None if no passes fit."""
         if may_capture and (self._graphs is None or self._graphs.passes.lacks(batch)):
             self._graphs = self._new_graphs(batch)
-        if self._graphs is None or not self._graphs.passes.fits(batch):
+        if self._graphs is None or not self._graphs.passes.inputs.fits(batch):
             return None
         self._weights.refresh()
         captured = self._graphs.passes
         return captured, captured.passes(begins)
 
     def _replayed(self, captured: CapturedPasses, passes: Passes, batch: Inputs) -> Tensor:
-        captured.load(batch)
+        captured.inputs.load(batch)
         passes.forward()
 
         def backward(grad: Tensor) -> None:
@@ -217,7 +237,7 @@ class GraphedLoss:
 
     def _new_graphs(self, batch: Inputs) -> Graphs:
         is_first = self._graphs is None
-        is_outgrown = self._graphs is not None and self._graphs.passes.is_outgrown(batch)
+        is_outgrown = self._graphs is not None and self._graphs.passes.inputs.is_outgrown(batch)
         self._graphs = None  # frees their memory
         if is_first and self._options.careful:
             self._require_chances(batch.ids_BT.device)

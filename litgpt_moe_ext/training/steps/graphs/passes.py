@@ -20,25 +20,20 @@ class CapturedPasses:
         loss: Takes ids and targets and returns a scalar.
         model: The model whose parameters and buffers `loss` reads.
         inputs: The static tensors that the passes read.
+
+    Attributes:
+        inputs: As given.
     """
 
     def __init__(self, capture: Capture, loss: Loss, model: nn.Module, inputs: Inputs) -> None:
         self._capture, self._loss = capture, loss
-        self._inputs, self._tensors = inputs, ModelTensors(model)
+        self.inputs, self._tensors = inputs, ModelTensors(model)
         self._first: Passes | None = None
         self._other: Passes | None = None
 
-    def fits(self, batch: Inputs) -> bool:
-        """Return whether the passes are for batches like this one."""
-        return self._inputs.fits(batch)
-
     def lacks(self, batch: Inputs) -> bool:
         """Return whether passes must be captured anew: the model's tensors have moved, or sizes are too small."""
-        return self._tensors.have_moved() or self.is_outgrown(batch)
-
-    def is_outgrown(self, batch: Inputs) -> bool:
-        """Return whether a batch needs larger sizes than the passes have."""
-        return self._inputs.is_outgrown(batch)
+        return self._tensors.have_moved() or self.inputs.is_outgrown(batch)
 
     def have_written(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Return whether the gradients of parameters are those of the passes, where the passes write them."""
@@ -52,7 +47,7 @@ class CapturedPasses:
             begins: Whether no leaf has a gradient yet.
         """
         if self._first is None:
-            self._first = self._capture.passes(self._loss, self._inputs.ids_BT, self._inputs.targets_BT, add=False)
+            self._first = self._captured(add=False)
         if begins and all(leaf.grad is None for leaf in self._first.gradients):
             return self._first
         for leaf, gradient in self._first.gradients.items():
@@ -62,8 +57,11 @@ class CapturedPasses:
                 gradient.copy_(leaf.grad)
             leaf.grad = gradient
         if self._other is None:
-            self._other = self._capture.passes(self._loss, self._inputs.ids_BT, self._inputs.targets_BT, add=True)
+            self._other = self._captured(add=True)
         return self._other
+
+    def _captured(self, add: bool) -> Passes:
+        return self._capture.passes(self._loss, self.inputs.ids_BT, self.inputs.targets_BT, add)
 
     def check(self, reference: Reference, accumulates: bool, model: nn.Module) -> Passes:
         """Compare the passes with passes without graphs; leave gradients as they were.
@@ -86,10 +84,6 @@ class CapturedPasses:
                 self.hand_over(first)
                 reference.compare(self.passes(begins=False), 2, model)
         return first
-
-    def load(self, batch: Inputs) -> None:
-        """Copy a micro-batch into the static tensors."""
-        self._inputs.load(batch)
 
     def hand_over(self, passes: Passes) -> None:
         """Set the leaves' gradients to those just computed."""
