@@ -64,28 +64,31 @@ class GradientGuard(Callback):
         if norm is None:
             return
         value = float(norm)
-        finite = math.isfinite(value)
-        if not finite and scaled:
+        if scaled and not math.isfinite(value):
             # The gradient scaler skips the step itself and tries a smaller scale.
             forget_step(routers_of(module).values())
             return
-        problem, setting = (None, "") if finite else (f"the gradient norm is {value}", "on_nonfinite")
-        factor, median = self._args.spike_factor, self._median()
-        if finite and factor is not None and median is not None and value > factor * median:
-            problem = f"the gradient norm is {value:.3g}, the median of the last {self._args.window} is {median:.3g}"
-            setting = "on_spike"
-        if finite and factor is not None:
-            # Spikes too: a single one does not move the median, and a lasting change must become the new normal.
-            self._norms.append(value)
-        if problem is None:
+        found = self._anomaly(value)
+        if found is None:
             self._skipped_in_a_row = 0
-            return
-        self._act(problem, setting, module, optimizer)
+        else:
+            self._act(*found, module, optimizer)
 
-    def _median(self) -> float | None:
-        if self._args.spike_factor is None or len(self._norms) < self._args.window:
+    def _anomaly(self, norm: float) -> tuple[str, str] | None:
+        """Return what is wrong with a gradient norm and the setting that says what to do, or None."""
+        if not math.isfinite(norm):
+            return f"the gradient norm is {norm}", "on_nonfinite"
+        if self._args.spike_factor is None:
             return None
-        return statistics.median(self._norms)
+        median = statistics.median(self._norms) if len(self._norms) == self._args.window else math.inf
+        # Spikes too: a single one does not move the median, and a lasting change must become the new normal.
+        self._norms.append(norm)
+        if norm <= self._args.spike_factor * median:
+            return None
+        return (
+            f"the gradient norm is {norm:.3g}, the median of the last {self._args.window} is {median:.3g}",
+            "on_spike",
+        )
 
     def _act(self, problem: str, setting: str, module: torch.nn.Module, optimizer: Any) -> None:
         # This step's loss scale may not be finite and must not leak into another training in the same process.
