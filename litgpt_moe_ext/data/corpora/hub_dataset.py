@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from litgpt_moe_ext.data.corpora.documents import DocumentCorpus
 from litgpt_moe_ext.data.pipeline.hashes import FileHashes
-from litgpt_moe_ext.data.pipeline.hub import HubSplit
+from litgpt_moe_ext.data.pipeline.hub import HubSplit, check_slices
 from litgpt_moe_ext.data.pipeline.sources import Source
 from litgpt_moe_ext.errors import SettingsError
 
@@ -34,7 +34,7 @@ class HubDataset(DocumentCorpus):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.val_split == self.train_split:  # rows in common are refused once the dataset is loaded
+        if self.val_split == self.train_split:  # slices are checked when the datasets library is loaded
             raise SettingsError(
                 f"data.val_split: {self.val_split!r} is train_split too, and would train and validate; name rows of "
                 "their own, such as train[:99%] and train[99%:]"
@@ -46,6 +46,8 @@ class HubDataset(DocumentCorpus):
         if self.val_split is None:
             splits = [HubSplit(self.dataset, self.train_split, None, which)]
         else:
+            if not self.streaming:
+                check_slices(self.train_split, self.val_split)
             splits = [
                 HubSplit(self.dataset, self.train_split, "train", which),
                 HubSplit(self.dataset, self.val_split, "val", which, trained=self.train_split),

@@ -67,7 +67,10 @@ class HubSplit:
             ) from error
         if self.trained is not None and rows.info.splits:
             lengths = {name: info.num_examples for name, info in rows.info.splits.items()}
-            _refuse_common_rows(self.trained, self.split, lengths)
+            if (common := _common_rows(self.trained, self.split, lengths)) is not None:
+                name, first, end = common
+                where = f", {first:,} to {end - 1:,} of {lengths[name]:,} in {name}"
+                raise SettingsError(_would_train_and_validate(self.trained, self.split, where))
         return dataset_source(rows, f"{self.dataset}:{self.split}", self.side, text_format)
 
     def _streamed(self, text_format: TextFormat, hashes: FileHashes) -> list[Source]:
@@ -107,7 +110,27 @@ def refuse_streaming(streaming: bool, source_path: Path) -> None:
         )
 
 
-def _refuse_common_rows(trained: str, validated: str, lengths: dict[str, int]) -> None:
+def check_slices(trained: str, validated: str) -> None:
+    """Check the slices of a dataset before it is downloaded, as far as that is possible without its numbers of rows.
+
+    Raises:
+        SettingsError: They cannot be read, or have rows in common, be there a hundred rows or a billion.
+    """
+    from datasets import ReadInstruction
+
+    for name, split in (("train_split", trained), ("val_split", validated)):
+        try:
+            ReadInstruction.from_spec(split)
+        except ValueError as error:
+            raise SettingsError(f"data.{name}: {split!r} must be a split, or rows of it such as train[:99%]") from error
+    names = {part.partition("[")[0].strip() for part in f"{trained}+{validated}".split("+")} - {"all"}
+    # The ends of a slice are linear in the number of rows: what is common at both numbers is so at all between them.
+    if all(_common_rows(trained, validated, dict.fromkeys(names, length)) for length in (10**2, 10**9)):
+        raise SettingsError(_would_train_and_validate(trained, validated))
+
+
+def _common_rows(trained: str, validated: str, lengths: dict[str, int]) -> tuple[str, int, int] | None:
+    """Return the first rows that two slices have in common, as a split, its first row and its end; None without any."""
     from datasets import ReadInstruction
 
     everything = {"all": "+".join(lengths)}  # as `load_dataset` reads it
@@ -117,11 +140,15 @@ def _refuse_common_rows(trained: str, validated: str, lengths: dict[str, int]) -
     for train, val in itertools.product(ours, theirs):
         first, end = max(train.from_, val.from_), min(train.to, val.to)
         if train.splitname == val.splitname and first < end:
-            raise SettingsError(
-                f"data.val_split: {validated!r} has rows of train_split {trained!r}, {first:,} to {end - 1:,} of "
-                f"{lengths[val.splitname]:,} in {val.splitname}, which would train and validate; name rows of their "
-                f"own, such as {val.splitname}[:99%] and {val.splitname}[99%:]"
-            )
+            return val.splitname, first, end
+    return None
+
+
+def _would_train_and_validate(trained: str, validated: str, where: str = "") -> str:
+    return (
+        f"data.val_split: {validated!r} has rows of train_split {trained!r}{where}, which would train and validate; "
+        "name rows of their own, such as train[:99%] and train[99%:]"
+    )
 
 
 def _told(arguments: dict[str, Any], **more: Any) -> dict[str, Any]:
