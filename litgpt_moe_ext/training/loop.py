@@ -113,7 +113,7 @@ class HookedLoop:
         self._eval: litgpt.args.EvalArgs
         self._val_dataloader: Any = None
         self._first_batches = FirstBatches(self._plan.sequence_length, self._plan.config.padded_vocab_size or 0)
-        self._validation = StoppableValidation(fabric, self._heed, self._first_batches)
+        self._validation = StoppableValidation(fabric, self._on_signal_in_validation, self._first_batches)
         self._validated_step: int | None = None
         self._means = TokenMeans(fabric.world_size)
         self._handover = Handover(equipment.graphs, fabric.print, document_room(launched.plan.config))
@@ -226,7 +226,7 @@ class HookedLoop:
                     ) from nothing
                 # Not earlier: a resumed run draws random numbers to build the data iterator and in LitGPT's sanity
                 # check, which an uninterrupted run did not draw at this point.
-                loop.fabric.random_streams.settle(loop._plan.settings.seed)
+                loop.fabric.random_streams.restore_or_seed(loop._plan.settings.seed)
                 loop._means.weights = batch.weights
                 loop.fabric.call("on_batch", batch=batch.data, waited=batch.waited)
                 loop._handover.expect_batch()
@@ -303,7 +303,7 @@ class HookedLoop:
             self._interrupt(self.fabric.interrupted_by)
         self.fabric.require_training_mode()
 
-    def _heed(self, signal_number: int) -> None:
+    def _on_signal_in_validation(self, signal_number: int) -> None:
         """React to a signal that arrived during a validation."""
         if not self._limits_reached:
             self._interrupt(signal_number)

@@ -41,7 +41,7 @@ def run(settings: Settings) -> None:
     from litgpt_moe_ext.training.phases.plan import make_plan
     from litgpt_moe_ext.training.phases.prepare import prepare_data
     from litgpt_moe_ext.training.phases.report import announce, conclude
-    from litgpt_moe_ext.training.phases.start import find_start, make_room
+    from litgpt_moe_ext.training.phases.start import find_start, move_earlier_run
     from litgpt_moe_ext.training.steps.epochs import with_epochs
 
     plan = make_plan(settings)
@@ -54,7 +54,7 @@ def run(settings: Settings) -> None:
         launched = with_epochs(launched, prepared)
         equip(launched, prepared, equipment)
         # All checks are done; from here on files are moved and written.
-        start, prepared = make_room(launched, start, prepared)
+        start, prepared = move_earlier_run(launched, start, prepared)
         if launched.fabric.is_global_zero:
             launched.reporter.transcript.open(plan.out_dir / TRANSCRIPT_FILE)
             # In train.log only: what is needed to reproduce a result.
@@ -72,7 +72,7 @@ def train(launched: Launched, start: Start, prepared: Prepared, equipment: Equip
     from litgpt_moe_ext.training.callbacks.retention import Retention
     from litgpt_moe_ext.training.compilation import compile_scope
     from litgpt_moe_ext.training.loop import HookedLoop
-    from litgpt_moe_ext.training.parallel.memory import explained
+    from litgpt_moe_ext.training.parallel.memory import explaining_lack_of_memory
     from litgpt_moe_ext.training.phases.start import same_corpora
     from litgpt_moe_ext.training.steps.epochs import Epochs
 
@@ -84,7 +84,7 @@ def train(launched: Launched, start: Start, prepared: Prepared, equipment: Equip
     for callback in (epochs, retention, *settings.callbacks):
         fabric.add_callback(callback)
     same = same_corpora(start, plan.plain)
-    with explained(launched), same, loop.installed(), compile_scope(equipment.compile), settled():
+    with explaining_lack_of_memory(launched), same, loop.installed(), compile_scope(equipment.compile), settled():
         litgpt.pretrain.main(
             fabric=fabric,
             devices=launched.devices,

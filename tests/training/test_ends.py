@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from litgpt_moe_ext.training.phases.report import farther
+from litgpt_moe_ext.training.phases.report import flags_to_continue
 from litgpt_moe_ext.training.settings import TrainArgs
 from tests.runs import logged, train
 
@@ -46,7 +46,7 @@ def test_the_way_on(max_tokens, max_steps, step, flags):
     """Flags that train further, instead of ending where the run ended."""
     train_args = TrainArgs(max_tokens=max_tokens, max_steps=max_steps)
     plan = SimpleNamespace(settings=SimpleNamespace(train=train_args, data=None), tokens_per_step=10, steps_ahead=0)
-    assert farther(plan, step).strip() == flags
+    assert flags_to_continue(plan, step).strip() == flags
 
 
 def test_the_way_on_leads_on(recipe, capsys):

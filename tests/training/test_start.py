@@ -83,13 +83,15 @@ def test_everybody_waits_until_the_directory_is_free(recipe, tmp_path, monkeypat
     from types import SimpleNamespace
 
     from litgpt_moe_ext.training.phases.prepare import Prepared
-    from litgpt_moe_ext.training.phases.start import Start, make_room
+    from litgpt_moe_ext.training.phases.start import Start, move_earlier_run
 
     old, moved = tmp_path / "out" / "final", tmp_path / "out-earlier-1" / "final"
     moved.mkdir(parents=True)  # as the first process has left it
     fabric = SimpleNamespace(is_global_zero=False, broadcast=lambda _mine: (moved.parent, None), print=lambda *_: None)
     plan = SimpleNamespace(out_dir=tmp_path / "out", plain={"tokenizer_dir": str(old)})
-    start, prepared = make_room(SimpleNamespace(plan=plan, fabric=fabric), Start(None, old), Prepared(None, None, old))
+    start, prepared = move_earlier_run(
+        SimpleNamespace(plan=plan, fabric=fabric), Start(None, old), Prepared(None, None, old)
+    )
     assert (start.initial_checkpoint_dir, prepared.tokenizer_dir) == (moved, moved)
     assert plan.plain == {"initial_checkpoint_dir": str(moved), "tokenizer_dir": str(moved)}
 

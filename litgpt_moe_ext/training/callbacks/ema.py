@@ -16,7 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from litgpt_moe_ext.host.checkpoints import WEIGHTS_FILE
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.checkpoint.progress import AVERAGE
-from litgpt_moe_ext.training.optim.shards import is_shard, like
+from litgpt_moe_ext.training.optim.shards import is_shard, shard_like
 from litgpt_moe_ext.training.settings import EmaArgs
 
 
@@ -54,7 +54,7 @@ class WeightAverage(Callback):
             return
         saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["model"]
         for name, average in self._average.items():
-            average.copy_(like(saved[name], average))
+            average.copy_(shard_like(saved[name], average))
 
     @torch.no_grad()
     def on_after_optimizer_step(self, strategy: Any, optimizer: Any) -> None:

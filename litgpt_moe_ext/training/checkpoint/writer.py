@@ -13,7 +13,7 @@ from litgpt_moe_ext.host.checkpoints import WEIGHTS_FILE
 from litgpt_moe_ext.training.checkpoint import store
 from litgpt_moe_ext.training.checkpoint.progress import BEST, FINAL, newest_first, step_of
 from litgpt_moe_ext.training.control import TrainingStopped
-from litgpt_moe_ext.training.optim.shards import own_part
+from litgpt_moe_ext.training.optim.shards import local_part
 from litgpt_moe_ext.training.steps.losses import all_finite
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class CheckpointWriter:
 
     def _require_finite(self, state: dict[str, Any], name: str) -> None:
         parameters = (parameter.detach() for parameter in state["model"].parameters())
-        finite = all_finite([own_part(parameter) for parameter in parameters])
+        finite = all_finite([local_part(parameter) for parameter in parameters])
         if self._fabric.world_size > 1:
             torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
         if not finite:

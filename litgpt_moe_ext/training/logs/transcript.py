@@ -90,7 +90,7 @@ class Transcript:
                 sys.stderr = before[1]
 
 
-class _Lasting:
+class _SafeStream:
     """A stream that a full disk, a closed pipe or a terminal that is gone does not turn into an error of its writer.
 
     Args:
@@ -124,7 +124,7 @@ class _Lasting:
         return getattr(self._stream, name)
 
 
-class _Recorder(_Lasting):
+class _Recorder(_SafeStream):
     """A stream that also copies complete lines to a transcript; of a redrawn line, only the last state."""
 
     def __init__(self, stream: TextIO, transcript: Transcript) -> None:
@@ -132,9 +132,9 @@ class _Recorder(_Lasting):
         self._line = ""
 
     @property
-    def rich_proxied_file(self) -> _Lasting:
+    def rich_proxied_file(self) -> _SafeStream:
         """The underlying stream, to which rich draws its bars, past the transcript."""
-        return _Lasting(self._stream, self._transcript)
+        return _SafeStream(self._stream, self._transcript)
 
     def write(self, text: str) -> int:
         super().write(text)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from litgpt_moe_ext.host.without_compiler import bare_step, replace_step
 from litgpt_moe_ext.training.optim.arguments import fuses_on_shards, in_full, is_muon
 from litgpt_moe_ext.training.optim.gpu_step import GpuStep
-from litgpt_moe_ext.training.optim.parameter_groups import group_parameters, scale_rates, with_own_kernels
+from litgpt_moe_ext.training.optim.parameter_groups import group_parameters, keep_kernel_options, scale_rates
 from litgpt_moe_ext.training.optim.shards import is_shard
 from litgpt_moe_ext.training.settings import ParameterGroupArgs
 from litgpt_moe_ext.training.steps.graphs.gradient_tasks import GradientTask, run_now
@@ -22,7 +22,7 @@ def make_optimizer(
     model: nn.Module,
     args: ParameterGroupArgs,
     run_task: Callable[[GradientTask], Tensor | None] = run_now,
-    in_pieces: bool = False,
+    steps_in_parts: bool = False,
 ) -> torch.optim.Optimizer:
     """Return the optimizer for a model that was set up.
 
@@ -31,7 +31,8 @@ def make_optimizer(
         model: The model.
         args: Settings of the parameter groups.
         run_task: Does work on gradients, possibly as a CUDA graph.
-        in_pieces: Whether one step calls the optimizer several times, as DeepSpeed does; the caller scales the rates.
+        steps_in_parts: Whether one step calls the optimizer several times, as DeepSpeed does; the caller then scales the
+            learning rates.
     """
     optimizer, parameters = in_full(optimizer), list(model.parameters())
     given = optimizer["init_args"] if isinstance(optimizer, dict) else {}
@@ -41,12 +42,12 @@ def make_optimizer(
     made = _instantiate(optimizer, group_parameters(model, args, split_matrices=is_muon(optimizer)), **extra)
     # A gradient scaler would leave unscaling to a fused optimizer: too late for clipping, so Fabric refuses it.
     made._step_supports_amp_scaling = False  # pyrefly: ignore[missing-attribute] torch's fused optimizers have it
-    made.register_load_state_dict_pre_hook(with_own_kernels)
-    if not in_pieces:
+    made.register_load_state_dict_pre_hook(keep_kernel_options)
+    if not steps_in_parts:
         made.register_step_pre_hook(scale_rates)
     if "step" in vars(made):
         return made  # its own wrapper of the method, whose work would be lost
-    if not in_pieces and any(parameter.is_cuda for parameter in parameters):
+    if not steps_in_parts and any(parameter.is_cuda for parameter in parameters):
         GpuStep(made, run_task).install()
     else:
         replace_step(made, bare_step(made))

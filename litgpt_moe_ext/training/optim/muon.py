@@ -18,7 +18,7 @@ from torch.optim.adamw import adamw
 
 from litgpt_moe_ext.training.optim.orthogonal import MatrixUpdate, alike_together, orthogonalized
 from litgpt_moe_ext.training.optim.parameter_groups import MATRIX_PARTS
-from litgpt_moe_ext.training.optim.shards import own_part, sharded_like
+from litgpt_moe_ext.training.optim.shards import local_part, sharded_like
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -83,14 +83,14 @@ class MuonAdamW(torch.optim.Optimizer):
     def _muon(self, updates: list[MatrixUpdate]) -> None:
         ahead: list[Tensor] = []
         for group, members in _by_group(updates):
-            gradients = [own_part(update.gradient) for update in members]
-            averages = [own_part(self._average(update)) for update in members]
+            gradients = [local_part(update.gradient) for update in members]
+            averages = [local_part(self._average(update)) for update in members]
             torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
             parts = torch._foreach_lerp(gradients, averages, group["momentum"])
             ahead += [sharded_like(update.gradient, part) for update, part in zip(members, parts, strict=True)]
-        changes = map(own_part, orthogonalized(updates, ahead))
+        changes = map(local_part, orthogonalized(updates, ahead))
         for group, members in _by_group(updates):
-            parameters = [own_part(update.parameter) for update in members]
+            parameters = [local_part(update.parameter) for update in members]
             _descend(parameters, list(islice(changes, len(members))), group, max(members[0].sides))
 
     def _average(self, update: MatrixUpdate) -> Tensor:
@@ -115,10 +115,10 @@ class MuonAdamW(torch.optim.Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
         beta1, beta2 = group["betas"]
         adamw(
-            [own_part(parameter) for parameter in parameters],
-            [own_part(gradient) for gradient in gradients],
-            [own_part(state["exp_avg"]) for state in states],
-            [own_part(state["exp_avg_sq"]) for state in states],
+            [local_part(parameter) for parameter in parameters],
+            [local_part(gradient) for gradient in gradients],
+            [local_part(state["exp_avg"]) for state in states],
+            [local_part(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=fused or None,  # None: torch chooses

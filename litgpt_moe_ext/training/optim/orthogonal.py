@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from litgpt_moe_ext.training.optim.parameter_groups import MATRIX_PARTS
-from litgpt_moe_ext.training.optim.shards import is_shard, own_part, sharded_like
+from litgpt_moe_ext.training.optim.shards import is_shard, local_part, sharded_like
 
 # Quintic Newton-Schulz coefficients of the reference, chosen for the steepest slope at zero.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -62,7 +62,7 @@ class MatrixUpdate(NamedTuple):
         return self.parameter.size(-2) // self.group[MATRIX_PARTS], self.parameter.size(-1)
 
     @property
-    def stands(self) -> bool:
+    def is_tall(self) -> bool:
         """Whether its matrices have more rows than columns."""
         rows, columns = self.sides
         return rows > columns
@@ -78,7 +78,7 @@ def alike_together(updates: list[MatrixUpdate]) -> Iterator[list[MatrixUpdate]]:
         sides, steps = (min(update.sides), max(update.sides)), update.group["ns_steps"]
         kinds[sides, steps, parameter.dtype, gradient.dtype, parameter.device, alone].append(update)
     for alike in kinds.values():
-        alike.sort(key=lambda update: update.stands)
+        alike.sort(key=lambda update: update.is_tall)
         some, elements = [], 0
         for update in alike:
             elements += update.parameter.numel()
@@ -111,12 +111,12 @@ def orthogonalized(updates: list[MatrixUpdate], ahead: list[Tensor]) -> list[Ten
         # Shards offloaded to the CPU are exchanged and computed on the GPU, like gradients.
         return [_alone(ahead[0], first.sides[0], change).to(first.parameter.device)]
     matrices = [x.reshape(-1, *update.sides) for update, x in zip(updates, ahead, strict=True)]
-    changes = change(torch.cat([x.mT if update.stands else x for update, x in zip(updates, matrices, strict=True)]))
+    changes = change(torch.cat([x.mT if update.is_tall else x for update, x in zip(updates, matrices, strict=True)]))
     sizes = [len(x) for x in matrices]
-    lying = sum(not update.stands for update in updates)
-    at = sum(sizes[:lying])
+    wide = sum(not update.is_tall for update in updates)
+    at = sum(sizes[:wide])
     # Transpose the tall ones back together, or each would be added by a launch of its own.
-    parts = [*changes[:at].split(sizes[:lying]), *changes[at:].mT.contiguous().split(sizes[lying:])]
+    parts = [*changes[:at].split(sizes[:wide]), *changes[at:].mT.contiguous().split(sizes[wide:])]
     return [part.reshape(x.shape) for part, x in zip(parts, ahead, strict=True)]
 
 
@@ -135,7 +135,7 @@ def _alone(update: Tensor, rows: int, function: Callable[[Tensor], Tensor]) -> T
     mesh, placements = update.device_mesh, update.placements
     if update.dim() == 3 and all(placement.is_replicate() or placement.is_shard(0) for placement in placements):
         # Stacked experts that are sharded by expert: every rank has whole matrices.
-        return sharded_like(update, _of_matrices(own_part(update), rows, function))
+        return sharded_like(update, _of_matrices(local_part(update), rows, function))
     # Matrices cannot be orthogonalised in pieces: every rank computes the whole and keeps its part.
     whole = update.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
     return distribute_tensor(_of_matrices(whole, rows, function), mesh, placements, src_data_rank=None)

@@ -47,7 +47,7 @@ def group_parameters(model: nn.Module, args: ParameterGroupArgs, split_matrices:
     return groups
 
 
-def with_own_kernels(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+def keep_kernel_options(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """Return a state to load with the optimizer's present kernel options; a hook for `load_state_dict`.
 
     Which kernels work depends on strategy, device and precision, which may differ from the checkpoint's.

@@ -18,7 +18,7 @@ def is_shard(tensor: Any) -> "TypeGuard[DTensor]":
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor, sharing its memory, or the tensor itself if not sharded; without autograd.
 
     Elementwise operations use the part, with the kernels of ordinary tensors. On lists of shards, torch would plan an
@@ -43,7 +43,7 @@ def sharded_like(tensor: Tensor, part: Tensor) -> Tensor:
     return DTensor.from_local(part, mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
 
 
-def like(whole: Tensor, tensor: Tensor) -> Tensor:
+def shard_like(whole: Tensor, tensor: Tensor) -> Tensor:
     """Return a whole tensor, present on every rank, sharded like `tensor`, without communication."""
     if not is_shard(tensor):
         return whole

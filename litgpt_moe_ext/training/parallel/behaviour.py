@@ -107,7 +107,7 @@ class ScalerState(Callback):
         self._precision.load_state_dict(state)
 
 
-def as_the_model_names_them(model: nn.Module, weights: Mapping[str, Tensor], strict: bool) -> dict[str, Tensor]:
+def in_model_layout(model: nn.Module, weights: Mapping[str, Tensor], strict: bool) -> dict[str, Tensor]:
     """Return whole weights under the names and in the layout that the model saves.
 
     Modules may convert weights on loading. A model without storage does that here, as no rank of a sharded model has

@@ -26,8 +26,8 @@ from torch.optim import Optimizer
 
 from litgpt_moe_ext.moe.balancing.metrics import routers_of
 from litgpt_moe_ext.training.checkpoint.io import DirectCheckpointIO
-from litgpt_moe_ext.training.optim.shards import is_shard, like
-from litgpt_moe_ext.training.parallel.behaviour import Behaviour, as_the_model_names_them
+from litgpt_moe_ext.training.optim.shards import is_shard, shard_like
+from litgpt_moe_ext.training.parallel.behaviour import Behaviour, in_model_layout
 from litgpt_moe_ext.training.parallel.facts import StrategyFacts
 from litgpt_moe_ext.training.settings import DistributedArgs
 
@@ -151,10 +151,10 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
 
     def load_module_state_dict(self, module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
         """Load whole weights, present on every rank, into a sharded model; every rank copies its shards."""
-        loaded = as_the_model_names_them(module, state_dict, strict)
+        loaded = in_model_layout(module, state_dict, strict)
         with torch.no_grad():
             for name, value in module.state_dict().items():
-                value.copy_(like(loaded[name], value))
+                value.copy_(shard_like(loaded[name], value))
 
     def clip_gradients_norm(self, *args: Any, **kwargs: Any) -> Tensor:
         """Clip as Lightning does; return the norm over all shards as a plain tensor."""

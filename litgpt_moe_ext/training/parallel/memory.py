@@ -47,7 +47,7 @@ def check_memory(launched: Launched) -> None:
 
 
 @contextlib.contextmanager
-def explained(launched: Launched) -> Iterator[None]:
+def explaining_lack_of_memory(launched: Launched) -> Iterator[None]:
     """Explain the need of memory if it runs out in the scope.
 
     Raises:

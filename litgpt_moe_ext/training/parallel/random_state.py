@@ -68,7 +68,7 @@ class RankStreams:
 
     def __init__(self, fabric: Any) -> None:
         self._fabric = fabric
-        self._settled = False
+        self._restored = False
         self.resumed: list[dict[str, Any]] | None = None
 
     def to_save(self) -> list[dict[str, Any]] | None:
@@ -76,7 +76,7 @@ class RankStreams:
 
         Every rank must call this.
         """
-        if not self._settled:
+        if not self._restored:
             return self.resumed
         states: list = [of_this_rank(self._fabric.device)]
         if self._fabric.world_size > 1:
@@ -84,15 +84,15 @@ class RankStreams:
             torch.distributed.all_gather_object(states, own)
         return states
 
-    def settle(self, seed: int) -> None:
+    def restore_or_seed(self, seed: int) -> None:
         """At the first call, continue the streams from the checkpoint, or give each rank its own.
 
         Args:
             seed: Seed of the run.
         """
-        if self._settled:
+        if self._restored:
             return
-        self._settled = True
+        self._restored = True
         fabric, saved, self.resumed = self._fabric, self.resumed, None
         if saved is not None and len(saved) == fabric.world_size:
             if not restore(saved[fabric.global_rank], fabric.device):
@@ -103,10 +103,10 @@ class RankStreams:
                 f"The checkpoint has the random generators of {counted(len(saved), 'process')}, this run has "
                 f"{fabric.world_size}: they start anew, which matters only if training draws random numbers."
             )
-        part_ways(seed, fabric.global_rank, fabric.world_size, fabric.step)
+        seed_rank(seed, fabric.global_rank, fabric.world_size, fabric.step)
 
 
-def part_ways(seed: int, rank: int, world_size: int, step: int = 0) -> None:
+def seed_rank(seed: int, rank: int, world_size: int, step: int = 0) -> None:
     """Give every rank its own random stream; until now, all have drawn the same numbers.
 
     LitGPT seeds all ranks alike, as initial weights require. Without this, dropout, jitter and router noise would then

@@ -56,7 +56,7 @@ def announce(launched: Launched, start: Start, equipment: Equipment) -> None:
         for note in resume_notes(start.resume_dir, plan.plain):
             say(f"  {note}")
         if (step := step_of(start.resume_dir) or 0) >= plan.total_steps:
-            say(f"  This run is finished; to train longer, add{farther(plan, step)}")
+            say(f"  This run is finished; to train longer, add{flags_to_continue(plan, step)}")
 
 
 def conclude(launched: Launched, prepared: Prepared, outcome: Outcome) -> None:
@@ -81,7 +81,7 @@ def conclude(launched: Launched, prepared: Prepared, outcome: Outcome) -> None:
         say(f'Try it: litgpt generate {final} --prompt "..."')
         say(f"        litgpt chat {final}")
     say(f"Metrics: {plan.out_dir / METRICS_FILE}, log: {plan.out_dir / TRANSCRIPT_FILE}")
-    say(f"To continue: --resume auto{farther(plan, outcome.step)}")
+    say(f"To continue: --resume auto{flags_to_continue(plan, outcome.step)}")
 
 
 def _cut(plan: Plan) -> Iterator[str]:
@@ -100,7 +100,7 @@ def _cut(plan: Plan) -> Iterator[str]:
         )
 
 
-def farther(plan: Plan, step: int) -> str:
+def flags_to_continue(plan: Plan, step: int) -> str:
     """Return the flags, each after a space, that let a training continue beyond `step`; empty if none are needed."""
     train, ahead = plan.settings.train, plan.steps_ahead
     planned = train.max_tokens // plan.tokens_per_step

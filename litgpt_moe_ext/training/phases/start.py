@@ -153,7 +153,7 @@ def sequences_and_steps_ahead(checkpoint_dir: Path, global_batch_size: int) -> t
     return sequences, step - sequences // global_batch_size
 
 
-def make_room(launched: Launched, start: Start, prepared: Prepared) -> tuple[Start, Prepared]:
+def move_earlier_run(launched: Launched, start: Start, prepared: Prepared) -> tuple[Start, Prepared]:
     """Move the checkpoints of an earlier run out of the way, unless this run continues there.
 
     Returns:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from litgpt_moe_ext.training.steps.graphs.decision import GraphDecision
 
 
-class _Handed(NamedTuple):
+class _DeferredLoss(NamedTuple):
     """What the model hands over in place of the logits of a batch.
 
     Attributes:
@@ -103,7 +103,7 @@ class Handover:
         self._cross_entropy = cross_entropy
 
         def loss(logits: Any, targets: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if isinstance(logits, _Handed):
+            if isinstance(logits, _DeferredLoss):
                 return logits.loss(targets)
             return cross_entropy(logits, targets, *args, **kwargs)
 
@@ -128,11 +128,11 @@ class Handover:
             if not expected or args or kwargs or model.training != torch.is_grad_enabled():
                 return compute(ids_BT, *args, **kwargs)
             if (loss := training if model.training else validating) is not None:
-                return _Handed(partial(loss, ids_BT))
+                return _DeferredLoss(partial(loss, ids_BT))
             with _unconverted(strategy.precision):
                 logits = [compute(ids_BT)]
             # Taken out: LitGPT's loop keeps what it gets until the next batch, when there would be two of them.
-            return _Handed(lambda targets: self._cross_entropy(logits.pop(), targets))
+            return _DeferredLoss(lambda targets: self._cross_entropy(logits.pop(), targets))
 
         # Fabric's wrapper would forward an ordinary assignment to the inner model.
         object.__setattr__(model, "forward", forward)

@@ -162,12 +162,12 @@ def test_a_gradient_scaler_works_with_a_fused_optimizer(path):
         assert torch.equal(model.weight, before) != changes
 
 
-@pytest.mark.parametrize(("in_pieces", "rate"), [(False, 0.25), (True, 0.5)])
-def test_who_scales_the_rates(model, in_pieces, rate):
+@pytest.mark.parametrize(("steps_in_parts", "rate"), [(False, 0.25), (True, 0.5)])
+def test_who_scales_the_rates(model, steps_in_parts, rate):
     """Where a step calls the optimizer several times, its owner: a hook would do so at each call."""
     groups = ParameterGroupArgs(router_lr_factor=0.5)
     made = make_optimizer(
-        {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}, model, groups, in_pieces=in_pieces
+        {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}, model, groups, steps_in_parts=steps_in_parts
     )
     made.step()
     assert {group["lr"] for group in made.param_groups} == {rate, 0.5}

@@ -402,7 +402,7 @@ def test_an_overflow_on_one_rank_is_one_on_all():
 
 def drawn(world_size: int) -> list[Tensor]:
     torch.manual_seed(7)
-    random_state.part_ways(7, dist.get_rank(), world_size)
+    random_state.seed_rank(7, dist.get_rank(), world_size)
     return [torch.rand(3), random_state.of_this_rank(torch.device("cpu"))["torch"]]
 
 
@@ -419,7 +419,7 @@ def test_every_rank_draws_its_own_numbers():
 def saved_states() -> list[Tensor]:
     rank, device = dist.get_rank(), torch.device("cpu")
     streams = random_state.RankStreams(SimpleNamespace(world_size=2, global_rank=rank, step=0, device=device))
-    streams.settle(seed=7)
+    streams.restore_or_seed(seed=7)
     own, saved = random_state.of_this_rank(device), streams.to_save()
     assert saved[rank]["python"] == own["python"]
     return [state["torch"] for state in saved]
@@ -438,7 +438,7 @@ def test_every_rank_and_step_has_a_stream_of_its_own():
     for rank, step in ((0, 0), (1, 0), (0, 5)):
         torch.manual_seed(7)
         random.seed(7)
-        random_state.part_ways(7, rank, 2, step)
+        random_state.seed_rank(7, rank, 2, step)
         streams.append((torch.rand(()).item(), random.random()))
     assert [len(set(numbers)) for numbers in zip(*streams, strict=True)] == [3, 3]
 
@@ -472,9 +472,9 @@ def test_random_state_is_restored():
         streams = random_state.RankStreams(SimpleNamespace(world_size=2, global_rank=rank, device=torch.device("cpu")))
         streams.resumed = states
         assert streams.to_save() is states
-        streams.settle(seed=0)
+        streams.restore_or_seed(seed=0)
         number = torch.rand(()).item()
-        streams.settle(seed=0)
+        streams.restore_or_seed(seed=0)
         assert (number, random.random()) == expected[rank]
     state = states[0]
     assert not random_state.restore({**state, "cuda": state["torch"]}, torch.device("cpu"))
@@ -494,13 +494,13 @@ def test_streams_of_another_number_of_ranks_start_anew(saved, now):
     states, said = [random_state.of_this_rank(torch.device("cpu"))] * saved, []
     for rank in range(now):
         seed()
-        random_state.part_ways(1, rank, now, 5)
+        random_state.seed_rank(1, rank, now, 5)
         expected = draw()
         seed()
         streams = random_state.RankStreams(
             SimpleNamespace(world_size=now, global_rank=rank, step=5, device=torch.device("cpu"), print=said.append)
         )
         streams.resumed = states
-        streams.settle(seed=1)
+        streams.restore_or_seed(seed=1)
         assert draw() == expected
     assert [f"of {saved} process" in line and f"this run has {now}:" in line for line in said] == [True] * now

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.checkpoint.io import DirectCheckpointIO
-from litgpt_moe_ext.training.parallel.behaviour import Behaviour, as_the_model_names_them
+from litgpt_moe_ext.training.parallel.behaviour import Behaviour, in_model_layout
 from litgpt_moe_ext.training.parallel.deepspeed.optimizer import ZeroOptimizer
 from litgpt_moe_ext.training.parallel.deepspeed.settings import engine_options, step_options
 from litgpt_moe_ext.training.parallel.facts import StrategyFacts
@@ -116,7 +116,7 @@ class ZeroStrategy(Behaviour, DeepSpeedStrategy):
     def load_module_state_dict(self, module: Any, state_dict: Mapping[str, Tensor], strict: bool = True) -> None:
         """Give the model other weights, whole ones, that every rank has; every rank must call."""
         network = module.module
-        loaded = as_the_model_names_them(network, state_dict, strict)
+        loaded = in_model_layout(network, state_dict, strict)
         shards = self._optimizer.shards
         with torch.no_grad():
             for name, value in network.state_dict(keep_vars=True).items():
