@@ -31,8 +31,8 @@ def make_optimizer(
         model: The model.
         args: Settings of the parameter groups.
         run_task: Does work on gradients, possibly as a CUDA graph.
-        steps_in_parts: Whether one step calls the optimizer several times, as DeepSpeed does; the caller then scales the
-            learning rates.
+        steps_in_parts: Whether one step calls the optimizer several times, as DeepSpeed does; if so, the caller scales
+            the learning rates.
     """
     optimizer, parameters = in_full(optimizer), list(model.parameters())
     given = optimizer["init_args"] if isinstance(optimizer, dict) else {}
