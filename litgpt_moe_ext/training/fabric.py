@@ -215,9 +215,10 @@ class TrainingFabric(L.Fabric):
     def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log losses averaged over all processes, by optimizer step.
 
-        LitGPT logs those of the first process, by iteration.
+        LitGPT logs those of the first process, by iteration, and a utilization (`device/mfu`) whose peaks are wrong for
+        some GPUs; ours is `mfu`.
         """
-        metrics = dict(metrics)
+        metrics = {name: value for name, value in metrics.items() if name != "device/mfu"}
         for name in ("loss", "val_loss"):
             if name not in metrics:
                 continue

@@ -19,7 +19,7 @@ class Telemetry(Callback):
     `data_wait` is the share of that time in which this process waited for batches. `memory_gb` is the peak so far: of
     tensors on a GPU, otherwise of the process's resident memory. `mfu` (PaLM, arXiv:2204.02311) is the arithmetic that
     the active parameters and the attention need for these tokens, over what the devices could have done in that time;
-    recomputation for activation checkpointing is not counted. It replaces LitGPT's `device/mfu`.
+    recomputation for activation checkpointing is not counted.
 
     Args:
         device: Device of this process.
@@ -48,7 +48,6 @@ class Telemetry(Callback):
         if "loss" not in metrics:
             return
         now, tokens = time.perf_counter(), metrics["total_tokens"]
-        metrics.pop("device/mfu", None)
         if self._previous is not None and now > self._previous[0]:
             seconds = now - self._previous[0]
             metrics["tokens_per_second"] = (tokens - self._previous[1]) / seconds
