@@ -87,7 +87,7 @@ def train(out_dir: Path) -> None:
 
 
 def save_state(fabric: Fabric, directory: Path) -> None:
-    def save(_fabric: Any, state: dict, _tokenizer: None, file: Path) -> None:
+    def save(_fabric: Any, state: dict, file: Path) -> None:
         file.parent.mkdir(parents=True)
         torch.save(state, file)
         for name in ("model_config.yaml", "hyperparameters.yaml", "tokenizer.json"):
@@ -99,7 +99,7 @@ def save_state(fabric: Fabric, directory: Path) -> None:
         "step_count": fabric.step,
         "iter_num": fabric.step,
     }
-    store.save_whole(save, fabric, state, None, directory / WEIGHTS_FILE)
+    store.save_whole(save, fabric, state, directory / WEIGHTS_FILE)
     fabric.retention.on_checkpoint_saved(directory)
 
 

@@ -101,14 +101,13 @@ def recover(out_dir: Path) -> list[str]:
     return done
 
 
-def save_whole(save: Callable[..., None], fabric: Any, state: dict, tokenizer_dir: Path | None, file: Path) -> None:
+def save_whole(save: Callable[[Any, dict, Path], None], fabric: Any, state: dict, file: Path) -> None:
     """Save a checkpoint under a temporary name and rename it when it is complete.
 
     Args:
-        save: LitGPT's `save_checkpoint`, or a function with the same arguments.
+        save: Takes the fabric, a state and a path, and writes the files of a checkpoint.
         fabric: The running `TrainingFabric`; every process must call this.
         state: LitGPT's training state.
-        tokenizer_dir: Directory of tokenizer files to copy beside the model, or None.
         file: The final path of the model file; its parent is the checkpoint directory.
 
     Raises:
@@ -130,7 +129,7 @@ def save_whole(save: Callable[..., None], fabric: Any, state: dict, tokenizer_di
         shutil.rmtree(staging, ignore_errors=True)
     fabric.barrier()
     for part, of_others in (
-        (lambda: save(fabric, extended, tokenizer_dir, staging / file.name), False),
+        (lambda: save(fabric, extended, staging / file.name), False),
         (lambda: fabric.call("on_checkpoint_staged", directory=staging), True),
         (finish, False),
     ):

@@ -48,8 +48,10 @@ class CheckpointWriter:
         self, launched: Launched, tokenizer_dir: Path | None, write: Callable[..., None], resume_dir: Path | None = None
     ) -> None:
         self._plan, self._fabric = launched.plan, launched.fabric
-        self._tokenizer_dir = tokenizer_dir
-        self._write = write if tokenizer_dir is None else _with_tokenizer(write, tokenizer_dir)
+        self._write = write
+        # Read once: LitGPT copies the files at every save, but the corpus may be deleted or moved during a long run.
+        found = [] if tokenizer_dir is None else [tokenizer_dir / name for name in _TOKENIZER]
+        self._tokenizer = {path.name: path.read_bytes() for path in found if path.is_file()}
         self.last_saved: Path | None = None
         self._tried_at = time.monotonic()
         # Read now: the run may replace it later.
@@ -69,10 +71,10 @@ class CheckpointWriter:
             last: Whether the run ends with this checkpoint, whatever its name.
         """
         file = self._plan.out_dir / name / WEIGHTS_FILE
-        self.save_checkpoint(self._fabric, self._fabric.state, self._tokenizer_dir, file, last)
+        self.save_checkpoint(self._fabric, self._fabric.state, None, file, last)
 
     def save_checkpoint(
-        self, fabric: Any, state: dict, tokenizer_dir: Path | None, checkpoint_file: Path, last: bool = False
+        self, fabric: Any, state: dict, _tokenizer_dir: Path | None, checkpoint_file: Path, last: bool = False
     ) -> None:
         """Save a checkpoint and tell the callbacks; called as LitGPT's `save_checkpoint`.
 
@@ -88,7 +90,7 @@ class CheckpointWriter:
         if directory.name in (FINAL, BEST):
             self._require_finite(state, directory.name)
         try:
-            store.save_whole(self._write, fabric, state, tokenizer_dir, checkpoint_file)
+            store.save_whole(self._write_files, fabric, state, checkpoint_file)
         except store.SaveError as error:
             going_on = self._plan.settings.checkpoint.on_save_error == "continue"
             if not going_on or last or directory.name == FINAL:
@@ -104,6 +106,12 @@ class CheckpointWriter:
         self.last_saved = directory
         fabric.call("on_checkpoint_saved", directory=directory)
 
+    def _write_files(self, fabric: Any, state: dict, checkpoint_file: Path) -> None:
+        self._write(fabric, state, None, checkpoint_file)
+        if fabric.is_global_zero:
+            for name, content in self._tokenizer.items():
+                checkpoint_file.with_name(name).write_bytes(content)
+
     def _require_finite(self, state: dict[str, Any], name: str) -> None:
         parameters = (parameter.detach() for parameter in state["model"].parameters())
         finite = all_finite([local_part(parameter) for parameter in parameters])
@@ -118,16 +126,3 @@ class CheckpointWriter:
 
     def _newest(self, words: str) -> str:
         return "".join(f"{words}{path}" for path in newest_first(self._plan.out_dir)[:1])
-
-
-def _with_tokenizer(write: Callable[..., None], tokenizer_dir: Path) -> Callable[..., None]:
-    # Read once: LitGPT copies the files at every save, but the corpus may be deleted or moved during a long run.
-    files = {name: (tokenizer_dir / name).read_bytes() for name in _TOKENIZER if (tokenizer_dir / name).is_file()}
-
-    def write_with_tokenizer(fabric: Any, state: dict, directory: Path | None, checkpoint_file: Path) -> None:
-        write(fabric, state, None, checkpoint_file)
-        if fabric.is_global_zero:
-            for name, content in files.items():
-                checkpoint_file.with_name(name).write_bytes(content)
-
-    return write_with_tokenizer

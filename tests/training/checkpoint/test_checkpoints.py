@@ -203,8 +203,9 @@ def test_a_tokenizer_is_written_once(tmp_path):
         assert directory is None
         file.parent.mkdir()
 
-    save = writing._with_tokenizer(write, tokenizer_dir)
-    save(SimpleNamespace(is_global_zero=True), {}, tokenizer_dir, tmp_path / "final" / "lit_model.pth")
+    fabric = SimpleNamespace(is_global_zero=True)
+    writer = CheckpointWriter(SimpleNamespace(plan=None, fabric=fabric), tokenizer_dir, write)
+    writer._write_files(fabric, {}, tmp_path / "final" / "lit_model.pth")
     assert sorted(path.name for path in (tmp_path / "final").iterdir()) == ["config.json", "tokenizer.json"]
 
 
