@@ -53,11 +53,14 @@ class StopRequests:
 
     Args:
         say: Told what will happen next when a signal arrives.
+
+    Attributes:
+        received: The signal that this process received, or 0.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
-        self._received = 0
+        self.received = 0
         self._first_at = 0.0
         self._saying: list[Any] = []  # one lock per message, held until it is printed
 
@@ -82,12 +85,12 @@ class StopRequests:
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         now = time.monotonic()
-        if self._received:
+        if self.received:
             if now - self._first_at < MOMENT:
                 return
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
-        self._received, self._first_at = number, now
+        self.received, self._first_at = number, now
         name = signal.Signals(number).name
         message = f"{name} received: finishing the step, then saving. Ctrl-C again quits at once."
         # From a thread, because the signal may have interrupted this one in the middle of a write to the same stream,
@@ -102,11 +105,6 @@ class StopRequests:
             self._say(message)
         finally:
             lock.release()
-
-    @property
-    def received(self) -> int:
-        """The signal that this process received, or 0."""
-        return self._received
 
 
 class Deadline:
