@@ -98,7 +98,7 @@ def trained(card, dtype, accumulation, graphs, share=True, recomputed=None, muon
         optimizer.step()
         optimizer.zero_grad()
         if graphs and loss_function._graphs is not None:
-            rooms.add(loss_function._graphs.passes._inputs.sizes)
+            rooms.add(loss_function._graphs.passes.inputs.sizes)
 
     for i in range(5 if card.type == "cuda" else 3):
         step()
