@@ -6,7 +6,6 @@ jsonargparse's errors is not used.
 
 import contextlib
 import dataclasses
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
@@ -164,12 +163,12 @@ def _suggestion(prefix: str, key: str, known: Iterable[str], values: Mapping[str
         return ", which is not text; put it in quotes if it is a name"
     if (meant := meant_by(prefix, key)) is not None:
         return f"; did you mean {meant}?"
-    if close := difflib.get_close_matches(key, known, n=1, cutoff=0.7):
-        return f"; did you mean {prefix}{close[0]}?"
+    if near := nearest(key, known):
+        return f"; did you mean {prefix}{near}?"
     # As where `max_tokens` is given and `train.max_tokens` is meant.
     names = _nested_names(known, values) if isinstance(known, Mapping) else {}
-    if close := difflib.get_close_matches(key.replace("-", "_"), names, n=1, cutoff=0.75):
-        return f"; did you mean {prefix}{names[close[0]]}?"
+    if near := nearest(key.replace("-", "_"), names):
+        return f"; did you mean {prefix}{names[near]}?"
     if not prefix and (hint := did_you_mean(key, _ONLY_FLAGS)):
         return hint
     if prefix == "model_config.":
