@@ -21,9 +21,25 @@ _MARK = re.compile(r"<!-- (?:table: |end of table)")
 
 def model_config() -> str:
     """Return the fields of a model configuration."""
-    from litgpt_moe_ext.config.tables import markdown
+    from litgpt_moe_ext.config import fields
+    from litgpt_moe_ext.field_types import describe
 
-    return markdown()
+    def value(field: fields.Field) -> str:
+        text = describe(field.type)
+        if field.default is fields.REQUIRED:
+            return f"{text}; required"
+        default = field.unset if field.default is None else field.default
+        return text if default is None else f"{text} ({str(default).lower()})"
+
+    sections = {
+        "Feed-forward layers and experts": fields.FEED_FORWARD_FIELDS,
+        "Routing and balancing": fields.ROUTING_FIELDS,
+        "Attention": fields.ATTENTION_FIELDS,
+    }
+    return "\n".join(
+        _table((title, "value", "meaning"), ((f"`{name}`", value(field), field.doc) for name, field in section.items()))
+        for title, section in sections.items()
+    )
 
 
 def settings() -> str:
@@ -65,7 +81,7 @@ def _usage(action: argparse.Action) -> str:
 
 
 def seams() -> str:
-    """Return the seams, and the plugin's own process-wide state."""
+    """Return the seams."""
     from litgpt_moe_ext.host.seams import table
 
     return table() + "\n"

@@ -275,44 +275,10 @@ SEAMS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class State:
-    """A module variable of the plugin that one part writes and another reads.
-
-    Attributes:
-        module: The module that has it, without the package's name.
-        name: The variable.
-        reason: Why it must belong to the whole process.
-    """
-
-    module: str
-    name: str
-    reason: str
-
-
-STATE = (
-    State("host.autoload", "_finder", "Python has one list of finders."),
-    State("tokens.padding", "_accepted", "LitGPT's loop passes nothing from the data to the model."),
-    State("data.tokenizer.threads", "_parallelism_is_ours", "The tokenizers library reads an environment variable."),
-    State("data.pipeline.preparation", "_check", "LitGPT's data modules take nothing along to a preparation."),
-    State("host.registration", "_registered", "LitGPT's modules exist once."),
-    State(
-        "moe.balancing.gradient_injection", "_scale", "Autograd passes nothing from the loss's backward to a router's."
-    ),
-    State("moe.balancing.bias", "_routers", "torch's optimizer hook is called without the model."),
-    State("moe.balancing.bias", "_warned_unowned", "A router is warned about once."),
-    State("moe.balancing.bias", "_left_to_caller", "torch's optimizer hook is called for every optimizer."),
-    State("moe.balancing.step_shares", "_step_shares", "Compiled code hands an operator numbers, not objects."),
-    State("training.compilation", "_in_scope", "LitGPT's `main`, between the run and its model, passes nothing on."),
-)
-
-
 def table() -> str:
-    """Return the seams, and the plugin's own process-wide state, as two Markdown tables."""
+    """Return the seams as a Markdown table."""
     lines = ["| name | kind | what for | until |", "| --- | --- | --- | --- |"]
     lines += [f"| `{seam}` | {seam.kind} | {seam.reason} | {seam.until} |" for seam in SEAMS]
-    lines += ["", "| state of the process | why |", "| --- | --- |"]
-    lines += [f"| `litgpt_moe_ext.{state.module}.{state.name}` | {state.reason} |" for state in STATE]
     return "\n".join(lines)
 
 

@@ -1,14 +1,11 @@
 """The table of fields and the registries: one place from which everything else follows."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from litgpt import Config
 
 from litgpt_moe_ext.config.fields import FIELDS, added_fields
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
-from litgpt_moe_ext.config.tables import markdown
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.batch_metadata import TokenIds
@@ -16,8 +13,6 @@ from litgpt_moe_ext.moe.layer import MoE, NoisyTopKMoE
 from litgpt_moe_ext.moe.registry import ACTIVATIONS, LOSSES, ROUTERS, load
 from litgpt_moe_ext.moe.routing.router import Router
 from tests.models import moe_config, noisy_config, randomize
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_litgpts_config_has_the_fields_and_leaves_them_unset():
@@ -28,14 +23,6 @@ def test_litgpts_config_has_the_fields_and_leaves_them_unset():
     }
     assert {name: getattr(config, name) for name in FIELDS} == unset
     assert all(unset[name] is None for name in added_fields())
-
-
-def test_the_documentation_has_the_tables():
-    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
-    tables = [table.strip() for table in markdown().split("\n\n")]
-    texts = [page.read_text(encoding="utf-8") for page in pages]
-    missing = [table.splitlines()[0] for table in tables if not any(table in text for text in texts)]
-    assert not missing, "write the output of `python -m litgpt_moe_ext.config.tables` there"
 
 
 @pytest.mark.parametrize("name", ROUTERS)
