@@ -211,10 +211,10 @@ def did_you_mean_inside(folder: Path, pattern: str) -> str:
     return f"; did you mean {next((found for found in inside if found.name == 'final'), inside[-1])}?"
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name most similar to `name`, or None if none is similar."""
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.7) -> str | None:
+    """Return the known name most similar to `name`, or None if none is as similar as the cutoff of `difflib` says."""
     import difflib
 
     by_lower = {one.lower(): one for one in known}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.7)
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
     return by_lower[near[0]] if near else None

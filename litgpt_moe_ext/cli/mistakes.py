@@ -167,7 +167,7 @@ def _suggestion(prefix: str, key: str, known: Iterable[str], values: Mapping[str
         return f"; did you mean {prefix}{near}?"
     # As where `max_tokens` is given and `train.max_tokens` is meant.
     names = _nested_names(known, values) if isinstance(known, Mapping) else {}
-    if near := nearest(key.replace("-", "_"), names):
+    if near := nearest(key.replace("-", "_"), names, cutoff=0.75):
         return f"; did you mean {prefix}{names[near]}?"
     if not prefix and (hint := did_you_mean(key, _ONLY_FLAGS)):
         return hint
