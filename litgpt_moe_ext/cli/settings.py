@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from litgpt_moe_ext.cli.given import Given, read_flags
 from litgpt_moe_ext.cli.mistakes import mistakes, wrong_nulls
 from litgpt_moe_ext.cli.paths import check_paths
-from litgpt_moe_ext.config.litgpt_fields import check_ranges
+from litgpt_moe_ext.config.litgpt_fields import check_names, check_ranges
 from litgpt_moe_ext.errors import SettingsError, one_line, refuse_first, which_checkpoint
 from litgpt_moe_ext.host.checkpoints import CONFIG_FILE
 from litgpt_moe_ext.recipe_files import (
@@ -31,6 +31,8 @@ from litgpt_moe_ext.training.settings.section import attribute_docs, default_of
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.study.twin import Equality
+
+MakeModel = Callable[[dict[str, Any]], Any]
 
 SHORT_FORMS = {
     "--micro-batch-size": "--train.micro_batch_size",
@@ -230,51 +232,63 @@ def parse(given: Given, types: Mapping[str, Any]) -> tuple[Any, Any]:
     return parser, parsed
 
 
-def read_plain_settings(recipe: Path) -> Settings:
-    """Return the settings of a recipe without importing LitGPT: model and data are not checked.
+def _unchecked(values: dict[str, Any]) -> Any:
+    return SimpleNamespace(**{"block_size": 4096, **values})
 
-    Args:
-        recipe: A YAML file, or a checkpoint that holds its hyperparameters. `model_config` of the result has its fields
-            as attributes.
+
+def make_config(values: dict[str, Any]) -> Any:
+    """Return the `litgpt.Config` of a recipe's fields.
 
     Raises:
-        SettingsError: If it is not a recipe, or another section is wrong.
+        SettingsError: If one is unknown or wrong.
     """
-    types = {"model_config": dict | None, "data": dict | str | None}
+    from litgpt.config import Config
+
+    check_names(values)
+    check_ranges(values, "model_config.")
+    try:
+        return Config(**values)
+    except (TypeError, ValueError, AssertionError) as error:  # how LitGPT and this package refuse fields
+        name = str(error).partition(":")[0].partition(".")[0]
+        separator = "." if name in Config.__dataclass_fields__ else ": "
+        raise SettingsError(f"model_config{separator}{error or 'LitGPT refuses these fields'}") from error
+
+
+def read_plain_settings(recipe: Path, make_model: MakeModel = _unchecked) -> Settings:
+    """Return the settings of a recipe without importing LitGPT, unless its model needs it: data stay plain.
+
+    Args:
+        recipe: A YAML file, or a checkpoint that holds its hyperparameters.
+        make_model: Makes the model of its fields, by default without checking them.
+
+    Raises:
+        SettingsError: If it is not a recipe, or a section is wrong.
+    """
     inside = recipe / "hyperparameters.yaml"
     given = Given({"optimizer": Settings.optimizer})
     given.add_recipe(inside if inside.is_file() else recipe, "recipe")
     if inside.is_file():
         given.tree = as_data(given.tree, inside)
     with given.naming_places():
-        parser, parsed = parse(given, types)
-        model = parsed.pop("model_config")
-        values = vars(parser.instantiate_classes(parsed))
-    config: Any = None if model is None else SimpleNamespace(**{"block_size": 4096, **model})
-    return Settings(model_config=config, **values)
+        parser, parsed = parse(given, {"model_config": dict | None, "data": dict | str | None})
+        return make_settings(parser, parsed, make_model)
 
 
-def make_settings(parser: Any, parsed: Any) -> Settings:
+def make_settings(parser: Any, parsed: Any, make_model: MakeModel = make_config) -> Settings:
     """Return the settings of a parsed namespace, with its classes instantiated.
+
+    Args:
+        parser: The parser.
+        parsed: The namespace.
+        make_model: Makes the model of its fields.
 
     Raises:
         SettingsError: If a class refuses its arguments.
     """
-    model_config = parsed.pop("model_config")
-    values = vars(parser.instantiate_classes(parsed))
-    return Settings(model_config=None if model_config is None else _make_config(model_config.as_dict()), **values)
-
-
-def _make_config(values: dict[str, Any]) -> Any:
-    from litgpt.config import Config
-
-    check_ranges(values, "model_config.")
-    try:
-        return Config(**values)
-    except (ValueError, AssertionError) as error:  # raised by LitGPT and this package for wrong model fields
-        name = str(error).partition(":")[0].partition(".")[0]
-        separator = "." if name in Config.__dataclass_fields__ else ": "
-        raise SettingsError(f"model_config{separator}{error or 'LitGPT refuses these fields'}") from error
+    model = parsed.as_dict()["model_config"]
+    del parsed["model_config"]
+    config = None if model is None else make_model(model)
+    return Settings(model_config=config, **vars(parser.instantiate_classes(parsed)))
 
 
 @contextlib.contextmanager

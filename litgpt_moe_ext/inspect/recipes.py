@@ -5,13 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from litgpt_moe_ext.config.litgpt_fields import check_names, check_ranges
-from litgpt_moe_ext.errors import (
-    SettingsError,
-    did_you_mean_recipe,
-    one_line,
-    which_checkpoint,
-)
+from litgpt_moe_ext.errors import SettingsError, which_checkpoint
 from litgpt_moe_ext.field_types import checked
 from litgpt_moe_ext.recipe_files import as_data, read_recipe
 from litgpt_moe_ext.training.settings import Section, Settings
@@ -103,26 +97,11 @@ def _of_checkpoint(path: Path) -> Recipe:
 
 
 def _of_file(path: Path) -> Recipe:
-    from litgpt import Config as LitGPTConfig
+    from litgpt_moe_ext.cli.settings import make_config, read_plain_settings
+    from litgpt_moe_ext.training.phases.plan import model_of
 
-    from litgpt_moe_ext.cli.settings import read_plain_settings
-
-    if not path.is_file():
-        hint = did_you_mean_recipe(path) or "; `litgpt-moe init` lists recipes and writes one"
-        raise SettingsError(f"recipe: {str(path)!r} must be a recipe (YAML file) or a checkpoint directory{hint}")
-    given, _ = read_recipe(path, "recipe")
-    model = given.get("model_config") or {}
-    if not isinstance(model, dict):
-        raise SettingsError(f"model_config: {model!r} must be settings, NAME: VALUE ({path})")
-    if not (model or given.get("model_name")):
-        raise SettingsError(f"recipe: {str(path)!r} must have model_config or model_name, like those in configs/")
-    check_names(model, str(path))
-    try:
-        check_ranges(model)
-        config = LitGPTConfig(**model) if model else LitGPTConfig.from_name(given["model_name"])
-    except (TypeError, ValueError, AssertionError) as error:  # raised by LitGPT and this plugin for wrong fields
-        raise SettingsError(f"recipe: {str(path)!r} must have a valid model_config: {one_line(error)}") from error
-    return Recipe(cast("Config", config), read_plain_settings(path))
+    settings = read_plain_settings(path, make_config)
+    return Recipe(cast("Config", model_of(settings)), settings)
 
 
 def known_settings(given: dict[str, Any]) -> Settings:

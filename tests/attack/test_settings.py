@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from litgpt_moe_ext.cli import settings, train
-from litgpt_moe_ext.cli.settings import _make_config
+from litgpt_moe_ext.cli.settings import make_config
 from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.data import corpora as packages
 from litgpt_moe_ext.data.corpora.base import Corpus
@@ -74,7 +74,7 @@ def test_every_field_of_a_model(recipe):
     for name in (name for name, found in kinds.items() if found):
         for value in (value for value in VALUES if isinstance(value, (int, float)) and not isinstance(value, bool)):
             made: list[Any] = []
-            make = lambda: made.append(_make_config({**model, name: value}))  # noqa: B023, E731
+            make = lambda: made.append(make_config({**model, name: value}))  # noqa: B023, E731
             if not refused("model_config.", make):
                 check_model(made[0])
                 assert sensible(f"model_config.{name}", value), (name, value)

@@ -500,20 +500,20 @@ def test_llama_moe_can_be_carded():
 
 def test_wrong_recipes_are_named(tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    with pytest.raises(SettingsError, match=r"recipe.yaml' must be a recipe"):
+    with pytest.raises(SettingsError, match=r"recipe.yaml' cannot be read \(No such file"):
         load_recipe(recipe)
     with pytest.raises(SettingsError, match=r"must have a model_config\.yaml"):
         load_recipe(tmp_path)
     for text, message in (
-        ("train: {}", "must have model_config or model_name"),
+        ("train: {}", "model_config: null must be a model"),
         (
             "model_config: {n_expert: 3, mlp_class_name: NoisyTopKMoE, n_expert_per_token: 9}",
             "n_expert_per_token: 9",
         ),
         ("model_config: {n_head: 0}", "n_head: 0 must be an integer of at least 1"),
-        ("model_config: {norm_class_name: BatchNorm}", "norm_class_name: 'BatchNorm' must be one of RMSNorm or"),
+        ("model_config: {norm_class_name: BatchNorm}", "norm_class_name: 'BatchNorm' must be one of LayerNorm or"),
         ("model_config: {name: 7}", "name: 7 must be text"),
-        ("model_config: [1]", "model_config: .1. must be settings, NAME: VALUE"),
+        ("model_config: [1]", "model_config: .1. must be keys and values"),
         ("- a list", "holds no settings; it must consist of"),
         ("train:\n  a: [\n", "line 3 is not YAML: expected .*; indent with spaces, close brackets, and put text in"),
         ("train:\n\ta: 1\n", "line 2 is not YAML: found character .* cannot start any token; indent with spaces"),
