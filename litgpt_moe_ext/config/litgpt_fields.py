@@ -54,19 +54,14 @@ def check_ranges(values: Mapping[str, Any], prefix: str = "") -> None:
     refuse_first(prefix + problem for problem in _problems(values))
 
 
-def check_names(values: Mapping[str, Any], file: str = "") -> None:
-    """Raise SettingsError if a `model_config` has a name that no field of a model has. Imports LitGPT.
-
-    Args:
-        values: Fields of a configuration.
-        file: The file that holds them, for the error.
-    """
+def check_names(values: Mapping[str, Any]) -> None:
+    """Raise SettingsError if a `model_config` has a name that no field of a model has. Imports LitGPT."""
     from litgpt import Config
 
     for name in values:
         if name not in (known := Config.__dataclass_fields__):
             hint = did_you_mean(name, known) or PERHAPS_OF_AN_EXTENSION
-            raise SettingsError(f"model_config.{name}: no setting has this name{hint}{file and f' ({file})'}")
+            raise SettingsError(f"model_config.{name}: no setting has this name{hint}")
 
 
 def _problems(values: Mapping[str, Any]) -> Iterator[str]:

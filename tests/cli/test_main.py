@@ -122,7 +122,7 @@ def test_every_setting_of_a_command_is_explained(command, capsys):
         (["init", "nothing"], "recipe: nothing must be one of code-moe-60m"),
         (["init", "quickstart", "--out", "x"], "--out is unknown; OUT is given by its place, without a name"),
         (["model-card", "quikstart.yaml"], "did you mean quickstart.yaml?"),
-        (["doctor", "typo.yaml"], "model_config.n_embed: no setting has this name; did you mean n_embd? (typo.yaml)"),
+        (["doctor", "typo.yaml"], "model_config.n_embed: no setting has this name; did you mean n_embd? (typo.yaml:1)"),
         (["doctor", "extended.yaml"], "model_config.own_sharpness: no setting has this name; if an extension adds it"),
         (["train", "--config", "extended.yaml"], "no setting has this name; if an extension adds it, install the"),
         (["doctor", "extended"], "own_sharpness, which this version does not know; if an extension adds it, install"),

@@ -219,7 +219,7 @@ def test_command(dense_dir, tmp_path, capsys):
     for arguments, message in (
         ((dense_dir, recipe, out_dir), "exists; name"),
         ((tmp_path, recipe, tmp_path / "new"), "dense_dir: .* has no model_config.yaml"),
-        ((dense_dir, dense_dir / "config.json", tmp_path / "new"), "no setting has this name"),
+        ((dense_dir, dense_dir / "config.json", tmp_path / "new"), "model_config: null must be a model"),
     ):
         assert main(["upcycle", *map(str, arguments)]) == 2
         assert re.search(message, capsys.readouterr().err)

@@ -511,7 +511,7 @@ def test_wrong_recipes_are_named(tmp_path):
             "n_expert_per_token: 9",
         ),
         ("model_config: {n_head: 0}", "n_head: 0 must be an integer of at least 1"),
-        ("model_config: {norm_class_name: BatchNorm}", "norm_class_name: 'BatchNorm' must be one of LayerNorm or"),
+        ("model_config: {norm_class_name: BatchNorm}", "norm_class_name: 'BatchNorm' must be one of RMSNorm or"),
         ("model_config: {name: 7}", "name: 7 must be text"),
         ("model_config: [1]", "model_config: .1. must be keys and values"),
         ("- a list", "holds no settings; it must consist of"),
