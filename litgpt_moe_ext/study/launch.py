@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -36,19 +36,6 @@ _LOCK = ".study.lock"  # the run itself has another
 _LOOK_EVERY = 0.5  # seconds
 _LAST_BYTES = 4000  # bytes at the end of a run's output that contain its last line
 _TRAIN = "import sys; from litgpt_moe_ext.cli.main import main; sys.exit(main(['train', *sys.argv[1:]]))"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The limits of a study.
-
-    Attributes:
-        places: Where runs are trained, and how many at a time.
-        seconds: Time after which runs are stopped; the next call continues them. None for no limit.
-    """
-
-    places: Places = Places()
-    seconds: float | None = None
 
 
 def is_finished(runs_dir: Path, run: Run) -> bool:
@@ -106,7 +93,13 @@ class Outcome(NamedTuple):
     signal: int
 
 
-def train(runs: Iterable[Run], runs_dir: Path, limits: Limits, say: Callable[[str], None] = print) -> Outcome:
+def train(
+    runs: Iterable[Run],
+    runs_dir: Path,
+    places: Places,
+    seconds: float | None = None,
+    say: Callable[[str], None] = print,
+) -> Outcome:
     """Train the runs that are not finished.
 
     After SIGINT, SIGTERM or SIGUSR1 no further run begins, and running ones save and end.
@@ -114,12 +107,13 @@ def train(runs: Iterable[Run], runs_dir: Path, limits: Limits, say: Callable[[st
     Args:
         runs: The runs.
         runs_dir: Folder of the runs' folders.
-        limits: Their limits.
+        places: Where they are trained, and how many at a time.
+        seconds: Time after which they are stopped; the next call continues them. None for no limit.
         say: Called with a line whenever a run ends.
     """
     waiting = [run for run in runs if not is_finished(runs_dir, run)]
-    end = None if limits.seconds is None else time.monotonic() + limits.seconds
-    places = replace(limits.places, jobs=max(1, min(limits.places.jobs, len(waiting))))
+    end = None if seconds is None else time.monotonic() + seconds
+    places = replace(places, jobs=max(1, min(places.jobs, len(waiting))))
     requests = StopRequests(say)
 
     def stopped() -> str:

@@ -21,7 +21,6 @@ from litgpt_moe_ext.model_size import count_flops, count_parameters
 from litgpt_moe_ext.software import code_version
 from litgpt_moe_ext.study import launch, place
 from litgpt_moe_ext.study.file import load_study
-from litgpt_moe_ext.study.launch import Limits
 from litgpt_moe_ext.study.place import Places, TrainedOn
 from litgpt_moe_ext.study.plan import BUDGET, Run, Study
 from litgpt_moe_ext.study.report.page import COLUMNS, grouped, rows, study_page, verdicts
@@ -139,9 +138,9 @@ def test_runs_begin_together_and_one_has_all_cores(tmp_path, monkeypatch):
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(launch, "_process", process)
-    assert launch.train(runs, tmp_path, Limits(Places(8)), lambda line: None).problems == []
+    assert launch.train(runs, tmp_path, Places(8), say=lambda line: None).problems == []
     barrier = threading.Barrier(1)
-    assert launch.train(runs[:1], tmp_path / "again", Limits(Places(8)), lambda line: None).problems == []
+    assert launch.train(runs[:1], tmp_path / "again", Places(8), say=lambda line: None).problems == []
     assert threads == ["5", "5", "5", "16"]
 
 

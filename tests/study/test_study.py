@@ -29,7 +29,7 @@ from litgpt_moe_ext.inspect.runs.logs import RunLog
 from litgpt_moe_ext.software import code_version
 from litgpt_moe_ext.study import launch
 from litgpt_moe_ext.study.file import load_study
-from litgpt_moe_ext.study.launch import Limits
+from litgpt_moe_ext.study.place import Places
 from litgpt_moe_ext.study.plan import BUDGET, Run, Study
 from litgpt_moe_ext.study.report.analysis import (
     Interval,
@@ -344,14 +344,14 @@ def test_no_run_is_repeated_and_a_failed_one_is_tried_again(tmp_path, monkeypatc
     monkeypatch.setattr(launch, "_process", process)
     runs = load_study(write(tmp_path / "s.yaml", seeds=[1, 2, 3])).runs
     said = []
-    (problem,) = launch.train(runs, tmp_path, Limits(), said.append).problems
+    (problem,) = launch.train(runs, tmp_path, Places(), say=said.append).problems
     assert "ended with status 1, saying 'error: fault 2'; see" in problem
     assert (len(calls), len(said)) == (3, 3)
-    (problem,) = launch.train(runs, tmp_path, Limits(), said.append).problems
+    (problem,) = launch.train(runs, tmp_path, Places(), say=said.append).problems
     assert "ended with status 1, having said nothing, with " in problem, "what it says is not the last run's"
-    assert launch.train(runs, tmp_path, Limits(seconds=3600), said.append) == ([], 0)
+    assert launch.train(runs, tmp_path, Places(), 3600, said.append) == ([], 0)
     assert len(calls) == 5
-    late = launch.train(load_study(STUDIES[0]).runs[:1], tmp_path, Limits(seconds=0), said.append)
+    late = launch.train(load_study(STUDIES[0]).runs[:1], tmp_path, Places(), 0, said.append)
     assert "out of time" in late.problems[0]
 
 
@@ -376,11 +376,11 @@ def test_two_studies_share_the_runs(tmp_path, monkeypatch):
     (tmp_path / runs[0].key).mkdir()
     other = ProcessLock(tmp_path / runs[0].key / ".study.lock")
     assert other.take() is None
-    (problem,) = launch.train(runs, tmp_path, Limits(), lambda line: None).problems
+    (problem,) = launch.train(runs, tmp_path, Places(), say=lambda line: None).problems
     assert problem.startswith(f"{runs[0].title}: is trained by another study, process {os.getpid()} on ")
     assert trained == [runs[1].key]
     other.release()
-    assert launch.train(runs, tmp_path, Limits(), lambda line: None) == ([], 0)
+    assert launch.train(runs, tmp_path, Places(), say=lambda line: None) == ([], 0)
     assert trained == [runs[1].key, runs[0].key]
     assert not list(tmp_path.rglob(".study.lock*"))
 
@@ -401,7 +401,7 @@ time.sleep(30)
 """,
     )
     runs = load_study(write(tmp_path / "s.yaml", seeds=[1, 2])).runs
-    problems, received = launch.train(runs, tmp_path, Limits(), lambda line: None)
+    problems, received = launch.train(runs, tmp_path, Places(), say=lambda line: None)
     assert received == number
     assert (tmp_path / "saved").is_file()
     assert f"stopped, {number.name}; the same command goes on" in problems[0]

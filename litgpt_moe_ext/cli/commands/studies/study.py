@@ -11,7 +11,8 @@ from litgpt_moe_ext.wording import counted
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.study import plan
-    from litgpt_moe_ext.study.launch import Limits, Outcome
+    from litgpt_moe_ext.study.launch import Outcome
+    from litgpt_moe_ext.study.place import Places
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class Study:
     def _train(self, runs: "list[plan.Run]", runs_dir: Path) -> "Outcome":
         from litgpt_moe_ext.study.launch import train
 
-        outcome = train(runs, runs_dir, self._limits())
+        seconds = None if self.device_minutes is None else 60 * self.device_minutes
+        outcome = train(runs, runs_dir, self._places(), seconds)
         print(*outcome.problems, sep="\n", end="\n" if outcome.problems else "")
         return outcome
 
@@ -95,7 +97,7 @@ class Study:
         from litgpt_moe_ext.cli.output import write_text
         from litgpt_moe_ext.study.launch import slurm_script
 
-        gpus = self._limits().places.gpus
+        gpus = self._places().gpus
         write_text(file, slurm_script(self._command(), runs, min(gpus, 1)))
         print(f"Wrote {file}, {counted(runs, 'run')}; afterwards `{self._command()} --report` writes the page")
         if not gpus:
@@ -103,16 +105,14 @@ class Study:
             print(f"This machine has no GPU, so its tasks ask for none; `{command}` does")
         return 0
 
-    def _limits(self) -> "Limits":
+    def _places(self) -> "Places":
         import torch
 
         from litgpt_moe_ext.machine import count_cores
-        from litgpt_moe_ext.study.launch import Limits
         from litgpt_moe_ext.study.place import Places
 
         gpus = torch.cuda.device_count()
-        jobs = self.jobs or gpus or count_cores()
-        return Limits(Places(jobs, gpus), None if self.device_minutes is None else 60 * self.device_minutes)
+        return Places(self.jobs or gpus or count_cores(), gpus)
 
 
 def _only(runs: "list[plan.Run]", number: int) -> "list[plan.Run]":
