@@ -14,10 +14,10 @@ from litgpt import GPT
 from torch import Tensor
 
 from litgpt_moe_ext.config.features import MOE_CLASS_NAMES
-from litgpt_moe_ext.config.fields import expert_fields
 from litgpt_moe_ext.evaluation.decoding import decode, kv_cache
 from litgpt_moe_ext.evaluation.sampling import GREEDY
 from litgpt_moe_ext.export.llama_moe import obstacles, to_llama_moe
+from litgpt_moe_ext.study.twin import without_experts
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
@@ -82,17 +82,17 @@ def contenders(model: GPT) -> tuple[dict[str, GPT], list[str]]:
         else:
             made["LLaMAMoE"] = _build(*to_llama_moe(config, model.state_dict()), device, dtype)
     if config.n_expert:
-        made["dense twin"] = initialized(dense_twin(cast("Config", config))).to(device=device, dtype=dtype).eval()
+        made["dense twin"] = initialized(as_dense(cast("Config", config))).to(device=device, dtype=dtype).eval()
     return made, reasons
 
 
-def dense_twin(config: "Config") -> "Config":
+def as_dense(config: "Config") -> "Config":
     """Return the configuration of a dense model with feed-forward layers as wide as a token's experts together."""
     width = config.moe_intermediate_size or config.intermediate_size or 0
     shared = config.shared_expert_intermediate_size or width * (config.n_shared_expert or 0)
-    kept = {name: value for name, value in asdict(config).items() if name not in expert_fields()}
-    kept["mlp_class_name"] = "FeedForward" if config.mlp_class_name in MOE_CLASS_NAMES else "LLaMAMLP"
-    return type(config)(**kept | {"intermediate_size": config.n_expert_per_token * width + shared})
+    return type(config)(
+        **without_experts(asdict(config)) | {"intermediate_size": config.n_expert_per_token * width + shared}
+    )
 
 
 def initialized(config: "Config") -> GPT:

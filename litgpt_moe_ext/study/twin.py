@@ -67,11 +67,7 @@ def dense_twin(model: dict[str, Any], length: int, by: Equality = "flops") -> di
             "to have a dense twin; `litgpt-moe twin RECIPE --n_expert N` makes an MoE model of a dense one"
         )
     check_names(model)  # also makes the fields of extensions known
-    twin = {name: value for name, value in model.items() if name not in expert_fields()}
-    if model["mlp_class_name"] == _LITGPT_MOE:
-        twin["mlp_class_name"] = "LLaMAMLP"
-    else:
-        twin["mlp_class_name"] = "FeedForward"
+    twin = without_experts(model)
     return _with_equal_cost(twin, "intermediate_size", model, partial(cost, length=length, by=by))
 
 
@@ -114,6 +110,12 @@ def moe_twin(model: dict[str, Any], length: int, experts: Experts, by: Equality 
     if experts.n_shared_expert:
         twin["n_shared_expert"] = experts.n_shared_expert
     return _with_equal_cost(twin, "moe_intermediate_size", model, partial(cost, length=length, by=by))
+
+
+def without_experts(model: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a model with a dense layer, of a width still to be set, in place of its experts."""
+    kept = {name: value for name, value in model.items() if name not in expert_fields()}
+    return kept | {"mlp_class_name": "LLaMAMLP" if model["mlp_class_name"] == _LITGPT_MOE else "FeedForward"}
 
 
 def cost(model: dict[str, Any], length: int, by: Equality) -> int:

@@ -7,7 +7,7 @@ import torch
 
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.inspect import generation
-from litgpt_moe_ext.inspect.generation import Workload, benchmark, contenders, dense_twin, initialized
+from litgpt_moe_ext.inspect.generation import Workload, as_dense, benchmark, contenders, initialized
 from litgpt_moe_ext.model_size import count_parameters
 from tests.models import moe_config, noisy_config
 
@@ -21,12 +21,12 @@ def test_contenders_share_weights_and_active_size():
     ids = torch.randint(0, 64, (2, 8))
     assert torch.allclose(models["NoisyTopKMoE"](ids), models["LLaMAMoE"](ids), atol=1e-5)
     routers = config.n_layer * 2 * config.n_expert * config.n_embd
-    assert count_parameters(dense_twin(config)).total == count_parameters(config).active - routers
+    assert count_parameters(as_dense(config)).total == count_parameters(config).active - routers
 
 
 def test_only_the_experts_of_the_dense_twin_differ():
     kept = {"position_embedding": "learned", "clip_qkv": 1.0, "mlp_activation": "relu"}
-    twin = dense_twin(moe_config(attention_class_name="SinkAttention", rotary_percentage=0.0, **kept))
+    twin = as_dense(moe_config(attention_class_name="SinkAttention", rotary_percentage=0.0, **kept))
     assert twin.mlp_class_name == "FeedForward"
     assert {name: getattr(twin, name) for name in kept} == kept
 
