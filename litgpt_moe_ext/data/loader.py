@@ -95,7 +95,7 @@ class TokenLoader(DataLoader):
             iteration starts, since loaders are often built before the process group.
 
     Raises:
-        ValueError: A size is not positive, or `replica` is out of range.
+        ValueError: `batch_size` is not positive.
         SettingsError: The data is too small.
     """
 
@@ -107,10 +107,6 @@ class TokenLoader(DataLoader):
         order: Order | None = None,
         replica: Replica | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size: {batch_size} must be at least 1 (the {windows.name})")
-        if replica is not None and not 0 <= replica.rank < replica.world_size:
-            raise ValueError(f"replica: {replica} must have a rank in 0..world_size-1")
         super().__init__(windows, batch_size=batch_size, drop_last=train, num_workers=0)
         self.windows = windows
         self._rows = batch_size

@@ -115,7 +115,7 @@ def test_every_setting_of_a_command_is_explained(command, capsys):
         (["doctor", "quickstart.yaml", "--memory", "1e300"], "memory: 1e+300 must be the GiB of a GPU"),
         (["benchmark-generation", "quickstart.yaml", "--batch_sizes", "999999999"], "batch_sizes: 999999999 needs"),
         (["benchmark-generation", "quickstart.yaml", "--device", "abacus"], "device: 'abacus' must be a device"),
-        (["benchmark-generation", "quickstart.yaml", "--device", "cuda:99"], "device: 'cuda:99' does not exist"),
+        (["benchmark-generation", "quickstart.yaml", "--device", "cuda:99"], "device: 'cuda:99' does not work here"),
         (["benchmark-generation", "quickstart.yaml", "--device", "meta"], "device: 'meta' does not work here"),
         (["schedule", "x", "--compare", "wsdd", "--compare", "wsd"], "compare: wsdd must be one of cosine"),
         (["model-card", "quickstart.yaml", "--devices", ""], "devices: '' must be an integer of at least 1"),

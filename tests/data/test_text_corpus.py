@@ -532,13 +532,6 @@ def read_tokenizer_of(files, tmp_path):
     return read_tokenizer(prepare_corpus(tmp_path, sources_of(files, tmp_path), SETTINGS) / TOKENIZER_DIR)
 
 
-def test_a_source_of_no_side():
-    with pytest.raises(
-        SettingsError, match="data: the source 'a' has the split 'test', which must be one of 'train', "
-    ):
-        Source("a", "test", 1, "a", lambda: iter(()))
-
-
 def test_processes_where_they_pay():
     def source(size: int) -> Source:
         return Source("a", "train", size, "a", lambda: iter(()))

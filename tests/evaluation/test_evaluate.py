@@ -130,7 +130,7 @@ def test_plain_checkpoint_with_a_task_file_is_evaluated_here(wrapped, original, 
 def test_plugin_checkpoint_with_a_task_name_is_evaluated_here(wrapped, original, moe_dir, monkeypatch, index):
     if index:  # lm-eval reads thousands of files for its own
         monkeypatch.setattr(tasks, "TaskManager", lambda include_defaults: Mock(task_index=index))
-    with pytest.raises(ValueError, match="tasks: 'helaswag' is unknown to lm-eval. Did you mean hellaswag"):
+    with pytest.raises(ValueError, match="tasks: 'helaswag' is unknown to lm-eval; did you mean hellaswag"):
         wrapped(moe_dir, "helaswag", device="cpu")
     original.assert_not_called()
 

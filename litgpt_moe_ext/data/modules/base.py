@@ -121,11 +121,6 @@ class ShardModule(TokenModule):
         """
         if self._shards is None:
             raise RuntimeError("Call setup() before asking for a data loader.")
-        if self.max_seq_length < 1:
-            raise ValueError(
-                f"max_seq_length: {self.max_seq_length} must be at least 1; call connect(batch_size=..., "
-                "max_seq_length=...) with the length of the model's input before asking for a data loader"
-            )
         return self.windows(self._shards[split], name)
 
     def _loader(self, split: Literal["training", "validation"]) -> TokenLoader:

@@ -42,15 +42,6 @@ class Source:
     records: Callable[[], Iterator[Record]]
     check: Callable[[], None] = lambda: None
 
-    def __post_init__(self) -> None:
-        """Raise SettingsError if the split is unknown."""
-        if self.split not in (*SIDES, None):
-            sides = ", ".join(map(repr, SIDES))
-            raise SettingsError(
-                f"data: the source {self.name!r} has the split {self.split!r}, which must be one of {sides}, or None "
-                "where each document goes by a hash of its text"
-            )
-
 
 def file_sources(
     files: Sequence[Path], split: Side | None, text_format: TextFormat, hashes: FileHashes

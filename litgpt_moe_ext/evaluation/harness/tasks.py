@@ -1,6 +1,5 @@
 """The tasks named by `--tasks`: those that lm-eval ships, and task files."""
 
-import difflib
 import glob
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import load_yaml_config
 
-from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.errors import SettingsError, did_you_mean, one_line
 from litgpt_moe_ext.evaluation.harness.names import check_names
 
 # The loaders of `datasets` for plain files. Any other `dataset_path` names a dataset with files of its own.
@@ -54,11 +53,9 @@ def load_tasks(tasks: str) -> tuple[list[str | ConfigurableTask], TaskManager]:
     manager = TaskManager(include_defaults=bool(names))
     for name in names:
         if name not in manager.task_index:
-            similar = difflib.get_close_matches(name, manager.task_index, n=3)
-            hint = f" Did you mean {' or '.join(similar)}?" if similar else ""
             raise SettingsError(
-                f"tasks: {name!r} is unknown to lm-eval.{hint} `litgpt evaluate list` shows all names; a file that "
-                "defines a task must end in .yaml or .yml."
+                f"tasks: {name!r} is unknown to lm-eval{did_you_mean(name, manager.task_index)}; `litgpt evaluate "
+                "list` shows all names; a file that defines a task must end in .yaml or .yml"
             )
     task_names = [*names, *(task.config.task for task in loaded.values())]
     for name in task_names:
