@@ -391,12 +391,6 @@ class LitGPTMoEModel(LitGPTMoEPreTrainedModel):
         self.norm = _norm(config, config.hidden_size)
         self.post_init()
 
-    def get_input_embeddings(self):
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value):
-        self.embed_tokens = value
-
     def forward(
         self,
         input_ids=None,
@@ -486,18 +480,6 @@ class LitGPTMoEForCausalLM(LitGPTMoEPreTrainedModel, GenerationMixin):
         self.model = LitGPTMoEModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
-
-    def get_input_embeddings(self):
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value):
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self):
-        return self.lm_head
-
-    def set_output_embeddings(self, value):
-        self.lm_head = value
 
     def forward(
         self,
