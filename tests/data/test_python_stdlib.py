@@ -89,7 +89,7 @@ def test_calls_in_the_wrong_order(data):
     with pytest.raises(RuntimeError, match="Call setup"):
         data.train_dataloader()
     data.setup()
-    with pytest.raises(ValueError, match="max_seq_length: -1 must be at least 1; call connect"):
+    with pytest.raises(ValueError, match="max_seq_length: -1 must be at least 1"):
         data.train_dataloader()
 
 

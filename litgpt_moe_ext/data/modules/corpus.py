@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from litgpt.tokenizer import Tokenizer
 from tokenizers import Tokenizer as HFTokenizer
 
 from litgpt_moe_ext.data.corpora.base import Corpus, full_docstring
@@ -22,7 +21,8 @@ class CorpusModule(Corpus, ShardModule):
     """The base class that turns a corpus into a LitGPT data module; see `as_data_module`.
 
     For LitGPT to use the corpus' tokenizer, and copy it into checkpoints, an entry point calls `prepare_tokenizer`
-    before `connect`.
+    before `connect`. Without a tokenizer in `connect`, as in `litgpt pretrain` without a tokenizer directory, training
+    works, but no tokenizer is copied.
 
     Attributes:
         corpus_path: The prepared corpus; None before it is prepared.
@@ -39,25 +39,6 @@ class CorpusModule(Corpus, ShardModule):
         """Prepare the corpus if needed and return the tokenizer directory."""
         self.prepare_data()
         return self._prepared() / TOKENIZER_DIR
-
-    def connect(
-        self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
-    ) -> None:
-        """Take over the values known only at run time.
-
-        Args:
-            tokenizer: The tokenizer of this corpus, or None. With None, as in `litgpt pretrain` without a tokenizer
-                directory, training works, but no tokenizer is copied into the checkpoints.
-            batch_size: Windows per micro-batch, that is per batch and rank.
-            max_seq_length: Number of inputs of a window.
-
-        Raises:
-            SettingsError: The corpus is already prepared, with another tokenizer. If it is not prepared yet,
-                `prepare_data` raises instead.
-        """
-        super().connect(tokenizer, batch_size, max_seq_length)
-        if self.corpus_path is not None:
-            self._check_tokenizer()
 
     def prepare_data(self) -> None:
         """Prepare the corpus unless it is already prepared.

@@ -131,7 +131,7 @@ class Mixture(TokenModule):
         """See `TokenModule.connect`."""
         super().connect(tokenizer, batch_size, max_seq_length)
         for module in self.parts.values():
-            TokenModule.connect(module, module.tokenizer, batch_size, max_seq_length)
+            module.connect(module.tokenizer, batch_size, max_seq_length)
 
     def prepare_data(self) -> None:
         """Prepare the corpora that are not prepared yet, one by one.
