@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from litgpt_moe_ext.errors import SettingsError
 
@@ -111,6 +112,5 @@ def pad_right(sequences: Sequence[Sequence[int]], device: torch.device) -> Tenso
     Returns:
         (B, length of the longest), int64, padded with token 0 on the right.
     """
-    longest = max(len(sequence) for sequence in sequences)
-    rows = [[*sequence, *[0] * (longest - len(sequence))] for sequence in sequences]
-    return torch.tensor(rows, dtype=torch.long, device=device)
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    return pad_sequence(rows, batch_first=True).to(device)
