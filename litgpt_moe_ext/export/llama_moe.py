@@ -15,9 +15,8 @@ from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, has_sinks, router_ty
 from litgpt_moe_ext.config.fields import added_fields, uses_plugin
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.directory import new_directory, require_absent
+from litgpt_moe_ext.export.litgpt_checkpoint import write_checkpoint
 from litgpt_moe_ext.export.source import TRAINING_ONLY, read_source, without_negatives
-from litgpt_moe_ext.export.tokenizer_files import copy_tokenizer
-from litgpt_moe_ext.export.weights import save_weights
 from litgpt_moe_ext.moe.expert_layouts import unstack_experts
 from litgpt_moe_ext.moe.registry import LOSSES, loss_field
 
@@ -115,13 +114,9 @@ def convert_checkpoint(checkpoint_dir: Path, out_dir: Path) -> None:
         SettingsError: If `checkpoint_dir` has no whole checkpoint, if `out_dir` exists, or if `LLaMAMoE` cannot express
             the model.
     """
-    from litgpt.utils import save_config
-
     require_absent(out_dir)
     source = read_source(checkpoint_dir)
     converted, state = to_llama_moe(source.config, source.state)
     assert not uses_plugin(converted)
     with new_directory(out_dir, source.nbytes(None)) as partial:
-        copy_tokenizer(checkpoint_dir, partial)
-        save_config(converted, partial)
-        save_weights(state.items(), partial)
+        write_checkpoint(partial, converted, state.items(), checkpoint_dir)

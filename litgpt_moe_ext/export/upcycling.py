@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from litgpt.utils import save_config
 from torch import Tensor, nn
 
 from litgpt_moe_ext.config.features import (
@@ -29,9 +28,8 @@ from litgpt_moe_ext.config.features import (
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.directory import new_directory, require_absent
+from litgpt_moe_ext.export.litgpt_checkpoint import write_checkpoint
 from litgpt_moe_ext.export.source import read_source
-from litgpt_moe_ext.export.tokenizer_files import copy_tokenizer
-from litgpt_moe_ext.export.weights import save_weights
 from litgpt_moe_ext.meta.models import meta_model
 from litgpt_moe_ext.moe.layer import MoE
 from litgpt_moe_ext.moe.routing.learned_routers import LearnedRouter
@@ -81,9 +79,7 @@ def upcycle(dense_dir: Path, out_dir: Path, config: "Config", seed: int = 42) ->
     require_same_function(dense.config, config)
     size = sum(tensor.numel() for tensor in meta_model(config).state_dict().values()) * dense.dtype.itemsize
     with new_directory(out_dir, size) as partial:
-        copy_tokenizer(dense_dir, partial)
-        save_config(config, partial)
-        save_weights(upcycled_weights(dense.state, dense.config, config, seed), partial)
+        write_checkpoint(partial, config, upcycled_weights(dense.state, dense.config, config, seed), dense_dir)
 
 
 def require_same_function(dense: "Config", moe: "Config") -> Slices:

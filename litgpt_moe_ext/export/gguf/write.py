@@ -91,7 +91,8 @@ def _write(path: Path, source: Source, graph: Architecture, metadata: dict[str, 
 
     writer = gguf.GGUFWriter(path, graph.model_type)
     for key, value in metadata.items():
-        writer.add_key_value(key, value, _value_type(value))
+        kind = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
+        writer.add_key_value(key, value, kind)
     raw_types = {
         torch.float32: gguf.GGMLQuantizationType.F32,
         torch.float16: gguf.GGMLQuantizationType.F16,
@@ -123,16 +124,3 @@ def _type_of(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
 def _as_numpy(tensor: Tensor) -> Any:
     # numpy has no bfloat16; the writer needs only the bytes.
     return tensor.view(torch.int16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
-
-
-def _value_type(value: Any) -> Any:
-    from gguf import GGUFValueType
-
-    kinds = {
-        bool: GGUFValueType.BOOL,
-        int: GGUFValueType.UINT32,
-        float: GGUFValueType.FLOAT32,
-        str: GGUFValueType.STRING,
-        list: GGUFValueType.ARRAY,
-    }
-    return kinds[type(value)]

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, cast
 
 import litgpt
 import torch
-from litgpt.utils import save_config
 from torch import Tensor
 
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
@@ -21,10 +20,9 @@ from litgpt_moe_ext.export.hf.architectures import ARCHITECTURES
 from litgpt_moe_ext.export.hf.config_json import OWN_SETTINGS
 from litgpt_moe_ext.export.hf.published.config import Published, read_published
 from litgpt_moe_ext.export.hf.published.stored import StoredWeights
+from litgpt_moe_ext.export.litgpt_checkpoint import write_checkpoint
 from litgpt_moe_ext.export.source import TRAINING_ONLY
 from litgpt_moe_ext.export.tensors import BALANCING_BIAS
-from litgpt_moe_ext.export.tokenizer_files import copy_tokenizer
-from litgpt_moe_ext.export.weights import save_weights
 from litgpt_moe_ext.meta.models import meta_model
 
 if TYPE_CHECKING:
@@ -88,9 +86,7 @@ def import_checkpoint(hf_dir: Path, out_dir: Path) -> Imported:
 
     with new_directory(out_dir, weights.nbytes()) as partial:
         stored_there = ((ours, stored.back(weights.get, config.n_expert)) for ours, stored in rules.items())
-        save_weights(chain(stored_there, _only_here(expected, rules.keys())), partial)
-        save_config(config, partial)
-        copy_tokenizer(hf_dir, partial)
+        write_checkpoint(partial, config, chain(stored_there, _only_here(expected, rules.keys())), hf_dir)
         if not (partial / _GENERATION).is_file():
             _say_ends(hf_dir / "config.json", partial / _GENERATION, config.padded_vocab_size)
         _name_class(partial / "tokenizer_config.json")

@@ -1,12 +1,11 @@
 """The tokenizer of a checkpoint as files for `AutoTokenizer`."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from litgpt_moe_ext.export.litgpt_checkpoint import copy_tokenizer
 from litgpt_moe_ext.export.source import ends_of_texts, read_tokenizer
-from litgpt_moe_ext.export.tokenizer_files import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from litgpt import Tokenizer
@@ -33,9 +32,7 @@ def export_tokenizer(checkpoint_dir: Path, out_dir: Path, vocab_size: int) -> di
     tokenizer = read_tokenizer(checkpoint_dir, vocab_size)
     if tokenizer is None:
         return {}
-    for name in TOKENIZER_FILES:
-        if (checkpoint_dir / name).is_file():
-            shutil.copyfile(checkpoint_dir / name, out_dir / name)
+    copy_tokenizer(checkpoint_dir, out_dir)
     _describe(out_dir / "tokenizer_config.json", tokenizer)
     ends = ends_of_texts(checkpoint_dir, tokenizer, vocab_size)
     eos = ends if len(ends) > 1 else tokenizer.eos_id

@@ -5,7 +5,7 @@ import weakref
 import torch
 
 from litgpt_moe_ext.evaluation.loading import read_checkpoint
-from litgpt_moe_ext.export.weights import save_weights
+from litgpt_moe_ext.export.litgpt_checkpoint import save_weights
 
 
 def test_they_are_written_one_after_the_other(tmp_path):
