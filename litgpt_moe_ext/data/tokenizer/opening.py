@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tokenizers import Tokenizer
 
+from litgpt_moe_ext.data.tokenizer.files import read_tokenizer
 from litgpt_moe_ext.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -30,15 +31,12 @@ def open_for_documents(directory: str | os.PathLike) -> Tokenizer:
     Raises:
         SettingsError: The directory has no `tokenizer.json`, or it or its `tokenizer_config.json` is damaged.
     """
-    path = Path(directory) / "tokenizer.json"
-    if not path.is_file():
-        raise SettingsError(f"{path} does not exist; a tokenizer directory needs a tokenizer.json")
-    tokenizer = parse_tokenizer(path.read_bytes(), str(path))
+    files = read_tokenizer(directory)
+    tokenizer = parse_tokenizer(files["tokenizer.json"], str(Path(directory) / "tokenizer.json"))
     tokenizer.encode_special_tokens = True
     # Some tokenizers name special tokens only there, and their text would be matched as that of other added tokens.
-    config = path.with_name("tokenizer_config.json")
-    files = {config.name: config.read_bytes()} if config.is_file() else {}
-    named = [_content(value) for name, value in _json(files, config).items() if name.endswith("_token")]
+    config = _json(files, Path(directory) / "tokenizer_config.json")
+    named = [_content(value) for name, value in config.items() if name.endswith("_token")]
     added = tokenizer.get_added_tokens_decoder().values()
     tokenizer.add_special_tokens([token for token in added if token.content in named])
     return tokenizer
@@ -158,7 +156,10 @@ def special_token(files: Mapping[str, bytes], kind: Literal["eos", "bos"], direc
     config_path = directory / "tokenizer_config.json"
     token = _content(_json(files, config_path).get(f"{kind}_token"))
     if token is not None:
-        token_id = tokenizer.token_to_id(token) if isinstance(token, str) and _is_unicode(token) else None
+        try:
+            token_id = tokenizer.token_to_id(token)
+        except (TypeError, UnicodeEncodeError):  # no text, or half of a surrogate pair, written as an escape
+            token_id = None
         if token_id is None:
             raise SettingsError(
                 f"{config_path} names {kind}_token {token!r}, which is not in the vocabulary of tokenizer.json; "
@@ -183,8 +184,8 @@ def special_token(files: Mapping[str, bytes], kind: Literal["eos", "bos"], direc
     return token_id
 
 
-def check_tokenizer(files: Mapping[str, bytes], directory: Path, needs_bos: bool = False) -> int:
-    """Return the id of the token that ends documents, if LitGPT can open the tokenizer, and it has what is needed.
+def check_tokenizer(files: Mapping[str, bytes], directory: Path, needs_bos: bool = False) -> None:
+    """Check that LitGPT can open a tokenizer, and that it has the token that ends documents.
 
     Args:
         files: Those of the tokenizer.
@@ -195,7 +196,8 @@ def check_tokenizer(files: Mapping[str, bytes], directory: Path, needs_bos: bool
         SettingsError: It has no such token, or LitGPT could not open it.
     """
     path = directory / "tokenizer_config.json"
-    config, eos_id = _json(files, path), special_token(files, "eos", directory)
+    config = _json(files, path)
+    special_token(files, "eos", directory)
     if needs_bos or config.get("bos_token") is not None:
         special_token(files, "bos", directory)
     if path.name in files and not isinstance(config.get("tokenizer_class"), str):
@@ -203,20 +205,11 @@ def check_tokenizer(files: Mapping[str, bytes], directory: Path, needs_bos: bool
             f'tokenizer_dir: {path} names no tokenizer class, which LitGPT needs; add "tokenizer_class": '
             '"PreTrainedTokenizerFast" to it'
         )
-    return eos_id
 
 
 def _content(token: Any) -> Any:
     # As tokenizer_config.json names a token: by its text, or with how it is matched.
     return token.get("content") if isinstance(token, dict) else token
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair, written as an escape
-        return False
-    return True
 
 
 def _json(files: Mapping[str, bytes], path: Path) -> dict:

@@ -42,15 +42,10 @@ def download(reference: str, artifacts_dir: Path) -> Path:
         # Not artifact.name, which ends in the requested alias: `latest` will be another version some day.
         name = f"{artifact.name.partition(':')[0]}-{artifact.version}"
         directory = Path(artifact.download(root=str(artifacts_dir / name)))
-    except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
-        raise SettingsError(
-            f"wandb_dataset: {reference!r} cannot be downloaded ({error}); log in with `wandb login` or set "
-            "WANDB_API_KEY, and check that the W&B server can be reached"
-        ) from error
     except Exception as error:  # errors from wandb's own process have no public base class
         raise SettingsError(
-            f"wandb_dataset: {reference!r} cannot be downloaded ({error}); check the reference "
-            "(entity/project/name:alias), your access to it, and the network"
+            f"wandb_dataset: {reference!r} cannot be downloaded ({error}); log in with `wandb login` or set "
+            "WANDB_API_KEY, and check the reference (entity/project/name:alias), your access to it, and the network"
         ) from error
     if read_manifest(directory) is None:
         raise SettingsError(
