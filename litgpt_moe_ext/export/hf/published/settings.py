@@ -246,18 +246,10 @@ def _qwen_pattern(hf: _Json) -> _Json:
     only = hf.get("mlp_only_layers") or []
     if not (isinstance(only, list) and all(type(layer) is int for layer in only)):
         raise SettingsError(f"hf_dir: mlp_only_layers: {only!r} must be a list of layers; copy config.json again")
-    dense = [i in only or (i + 1) % step != 0 for i in range(n_layer)]
-    if all(dense):
+    dense = [i for i in range(n_layer) if i in only or (i + 1) % step != 0]
+    if len(dense) == n_layer:
         raise SettingsError(f"hf_dir: mlp_only_layers: {sorted(only)} leaves no layer with experts")
-    sparse = dense.index(False)
-    for first in range(sparse + 1):
-        every = sparse - first + 1
-        if all(dense[i] == ((i - first + 1) % every != 0) for i in range(first, n_layer)):
-            settings = _first_dense(hf, first)
-            if every > 1:
-                settings |= {"decoder_sparse_step": every, "intermediate_size": hf["intermediate_size"]}
-            return settings
-    return {"mlp_only_layers": [i for i in range(n_layer) if dense[i]], "intermediate_size": hf["intermediate_size"]}
+    return {"mlp_only_layers": dense, "intermediate_size": hf["intermediate_size"]} if dense else {}
 
 
 def _first_dense(hf: _Json, first: int) -> _Json:
