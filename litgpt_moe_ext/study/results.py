@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.host.checkpoints import CONFIG_FILE
 from litgpt_moe_ext.inspect.recipes import Recipe, load_recipe
 from litgpt_moe_ext.inspect.runs.logs import TOKENS, RunLog, load_run
@@ -167,19 +167,10 @@ def read_results(runs: Sequence[Run], runs_dir: Path) -> list[Result]:
             costs[model] = _cost(recipe)
         if text not in lengths:
             lengths[text] = bytes_per_token(recipe, final)
-        precision = recipe.settings.precision
-        where = _trained_on(folder / FINISHED, precision)
+        finished = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
+        where = TrainedOn.read(finished, recipe.settings.precision)
         results.append(Result(run, load_run(folder, run.title), *costs[model], lengths[text], where))
     return results
-
-
-def _trained_on(file: Path, precision: str | None) -> TrainedOn | None:
-    try:
-        return TrainedOn.read(json.loads(file.read_text(encoding="utf-8")), precision)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise SettingsError(
-            f"study: {file} is damaged ({one_line(error)}); remove it, and the study makes it again without training"
-        ) from error
 
 
 def _cost(recipe: Recipe) -> tuple[int, float]:
