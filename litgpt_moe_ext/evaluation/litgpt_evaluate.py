@@ -34,8 +34,7 @@ class EvaluateSettings:
 
     Attributes:
         checkpoint_dir: Directory with `lit_model.pth`, `model_config.yaml` and tokenizer files.
-        tasks: Comma separated task names of lm-eval and paths of YAML files in lm-eval's task format. Without it, the
-            names are printed.
+        tasks: Comma separated task names of lm-eval and paths of YAML files in lm-eval's task format.
         out_dir: Directory of `results.json`, by default `checkpoint_dir`/evaluate.
         force_conversion: Has no effect, since nothing is converted.
         num_fewshot: Number of examples in the context; by default the task's own.
@@ -49,7 +48,7 @@ class EvaluateSettings:
     """
 
     checkpoint_dir: Path
-    tasks: str | None = None
+    tasks: str
     out_dir: Path | None = None
     force_conversion: bool = False
     num_fewshot: int | None = None
@@ -72,9 +71,6 @@ def evaluate_checkpoint(settings: EvaluateSettings) -> None:
         SettingsError: If a setting is malformed, a task unknown, the checkpoint, a task file or its data is missing, or
             there can be no directory for the results.
     """
-    if settings.tasks is None:
-        _print_task_names()
-        return
     if settings.force_conversion:
         print("force_conversion: has no effect, the checkpoint is evaluated without converting it.")
     # Before importing lm-eval, which takes long: check the directory, and keep the tokenizers' threads from starting.
@@ -144,16 +140,6 @@ def _resolve_checkpoint_dir(checkpoint_dir: Path | str) -> Path:
     from litgpt.utils import extend_checkpoint_dir
 
     return extend_checkpoint_dir(Path(checkpoint_dir))
-
-
-def _print_task_names() -> None:
-    from lm_eval.tasks import TaskManager
-
-    print("\n".join(TaskManager().task_index))
-    print(
-        "\nChoose one or more of these, or name YAML files in lm-eval's task format, separated by commas: "
-        "--tasks hellaswag,my_tasks/arithmetic.yaml"
-    )
 
 
 def _report(results: dict[str, Any], save_filepath: Path) -> None:

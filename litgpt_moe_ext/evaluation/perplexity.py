@@ -8,8 +8,6 @@ import math
 import sys
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from litgpt import Tokenizer
 from torch import Tensor
 
@@ -85,8 +83,3 @@ def bytes_of(ids: list[int], tokenizer: Tokenizer) -> int:
     """
     borders = (tokenizer.eos_id, tokenizer.bos_id)  # not every tokenizer marks these as special
     return len(decode(tokenizer, [token for token in ids if token not in borders]).encode("utf-8"))
-
-
-def as_tensor(tokens: np.ndarray) -> Tensor:
-    """Return tokens of a shard as an int64 tensor in memory."""
-    return torch.from_numpy(tokens.astype("int64"))

@@ -90,12 +90,6 @@ def test_results_go_beside_the_checkpoint_by_default(moe_dir, task_file):
     assert accuracy(moe_dir / "evaluate" / "results.json") == 1.0
 
 
-def test_names_are_listed_without_tasks(moe_dir, monkeypatch, capsys):
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda: Mock(task_index={"hellaswag": {}, "mmlu": {}}))
-    evaluate_checkpoint(EvaluateSettings(moe_dir))
-    assert capsys.readouterr().out.startswith("hellaswag\nmmlu\n")
-
-
 def test_wrapped_function_looks_like_the_original():
     function = wrap_convert_and_evaluate(LITGPTS_OWN)
     assert inspect.signature(function) == inspect.signature(LITGPTS_OWN)

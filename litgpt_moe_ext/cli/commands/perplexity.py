@@ -73,11 +73,10 @@ class Perplexity:
     def _tokens(self, tokenizer: "Tokenizer") -> "list[Tensor]":
         import torch
 
-        from litgpt_moe_ext.evaluation.perplexity import as_tensor
         from litgpt_moe_ext.inspect import texts
 
         if self.data is not None:
-            return [as_tensor(texts.open_tokens(self.data, tokenizer)[: self.max_tokens])]
+            return [torch.from_numpy(texts.open_tokens(self.data, tokenizer)[: self.max_tokens].astype("int64"))]
         if tokenizer.eos_id is None:
             raise SettingsError(
                 f"checkpoint_dir: the tokenizer of {str(self.checkpoint_dir)!r} has no end-of-text token, after which "

@@ -16,23 +16,6 @@ from litgpt_moe_ext.evaluation.harness.names import check_names
 FILE_LOADERS = ("arrow", "csv", "json", "pandas", "parquet", "text")
 
 
-def is_task_file(entry: str) -> bool:
-    """Return whether an entry of `--tasks` is the path of a task file and not a task's name."""
-    return entry.lower().endswith((".yaml", ".yml"))
-
-
-def split_tasks(tasks: str) -> list[str]:
-    """Split the comma separated setting `tasks` into its entries.
-
-    Raises:
-        SettingsError: If there is none.
-    """
-    entries = [entry.strip() for entry in tasks.split(",") if entry.strip()]
-    if not entries:
-        raise SettingsError(f"tasks: {tasks!r} names no task; give names or YAML files, separated by commas")
-    return entries
-
-
 def load_tasks(tasks: str) -> tuple[list[str | ConfigurableTask], TaskManager]:
     """Find the tasks of the setting `tasks`.
 
@@ -44,12 +27,14 @@ def load_tasks(tasks: str) -> tuple[list[str | ConfigurableTask], TaskManager]:
         one of them is named.
 
     Raises:
-        SettingsError: If a name is unknown or given twice, or a file is missing, lacks its data or does not define a
-            task.
+        SettingsError: If there is no name, one is unknown or given twice, or a file is missing, lacks its data or does
+            not define a task.
     """
-    entries = split_tasks(tasks)
-    names = [entry for entry in entries if not is_task_file(entry)]
-    loaded = {entry: load_task_file(Path(entry)) for entry in entries if is_task_file(entry)}
+    entries = [entry.strip() for entry in tasks.split(",") if entry.strip()]
+    if not entries:
+        raise SettingsError(f"tasks: {tasks!r} names no task; give names or YAML files, separated by commas")
+    loaded = {entry: load_task_file(Path(entry)) for entry in entries if entry.lower().endswith((".yaml", ".yml"))}
+    names = [entry for entry in entries if entry not in loaded]
     manager = TaskManager(include_defaults=bool(names))
     for name in names:
         if name not in manager.task_index:
