@@ -184,8 +184,8 @@ def special_token(files: Mapping[str, bytes], kind: Literal["eos", "bos"], direc
     return token_id
 
 
-def check_tokenizer(files: Mapping[str, bytes], directory: Path, needs_bos: bool = False) -> None:
-    """Check that LitGPT can open a tokenizer, and that it has the token that ends documents.
+def check_tokenizer(files: Mapping[str, bytes], directory: Path, needs_bos: bool = False) -> int:
+    """Return the id of the token that ends documents, if LitGPT can open the tokenizer, and it has what is needed.
 
     Args:
         files: Those of the tokenizer.
@@ -196,8 +196,7 @@ def check_tokenizer(files: Mapping[str, bytes], directory: Path, needs_bos: bool
         SettingsError: It has no such token, or LitGPT could not open it.
     """
     path = directory / "tokenizer_config.json"
-    config = _json(files, path)
-    special_token(files, "eos", directory)
+    config, eos_id = _json(files, path), special_token(files, "eos", directory)
     if needs_bos or config.get("bos_token") is not None:
         special_token(files, "bos", directory)
     if path.name in files and not isinstance(config.get("tokenizer_class"), str):
@@ -205,6 +204,7 @@ def check_tokenizer(files: Mapping[str, bytes], directory: Path, needs_bos: bool
             f'tokenizer_dir: {path} names no tokenizer class, which LitGPT needs; add "tokenizer_class": '
             '"PreTrainedTokenizerFast" to it'
         )
+    return eos_id
 
 
 def _content(token: Any) -> Any:
