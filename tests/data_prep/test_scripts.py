@@ -109,7 +109,10 @@ def test_a_tokenizer_without_end_of_text_is_not_kept(tmp_path, capsys):
             "error: tokenizer_dir: 'data.bpe' and bpe are both set",
         ),
         (["--source_pth", "."], "error: source_pth: no setting has this name; did you mean source_path?"),
-        (["--nonsense", "1"], "error: nonsense: no setting has this name; known are seed, data_path"),
+        (
+            ["--nonsense", "1"],
+            "error: nonsense: no setting has this name; known are seed, train_count",
+        ),
         (["--bpe.vocab_size", "x"], "error: bpe.vocab_size: 'x' must be an integer"),
         (["--val-fraction", "2"], "error: val_fraction: 2 must be a number of at least 0 and below 1"),
         (["--source_path", ".", "--log-to-wandb"], "error: wandb_artifact: None must be a name of an artifact"),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from litgpt_moe_ext.field_types import NonNegativeInt, check_fields
+from litgpt_moe_ext.field_types import NonNegativeInt, PositiveInt, check_fields
 
 
 @dataclass(kw_only=True)
@@ -23,6 +23,10 @@ class Corpus:
     """Whether to shuffle the windows; otherwise they keep the order of the documents."""
     seed: NonNegativeInt = 42
     """Seed of the order of the windows, and of the choice of validation documents if no files are given for them."""
+    train_count: PositiveInt | None = None
+    """Number of documents to train on, from the first. Default: all."""
+    val_count: PositiveInt | None = None
+    """Number of documents to validate on, from the first. Default: all."""
 
     def __post_init__(self) -> None:
         check_fields(self, "data.")

@@ -27,10 +27,6 @@ class EncodedCorpus(Corpus):
     """Whether to start each document with the BOS token. All end with EOS."""
     val_fraction: Share = 0.05
     """Share of the documents to validate on if no files are given for that, chosen by a hash of their text."""
-    train_count: PositiveInt | None = None
-    """Number of documents to train on, from the first. Default: all."""
-    val_count: PositiveInt | None = None
-    """Number of documents to validate on, from the first. Default: all."""
     workers: PositiveInt | None = None
     """Number of encoding processes. Default: one per core; for less than 32 MB one, with a thread per core."""
 

@@ -9,17 +9,11 @@ from litgpt_moe_ext.data.pipeline.store.finished import MANIFEST, read_manifest
 from litgpt_moe_ext.data.pipeline.store.verification import verify
 from litgpt_moe_ext.data.pipeline.store.wandb_artifacts import check_reference, download
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.field_types import PositiveInt
 
 
 @dataclass(kw_only=True)
 class FinishedCorpus(Corpus):
     """An already prepared corpus, read in whole or from its beginning."""
-
-    train_count: PositiveInt | None = None
-    """Number of documents to train on, from the first. Default: all."""
-    val_count: PositiveInt | None = None
-    """Number of documents to validate on, from the first. Default: all."""
 
     @property
     def document_limits(self) -> tuple[int | None, int | None]:
