@@ -171,6 +171,14 @@ def test_a_split_package_completes_once_in_its_own_order(package, use):
         module.nothing  # noqa: B018
 
 
+def test_a_name_that_nobody_offers_completes_nothing(package):
+    module = importlib.import_module(package)
+    assert not hasattr(module, "Accuracy")
+    assert module.calls == ["start"]
+    assert module.aside, "the rest imports it, so it is there as well"
+    assert module.accuracy() is module.Metric
+
+
 def test_a_light_submodule_that_asks_for_more_meets_a_circular_import(package):
     """The rest must not run while a submodule that it needs is half done."""
     with pytest.raises(ImportError, match="accuracy"):

@@ -5,6 +5,7 @@ import importlib
 import sys
 import threading
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -63,6 +64,7 @@ class _Split:
         later = _postponed(tree.body, module.__name__)
         self.now = compiled(module, [node for node in tree.body if node not in later])
         self._later = compiled(module, later)
+        self._bound = _bound(later)
         self._homes = {
             alias.asname or alias.name: (node.module, alias.name)
             for node in later
@@ -90,12 +92,19 @@ class _Split:
             self._import(self._package.first)
             value = self._module.__dict__[name] = getattr(importlib.import_module(home), original_name)
             return value
-        # Inspection asks for names like `__wrapped__`; jsonargparse does so for every class that it meets.
-        if not (name.startswith("__") and name.endswith("__")):
+        if self._may_offer(name):
             self._complete()
             if name in self._module.__dict__:
                 return self._module.__dict__[name]
         raise AttributeError(f"module {self._module.__name__!r} has no attribute {name!r}")
+
+    def _may_offer(self, name: str) -> bool:
+        # Inspection asks for names like `__wrapped__`; jsonargparse does so for every class that it meets.
+        if name.startswith("__") and name.endswith("__"):
+            return False
+        if self._bound is None or name in self._bound:
+            return True
+        return PathFinder.find_spec(f"{self._module.__name__}.{name}", self._module.__path__) is not None
 
     def _dir(self) -> list[str]:
         self._complete()
@@ -147,6 +156,19 @@ def _postponed(body: list[ast.stmt], package: str) -> list[ast.stmt]:
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 names.add(node.id)
     return postponed
+
+
+def _bound(body: list[ast.stmt]) -> set[str] | None:
+    """Return the names that statements may bind; None if a star import leaves them unknown."""
+    names = set[str]()
+    for node in (node for statement in body for node in ast.walk(statement)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names.update(alias.asname or alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.Name):
+            names.add(node.id)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+    return None if "*" in names else names
 
 
 def _loads_something(node: ast.AST, package: str) -> bool:
