@@ -22,7 +22,7 @@ from litgpt_moe_ext.inspect.cost.optimizer_state import state_of_modules
 from litgpt_moe_ext.inspect.cost.peak import PeakOverLayers
 from litgpt_moe_ext.inspect.cost.recompute import recomputed
 from litgpt_moe_ext.inspect.cost.weightless import WeightlessMemory, weightless
-from litgpt_moe_ext.meta.models import meta_model, uninitialized
+from litgpt_moe_ext.meta.models import meta_model
 from litgpt_moe_ext.moe.balancing.gradient_injection import forget_scale
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.training.callbacks.activation_checkpointing import ActivationCheckpointing, Mode
@@ -231,7 +231,7 @@ def _weightless_model(
     if config.attention_backend != EAGER:
         config.attention_backend = None  # it may need another device, and keeps as much as torch's attention
     with weightless() as memory:
-        with _default_dtype(dtype), uninitialized():
+        with _default_dtype(dtype):
             model = GPT(config)
         without_values(model, on_gpu)
         yield model, memory
