@@ -8,14 +8,13 @@ these for several values, `| None` if `null` is allowed. Its line in the docstri
 
 import argparse
 import dataclasses
-import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from litgpt_moe_ext.cli.paths import check_path
 from litgpt_moe_ext.errors import SettingsError, did_you_mean
-from litgpt_moe_ext.field_types import describe, without_range
+from litgpt_moe_ext.field_types import describe, members, without_range
 
 Arguments = TypeVar("Arguments")
 
@@ -134,18 +133,12 @@ def _help(text: str, field: dataclasses.Field) -> str:
     return f"{text} [{field.default}]"
 
 
-def _without_null(annotation: Any) -> Any:
-    if get_origin(annotation) in (Union, types.UnionType):
-        return next(kind for kind in get_args(annotation) if kind is not type(None))
-    return annotation
-
-
 def _is_list(annotation: Any) -> bool:
-    return get_origin(_without_null(annotation)) is list
+    return get_origin(members(annotation)[0]) is list
 
 
 def _placeholder(annotation: Any) -> str:
-    kind = _without_null(annotation)
+    kind = members(annotation)[0]
     if _is_list(kind):
         return _placeholder(get_args(kind)[0])
     if get_origin(kind) is Literal:
@@ -156,7 +149,7 @@ def _placeholder(annotation: Any) -> str:
 
 
 def _convert(name: str, annotation: Any, given: str | list[str]) -> Any:
-    kind = _without_null(annotation)
+    kind = members(annotation)[0]
     if isinstance(given, list):
         return [_convert(name, get_args(kind)[0], value) for value in given]
     if kind is not annotation and given == "null":
