@@ -7,7 +7,6 @@ import os
 import numpy as np
 import pytest
 
-from litgpt_moe_ext.data.pipeline.hashes import HASHES
 from litgpt_moe_ext.data.pipeline.store import finished
 from litgpt_moe_ext.data.pipeline.store.finished import (
     MANIFEST,
@@ -19,7 +18,7 @@ from litgpt_moe_ext.data.pipeline.store.finished import (
     read_manifest,
     unigram_loss,
 )
-from litgpt_moe_ext.data.pipeline.store.unfinished import only_one, remove_leftovers
+from litgpt_moe_ext.data.pipeline.store.unfinished import only_one
 from litgpt_moe_ext.errors import SettingsError
 
 
@@ -80,17 +79,6 @@ def test_a_folder_appears_whole(tmp_path, monkeypatch):
     assert flushed == [(partial, True), (tmp_path, True)]
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["0123", f"0123/{MANIFEST}"]
     assert read_manifest(final) == {"file_sizes": {}}
-
-
-def test_hashes_that_were_never_written_to_their_end_go_when_they_are_old(tmp_path):
-    """Of a process that was killed; a young one may still be written."""
-    names = [f"{HASHES}.1.partial", f"{HASHES}.2.partial", HASHES]
-    for name in names:
-        (tmp_path / name).touch()
-    for name in (names[0], names[2]):
-        os.utime(tmp_path / name, (0, 0))
-    assert remove_leftovers(tmp_path) == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
 
 
 @pytest.mark.parametrize("below", [".", "deeper"])

@@ -9,14 +9,13 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from litgpt_moe_ext.data.pipeline.batches import Batch
-from litgpt_moe_ext.data.pipeline.hashes import HASHES
 from litgpt_moe_ext.data.pipeline.sources import SIDES
 from litgpt_moe_ext.data.pipeline.store.finished import STATE
 from litgpt_moe_ext.errors import SettingsError, one_line
@@ -150,10 +149,6 @@ def remove_leftovers(data_path: Path) -> list[Path]:
         The deleted unfinished corpora.
     """
     before = time.time() - DAYS * 24 * 60 * 60
-    for partial in data_path.glob(f"{HASHES}.*.partial"):
-        with suppress(OSError):
-            if partial.stat().st_mtime < before:
-                partial.unlink()
     return [folder for folder in sorted(data_path.glob(f".*{UNFINISHED}")) if _remove(folder, before)]
 
 
