@@ -46,10 +46,8 @@ def _parse(content: bytes, where: str, start: int, text_format: TextFormat) -> A
         raise SettingsError(
             f"{where} is not valid JSON at byte {offset}: {error.msg}; write objects one a line, or one list of objects"
         ) from error
-    except RecursionError as error:
-        raise SettingsError(f"{where} is nested too deep at byte {start}; write flat objects with a text") from error
-    except ValueError as error:  # Python refuses to read an integer of thousands of digits
-        raise SettingsError(f"{where} cannot be read at byte {start} ({error}); write such a number as text") from error
+    except (RecursionError, ValueError) as error:  # nested too deep, or an integer of thousands of digits
+        raise SettingsError(f"{where} cannot be read at byte {start} ({error}); write flat objects of text") from error
 
 
 def _field(item: object, where: str, place: str, text_format: TextFormat) -> str:
