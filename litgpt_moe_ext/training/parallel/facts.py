@@ -18,7 +18,7 @@ class StrategyFacts:
     """One strategy as plain data.
 
     Attributes:
-        knobs: Fields of `DistributedArgs` that it supports, besides those common to all strategies.
+        options: Fields of `DistributedArgs` that it supports, besides those common to all strategies.
         shards: What is sharded over the ranks between two optimizer steps.
         within_node: Whether it shards only within a node, so that every node holds everything.
         communication: What a rank holds at the worst moment for exchange with other ranks: a copy of all `gradients`,
@@ -31,7 +31,7 @@ class StrategyFacts:
             of several weights, keeps a float32 copy of them, and clips gradients inside the optimizer step.
     """
 
-    knobs: tuple[str, ...]
+    options: tuple[str, ...]
     shards: tuple[Part, ...] = ()
     within_node: bool = False
     communication: Literal["gradients", "bucket", "blocks", "model"] = "gradients"
@@ -54,18 +54,18 @@ class StrategyFacts:
         return None
 
 
-_DDP = StrategyFacts(knobs=("bucket_mb", "gradient_as_bucket_view", "find_unused_parameters"))
+_DDP = StrategyFacts(options=("bucket_mb", "gradient_as_bucket_view", "find_unused_parameters"))
 
 
 def _fully_sharded(communication: Literal["blocks", "model"], within_node: bool = False) -> StrategyFacts:
-    knobs = ("cpu_offload", "forward_prefetch")
-    return StrategyFacts(knobs, _ALL, within_node, communication, offloads=_ALL)
+    options = ("cpu_offload", "forward_prefetch")
+    return StrategyFacts(options, _ALL, within_node, communication, offloads=_ALL)
 
 
 def _zero(stage: int) -> StrategyFacts:
     own = "offload_parameters" if stage == 3 else "allgather_bucket_size"
     return StrategyFacts(
-        knobs=("overlap_comm", "reduce_bucket_size", "offload_optimizer", own),
+        options=("overlap_comm", "reduce_bucket_size", "offload_optimizer", own),
         shards=_ALL[3 - stage :],
         communication="blocks" if stage == 3 else "bucket",
         offloads=("optimizer",),

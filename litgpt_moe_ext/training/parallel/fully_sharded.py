@@ -46,7 +46,7 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
         facts: The strategy's row of the table of facts.
         processes: Number of ranks on all nodes.
         nodes: Number of nodes.
-        args: The knobs.
+        args: The options.
     """
 
     def __init__(self, facts: StrategyFacts, processes: int, nodes: int, args: DistributedArgs) -> None:

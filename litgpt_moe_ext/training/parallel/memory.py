@@ -89,8 +89,8 @@ def _present(launched: Launched) -> int | None:
     """Return the memory of a device in bytes per process on it, or None if unknown."""
     device = launched.fabric.device
     if device.type == "cuda":
-        knobs = launched.plan.settings.distributed
-        offloaded = knobs.cpu_offload or knobs.offload_optimizer or knobs.offload_parameters
+        options = launched.plan.settings.distributed
+        offloaded = options.cpu_offload or options.offload_optimizer or options.offload_parameters
         return None if offloaded else torch.cuda.get_device_properties(device).total_memory
     memory = memory_bytes()
     return None if memory is None else memory // launched.devices

@@ -25,7 +25,7 @@ class ReplicatedStrategy(Behaviour, DDPStrategy):
 
     Args:
         accelerator: Device type.
-        args: The knobs.
+        args: The options.
     """
 
     facts = STRATEGIES["ddp"]
@@ -35,12 +35,12 @@ class ReplicatedStrategy(Behaviour, DDPStrategy):
             checkpoint_io=DirectCheckpointIO(mmap=accelerator != "cpu"),
             timeout=timedelta(minutes=args.timeout_minutes),
         )
-        knobs: dict[str, Any] = {
+        options: dict[str, Any] = {
             "bucket_cap_mb": args.bucket_mb,
             "gradient_as_bucket_view": args.gradient_as_bucket_view,
             "find_unused_parameters": args.find_unused_parameters,
         }
-        self._knobs = {name: value for name, value in knobs.items() if value is not None}
+        self._options = {name: value for name, value in options.items() if value is not None}
         self._replica: DistributedDataParallel
         self._exchanged: list[nn.Parameter]
         self._stream: torch.cuda.Stream | None = None
@@ -51,14 +51,14 @@ class ReplicatedStrategy(Behaviour, DDPStrategy):
         # there. The stream is kept because it must wait for gradients that graphs write.
         device = self.root_device
         if device.type != "cuda":
-            self._replica = DistributedDataParallel(module, **self._knobs)
+            self._replica = DistributedDataParallel(module, **self._options)
         else:
             usual, self._stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
             torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
             # DDP broadcasts the first process's weights, whose initialisation may still be running.
             self._stream.wait_stream(usual)
             with torch.cuda.stream(self._stream):
-                self._replica = DistributedDataParallel(module, device_ids=[device.index], **self._knobs)
+                self._replica = DistributedDataParallel(module, device_ids=[device.index], **self._options)
             usual.wait_stream(self._stream)
         self._exchanged = [parameter for parameter in module.parameters() if parameter.requires_grad]
         return self._replica

@@ -20,7 +20,7 @@ def make_strategy(name: StrategyName, processes: int, nodes: int, args: Distribu
         name: Name of the strategy, as in recipes.
         processes: Number of processes on all nodes.
         nodes: Number of nodes.
-        args: The knobs.
+        args: The options.
         accelerator: Device type.
 
     Raises:

@@ -28,7 +28,7 @@ _ELEMENTWISE_OPTIMIZERS = (
     "deepspeed.ops.lion.DeepSpeedCPULion",
     "deepspeed.ops.lion.FusedLion",
 )
-_KNOBS_OF_ALL = ("timeout_minutes",)
+_COMMON_OPTIONS = ("timeout_minutes",)
 
 
 def check_settings(settings: Settings, config: Config) -> None:
@@ -59,11 +59,11 @@ def check_strategy(name: str, args: DistributedArgs, accelerator: str) -> None:
         accelerator: Device type.
     """
     facts = facts_of(name)
-    for knob, value in dataclasses.asdict(args).items():
-        if value is not None and knob not in (*_KNOBS_OF_ALL, *facts.knobs):
-            own = ", ".join(f"distributed.{knob}" for knob in facts.knobs)
+    for option, value in dataclasses.asdict(args).items():
+        if value is not None and option not in (*_COMMON_OPTIONS, *facts.options):
+            own = ", ".join(f"distributed.{option}" for option in facts.options)
             raise SettingsError(
-                f"distributed.{knob}: {value} would be ignored because strategy: {name} has no such setting; it has "
+                f"distributed.{option}: {value} would be ignored because strategy: {name} has no such setting; it has "
                 f"{own}"
             )
     if facts.cuda_only and accelerator != "cuda":

@@ -104,12 +104,12 @@ def launch(plan: Plan) -> Iterator[Launched]:
 
 
 def _connect(plan: Plan, reporter: Reporter) -> Launched:
-    settings, knobs = plan.settings, plan.settings.distributed
+    settings, options = plan.settings, plan.settings.distributed
     started, accelerator = started_processes(os.environ, settings.num_nodes), accelerator_here()
     devices, num_nodes = _size(settings, started)
     processes = devices * num_nodes
     check_batch(plan.train.global_batch_size, plan.train.micro_batch_size, processes)
-    strategy = make_strategy(settings.strategy, processes, num_nodes, knobs, accelerator)
+    strategy = make_strategy(settings.strategy, processes, num_nodes, options, accelerator)
     precision: Any = settings.precision or default_precision(accelerator)
     strategy.use_precision(precision, accelerator)
     fabric = TrainingFabric(
@@ -121,7 +121,7 @@ def _connect(plan: Plan, reporter: Reporter) -> Launched:
         precision=precision,
         plugins=cluster_plugins(started),
     )
-    if note := strategy_note(settings.strategy, processes, knobs):
+    if note := strategy_note(settings.strategy, processes, options):
         fabric.print(note)
     if accelerator == "cpu" and torch.backends.mps.is_available():
         fabric.print("This Mac's GPU (MPS) is not used: nothing here was ever run on one. Training uses the CPU.")
@@ -131,7 +131,7 @@ def _connect(plan: Plan, reporter: Reporter) -> Launched:
         end_together(started)
         end_at_once_on_termination()
     # To wait for the others is native code, which Ctrl-C does not reach.
-    with _connection_errors(knobs.timeout_minutes), ending_at_once():
+    with _connection_errors(options.timeout_minutes), ending_at_once():
         fabric.launch()
     return Launched(plan, fabric, reporter, devices, num_nodes)
 

@@ -431,7 +431,7 @@ class TestMakeStrategy:
 
     def test_every_name_has_its_row(self):
         assert tuple(STRATEGIES) == get_args(StrategyName)
-        knobs = {knob for row in STRATEGIES.values() for knob in row.knobs}
+        knobs = {knob for row in STRATEGIES.values() for knob in row.options}
         assert knobs == {knob.name for knob in fields(DistributedArgs)} - {"timeout_minutes"}
 
     def test_who_holds_the_whole_model(self):

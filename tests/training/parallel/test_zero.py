@@ -60,9 +60,11 @@ class TestSettings:
 
         parameters = set(inspect.signature(DeepSpeedStrategy.__init__).parameters)
         for name in STAGES:
-            args = DistributedArgs(**{knob: 2 if knob.endswith("size") else True for knob in facts_of(name).knobs})
+            args = DistributedArgs(**{knob: 2 if knob.endswith("size") else True for knob in facts_of(name).options})
             assert (
-                {*engine_options(facts_of(name), args)} == {"stage", "pin_memory", *facts_of(name).knobs} <= parameters
+                {*engine_options(facts_of(name), args)}
+                == {"stage", "pin_memory", *facts_of(name).options}
+                <= parameters
             )
 
     def test_a_step(self):

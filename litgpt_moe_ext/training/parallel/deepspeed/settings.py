@@ -13,7 +13,7 @@ def engine_options(facts: StrategyFacts, args: DistributedArgs) -> dict[str, Any
         facts: The strategy's row of the table of facts.
         args: The options, which have the names of these arguments.
     """
-    chosen = {name: value for name in facts.knobs if (value := getattr(args, name)) is not None}
+    chosen = {name: value for name in facts.options if (value := getattr(args, name)) is not None}
     # Copies to and from the GPU overlap with computation only from page-locked memory.
     pinned = bool(args.offload_optimizer or args.offload_parameters)
     return {"stage": facts.zero_stage, "pin_memory": pinned, **chosen}

@@ -35,7 +35,7 @@ class ZeroStrategy(Behaviour, DeepSpeedStrategy):
 
     Args:
         facts: The strategy's row of the table, which has the stage.
-        args: The knobs.
+        args: The options.
     """
 
     clips_in_step = True
