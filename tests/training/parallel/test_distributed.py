@@ -440,9 +440,9 @@ class TestMakeStrategy:
         assert [name for name, facts in STRATEGIES.items() if not facts.holds_whole_model(2)] == shards
 
     def test_knobs_reach_fabric(self):
-        assert self.make("ddp", bucket_mb=5)._knobs == {"bucket_cap_mb": 5}
+        assert self.make("ddp", bucket_mb=5)._options == {"bucket_cap_mb": 5}
         flags = {"gradient_as_bucket_view": True, "find_unused_parameters": False}
-        assert self.make("auto", **flags)._knobs == flags
+        assert self.make("auto", **flags)._options == flags
         assert self.make("auto", processes=1, accelerator="cpu").root_device == torch.device("cpu")
         assert self.make("fsdp2", processes=1).root_device == torch.device("cuda", 0)
         for name in ("ddp", "fsdp2"):
