@@ -74,15 +74,9 @@ def execute_without_compiler(module: ModuleType, loader: Any) -> None:
     if tree is None or "torch._dynamo" in sys.modules:
         loader.exec_module(module)
         return
-    module.__dict__.update({name: stand_in for name, (_, _, stand_in) in _STAND_INS.items()})
+    for name, (home, original, stand_in) in _STAND_INS.items():
+        _put_until_loaded(module, name, stand_in, home, original)
     exec(compiled(module, _WithoutCompiler().visit(tree).body), module.__dict__)
-    for name, (home, original_name, stand_in) in _STAND_INS.items():
-
-        def put_back(home: ModuleType, name: str = name, original: str = original_name, old: Any = stand_in) -> None:
-            if module.__dict__.get(name) is old:
-                module.__dict__[name] = getattr(home, original)
-
-        autoload.when_imported(home, put_back)
 
 
 def execute_without_function(module: ModuleType, loader: Any) -> None:
@@ -96,13 +90,19 @@ def execute_without_function(module: ModuleType, loader: Any) -> None:
     def stand_in(*args: Any, **kwargs: Any) -> Any:
         return getattr(importlib.import_module(home), name)(*args, **kwargs)
 
-    def put_back(home: ModuleType) -> None:
-        if module.__dict__.get(name) is stand_in:
-            module.__dict__[name] = getattr(home, name)
-
-    module.__dict__[name] = stand_in
+    _put_until_loaded(module, name, stand_in, home, name)
     body = [node for node in tree.body if not (isinstance(node, ast.ImportFrom) and node.module == home)]
     exec(compiled(module, body), module.__dict__)
+
+
+def _put_until_loaded(module: ModuleType, name: str, stand_in: Any, home: str, original: str) -> None:
+    """Put a stand-in into a module until the module that has the original is loaded."""
+    module.__dict__[name] = stand_in
+
+    def put_back(home: ModuleType) -> None:
+        if module.__dict__.get(name) is stand_in:
+            module.__dict__[name] = getattr(home, original)
+
     autoload.when_imported(home, put_back)
 
 
