@@ -36,10 +36,10 @@ def read_recipe(file: Path, setting: str = "--config") -> tuple[dict[str, Any], 
     Raises:
         SettingsError: If it does not hold settings as keys and values, each key once.
     """
-    settings, lines = _read_mapping(file, setting)
+    settings, lines = read_mapping(file, setting)
     for name in SECTIONS:
         if names_file(settings.get(name)):
-            settings[name] = read_section(file.parent / settings[name], name)
+            settings[name] = read_mapping(file.parent / settings[name], name)[0]
     return settings, lines
 
 
@@ -48,20 +48,16 @@ def names_file(value: Any) -> bool:
     return isinstance(value, str) and value.endswith((".yaml", ".yml", ".json"))
 
 
-def read_section(file: Path, name: str) -> dict[str, Any]:
-    """Return the settings of one section, which stand in a file of their own.
+def read_mapping(file: Path, setting: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the settings in one file, such as that of a section, and the lines of their names.
 
     Args:
         file: A YAML file.
-        name: The section.
+        setting: The setting that named it, or the section, for the error.
 
     Raises:
         SettingsError: As for `read_recipe`.
     """
-    return _read_mapping(file, name)[0]
-
-
-def _read_mapping(file: Path, setting: str) -> tuple[dict[str, Any], dict[str, int]]:
     name = f"{setting}: {str(file)!r}"
     if os.path.isdir(file):  # pathlib raises if a parent folder may not be entered
         raise SettingsError(f"{name} is a folder; name a recipe (YAML file), like those in configs/")

@@ -22,8 +22,8 @@ from litgpt_moe_ext.recipe_files import (
     as_data,
     load_value,
     names_file,
+    read_mapping,
     read_recipe,
-    read_section,
     without_mark,
 )
 from litgpt_moe_ext.training.settings import Section, Settings
@@ -153,7 +153,7 @@ def read_given(arguments: Sequence[str], default_config: Path, types: Mapping[st
                 given.tree.pop(name, None)
             given.add_flag(name, model)
         elif name in SECTIONS and names_file(text):
-            given.add_flag(name, read_section(Path(text), name))
+            given.add_flag(name, read_mapping(Path(text), name)[0])
         elif name != "dense_twin":  # applied last, as it depends on all others
             given.add_text(name, text, known)
         # Flags that follow are read as what the class takes.
