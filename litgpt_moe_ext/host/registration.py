@@ -43,7 +43,7 @@ def _apply_all() -> None:
     check_version()
     check_names([seam for seam in SEAMS if seam.module in modules])
     for seam in SEAMS:
-        if seam.apply is None or has_ended(seam):
+        if seam.apply is None:
             continue
         if seam.module in modules:
             seam.apply(modules[seam.module])
@@ -71,18 +71,8 @@ def _apply_later(seam: Seam, module: ModuleType) -> None:
 def _apply_again(name: str, module: ModuleType) -> None:
     # A reloaded module, as in a notebook, has LitGPT's own functions and classes again.
     for seam in SEAMS:
-        if seam.module == name and seam.apply is not None and seam.kind != "call" and not has_ended(seam):
+        if seam.module == name and seam.apply is not None and seam.kind != "call":
             _apply_later(seam, module)
-
-
-def has_ended(seam: Seam) -> bool:
-    """Return whether the installed LitGPT makes the seam superfluous."""
-    package, _, version = seam.until.partition(">")
-    if package != "litgpt" or not version:
-        return False
-    from packaging.version import Version
-
-    return Version(importlib.metadata.version("litgpt")) > Version(version)
 
 
 def check_version() -> None:

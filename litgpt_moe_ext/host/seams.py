@@ -17,7 +17,7 @@ from litgpt_moe_ext.host import checkpoints, commands, compile, flops, model, pa
 TESTED_LITGPT = "0.5.13"
 
 _NEVER = "LitGPT offers a place for it"
-_REPAIRED = f"litgpt>{TESTED_LITGPT}"
+_RATE = "LitGPT divides by the time of this run"
 _LAZY = "Python 3.15 (lazy imports, PEP 810)"
 _LOOP = "LitGPT's loop has hooks"
 
@@ -37,7 +37,7 @@ class Seam:
             run: it is replaced during a run; names of LitGPT by `litgpt_moe_ext.training.loop`.
             source: the module is executed from its own source, in part or with an expression changed.
         reason: Why the plugin needs it.
-        until: When it becomes superfluous. "litgpt>VERSION" switches it off automatically.
+        until: When it becomes superfluous.
         apply: Makes the change in the imported module; None if something else does.
     """
 
@@ -133,10 +133,10 @@ SEAMS = (
         flops.count_products,
     ),
     Seam(
-        "litgpt.pretrain", "fit", "wrap", "Measures this run's tokens per second.", _REPAIRED, token_rate.measure_rate
+        "litgpt.pretrain", "fit", "wrap", "Measures this run's tokens per second.", _RATE, token_rate.measure_rate
     ),
     Seam(
-        "litgpt.pretrain", "main", "wrap", "Prints that rate; LitGPT divides by a reading of the clock.", _REPAIRED,
+        "litgpt.pretrain", "main", "wrap", "Prints that rate; LitGPT divides by a reading of the clock.", _RATE,
         token_rate.print_rate,
     ),
     Seam(

@@ -101,15 +101,6 @@ def test_an_untested_version_warns_once(monkeypatch):
         registration.check_version()
 
 
-@pytest.mark.parametrize(("installed", "ended"), [("0.5.13", False), ("0.5.14", True), ("0.6.0", True)])
-def test_a_repair_ends_with_the_version_that_needs_it(monkeypatch, installed, ended):
-    monkeypatch.setattr(registration.importlib.metadata, "version", lambda _name: installed)
-    repairs = [seam for seam in SEAMS if seam.until.startswith("litgpt>")]
-    assert {seam.name for seam in repairs} == {"fit", "main"}
-    assert {registration.has_ended(seam) for seam in repairs} == {ended}
-    assert not any(registration.has_ended(seam) for seam in SEAMS if seam not in repairs)
-
-
 def test_the_version_has_one_place():
     from importlib.metadata import version
 
