@@ -98,7 +98,7 @@ def _of_checkpoint(path: Path) -> Recipe:
 
 def _of_file(path: Path) -> Recipe:
     from litgpt_moe_ext.cli.settings import make_config, read_plain_settings
-    from litgpt_moe_ext.training.phases.plan import model_of
+    from litgpt_moe_ext.training.settings.model import model_of
 
     settings = read_plain_settings(path, make_config)
     return Recipe(cast("Config", model_of(settings)), settings)

@@ -79,6 +79,6 @@ def schedule_figure(rates: Mapping[str, Sequence[float]]) -> Figure:
 def _block_size(settings: Settings) -> int:
     if settings.model_config is not None:
         return checked("model_config.block_size", settings.model_config.block_size, PositiveInt)
-    from litgpt_moe_ext.training.phases.plan import model_of
+    from litgpt_moe_ext.training.settings.model import model_of
 
     return model_of(settings).block_size

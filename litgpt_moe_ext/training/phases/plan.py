@@ -18,6 +18,7 @@ from litgpt_moe_ext.training.optim.arguments import with_module
 from litgpt_moe_ext.training.optim.schedules import count_steps
 from litgpt_moe_ext.training.phases.checks import check_settings
 from litgpt_moe_ext.training.phases.inputs import check_initial_checkpoint, check_writable
+from litgpt_moe_ext.training.settings.model import model_of
 
 if TYPE_CHECKING:
     import litgpt.args
@@ -136,30 +137,3 @@ def _checkpoint_dir(directory: Path | None) -> Path | None:
     from litgpt.utils import extend_checkpoint_dir
 
     return extend_checkpoint_dir(directory)
-
-
-def model_of(settings: Settings) -> Config:
-    """Return the model configuration of a run.
-
-    Raises:
-        SettingsError: If none is given, or LitGPT has no model of that name.
-    """
-    if settings.model_config is not None:
-        if settings.model_name not in ("", settings.model_config.name):
-            raise SettingsError(
-                f"model_name: {settings.model_name!r} has no effect beside model_config; leave it out, or set "
-                "model_config to null"
-            )
-        return settings.model_config
-    if not settings.model_name:
-        raise SettingsError(
-            "model_config: null must be a model (see configs/), unless model_name is the name of one of LitGPT's"
-        )
-    try:
-        config = Config.from_name(settings.model_name)
-    except ValueError as error:
-        raise SettingsError(
-            f"model_name: {settings.model_name!r} must be one of LitGPT's models; `litgpt pretrain list` prints them"
-        ) from error
-    assert config is not None
-    return config
