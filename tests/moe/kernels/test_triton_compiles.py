@@ -6,6 +6,7 @@ kernel is compiled as its arguments ask (alignment and ones included).
 
 import re
 import subprocess
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -277,7 +278,7 @@ def test_everything_else(monkeypatch, tmp_path, capability, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "n_expert"),
-    [((7, 5), 8), ((8, 6), 160), ((9, 0), 1), *((c, n_expert) for c in CAPABILITIES for n_expert in (384, 1024))],
+    [((7, 5), 8), ((8, 6), 160), ((9, 0), 1), *zip(CAPABILITIES, cycle((384, 1024)), strict=False)],
     ids=str,
 )
 def test_every_router(monkeypatch, tmp_path, capability, n_expert):
