@@ -218,6 +218,7 @@ def test_what_an_encoding_lacks_is_a_question_mark(monkeypatch, tmp_path):
     assert (tmp_path / "report.html").read_text() == "?"
 
 
+@pytest.mark.slow
 def test_streams_may_be_closed(recipe, tmp_path):
     """As by `>&-`, or whatever starts a training as a service; nothing of the run goes where they were."""
     closed = 'exec "$@" <&- >&- 2>&-'

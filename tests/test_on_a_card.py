@@ -42,6 +42,7 @@ def test_figures_of_an_earlier_call_are_not_taken_for_new_ones(tmp_path, name):
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_in_the_exit_status(tmp_path):
     command = [*COMMAND[:2], "--only", "benchmark", "--out", tmp_path]
     without_card = os.environ | {"CUDA_VISIBLE_DEVICES": ""}

@@ -72,8 +72,6 @@ def test_the_mark_for_constants_is_that_of_torch():
     "code",
     [
         "import torchmetrics, litgpt.pretrain; torchmetrics.functional.accuracy",
-        "import torchmetrics.functional, litgpt; torchmetrics.Accuracy",
-        "import litgpt; import torchmetrics.functional.classification; torchmetrics.Accuracy",
         "import litgpt; from torchmetrics.classification import Accuracy; from torchmetrics import AUROC",
         "import litgpt; from torchmetrics import *; Accuracy, functional",
         "import lightning, litgpt_moe_ext.training.loop, torchmetrics; torchmetrics.text.BLEUScore",

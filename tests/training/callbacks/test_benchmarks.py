@@ -81,7 +81,8 @@ def score_of(checkpoint: Path, file: Path, limit: int | None = None) -> float:
     return sum(answer.acc_norm for answer in answers) / len(answers)
 
 
-@pytest.mark.parametrize("model", [pytest.param({}, marks=pytest.mark.slow), NOISY], ids=["bias", "noisy"])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [{}, NOISY], ids=["bias", "noisy"])
 def test_the_training_does_not_notice(recipe, finished, tmp_path, hellaswag_file, task_file, capsys, model):
     """Losses, gradients and weights are those without benchmarks, bit for bit; noise is drawn in every step."""
     plain = recipe("plain", out_dir=str(tmp_path / "plain"), model_config=model)

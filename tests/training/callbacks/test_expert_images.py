@@ -20,6 +20,7 @@ def test_history_keeps_everything_in_few_columns():
     assert np.array_equal(layers[3], np.ones((2, 8)))
 
 
+@pytest.mark.slow
 def test_tensorboard(recipe, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -236,6 +236,7 @@ def test_a_save_by_time_that_failed_waits_for_its_time(tmp_path, monkeypatch):
     assert not writer.is_due
 
 
+@pytest.mark.slow
 def test_best_of_a_run_that_was_killed_before_it_was_linked(recipe, tmp_path, capsys):
     """`best` is made of the checkpoint that had the loss, or reported missing; never an older one."""
     file = recipe(model_config={"router_bias_update_rate": 0.0})

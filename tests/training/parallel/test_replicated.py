@@ -71,8 +71,11 @@ def trained(make_capture, accumulation, view, config):
     ("make_capture", "accumulation", "view", "config"),
     [
         (Recordings, 2, False, {"expert_backend": "grouped_mm", "moe_intermediate_size": 16}),
-        (Reruns, 1, True, {"expert_dropout": 0.1, "router_type": "hash", "router_bias_update_rate": None}),
-        (Failing, 2, None, {}),
+        pytest.param(
+            *(Reruns, 1, True, {"expert_dropout": 0.1, "router_type": "hash", "router_bias_update_rate": None}),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(Failing, 2, None, {}, marks=pytest.mark.slow),
     ],
     ids=["a step of two", "views of buckets", "one rank fails"],
 )
