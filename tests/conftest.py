@@ -64,7 +64,7 @@ def pytest_collection_finish():
 LONG = (
     *("attack/test_saving.py", "host/test_guest_rule.py", "tests/test_triton.py", "recipes/test_runs.py"),
     *("test_examples.py", "training/test_run.py", "docs/test_notebook.py", "docs/test_pages.py"),
-    *("parallel/test_distributed.py", "study/test_study.py"),
+    *("parallel/test_distributed.py", "study/test_study.py", "null_gpu/test_numbers.py"),
 )
 
 

@@ -47,7 +47,6 @@ def test_wrong_arguments(tmp_path):
         ("attention", "--rounds 1", "| documents of 1000 |"),
         ("context_extension", "--steps 2 --tuning-steps 1 --seeds 1 --processes 1 --out OUT", "| on | YaRN, tuned |"),
         ("data", "--megabytes 0.5 --seconds 0.1", "| read, ours, length 2048 |"),
-        ("openmp_spin", "--rounds 1", "GOMP_SPINCOUNT=5000"),
     ],
 )
 def test_it_measures(script, arguments, shown, tmp_path):

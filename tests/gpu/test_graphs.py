@@ -49,7 +49,7 @@ GLOBAL = {"router_load_balancing_loss_coef": 1.0, "router_load_balancing_loss_sc
 DOCUMENTS = {"attention_document_boundary": "eos", "attention_document_token_id": 1}
 
 
-def trained(card, dtype, accumulation, graphs, share=True, recomputed=None, muon=False, **changes):
+def trained(card, dtype, accumulation, graphs, share=True, recomputed=None, muon=False, shape=(4, 65), **changes):
     """Return what some steps come to: losses, norms, weights, biases and loads."""
     model, said = make_model(card, **changes), []
     if recomputed is not None:
@@ -77,7 +77,7 @@ def trained(card, dtype, accumulation, graphs, share=True, recomputed=None, muon
 
     def next_batch():
         # The end of a document is among fewer ids at last, so that there are more documents than were captured.
-        ids = torch.randint(0, 64 if len(norms) < 4 else 8, (4, 65), generator=generator)
+        ids = torch.randint(0, 64 if len(norms) < 4 else 8, shape, generator=generator)
         batch = (ids.pin_memory() if card.type == "cuda" else ids).as_subclass(Rows).to(card, non_blocking=True)
         return batch[:, :-1], batch[:, 1:]
 

@@ -12,9 +12,9 @@ pytestmark = pytest.mark.slow
 def test_graphs_under_ddp(gpu, recipe, tmp_path):
     """The run of two processes is the one without graphs, bit for bit."""
     train = {"max_tokens": 5 * 8 * 32, "global_batch_size": 8}
-    file = recipe(
-        devices="auto", precision="bf16-mixed", train=train, model_config={"n_layer": 1, "expert_dropout": 0.1}
-    )
+    documents = {"attention_document_boundary": "eos", "attention_document_token_id": 0}
+    model = {"n_layer": 1, "expert_dropout": 0.1, **documents}
+    file = recipe(devices="auto", precision="bf16-mixed", train=train, model_config=model)
     graphs, plain = tmp_path / "graphs", tmp_path / "plain"
     said = {}
     for out_dir, flag in ((graphs, "true"), (plain, "false")):

@@ -41,7 +41,7 @@ def numbers(out_dir: Path, column: str) -> dict[int, float]:
 
 @pytest.mark.parametrize(
     ("strategy", "precision"),
-    [("ddp", "bf16-mixed"), ("fsdp", "16-mixed"), ("fsdp_shard_grad_op", "bf16-mixed"), ("fsdp2", "32-true")],
+    [("ddp", "bf16-mixed"), ("fsdp", "16-mixed"), ("fsdp2", "32-true")],
 )
 def test_two_ranks_train_as_one(gpu, recipe, tmp_path, strategy, precision):
     """A checkpoint of the two is gone on with by one; the host waits as often as that of one process."""
