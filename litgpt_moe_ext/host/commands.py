@@ -42,6 +42,19 @@ def refuse_division(module: Any) -> None:
         return original(fabric, model)
 
 
+def refuse_division_first(module: Any) -> None:
+    """Say so before `litgpt generate_tp` starts processes, of which the others would wait for the first in vain."""
+
+    @wrapping(module, "main")
+    def main(original: Any, checkpoint_dir: Path, *args: Any, **kwargs: Any) -> None:
+        config = _config_in(checkpoint_dir)
+        if config is not None and uses_plugin(config):
+            from litgpt_moe_ext.meta.models import meta_model
+
+            refuse_first(_undivided(meta_model(config)))
+        original(checkpoint_dir, *args, **kwargs)
+
+
 def _undivided(model: Any) -> Iterator[str]:
     config, block = model.config, model.transformer.h[0]
     whole = {

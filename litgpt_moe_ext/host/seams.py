@@ -193,6 +193,10 @@ SEAMS = (
         "LitGPT finds the weights in one", commands.require_weights_to_start,
     ),
     Seam(
+        "litgpt.generate.tp", "main", "wrap", "Says which layers it cannot divide, before it loads them.",
+        "LitGPT divides them", commands.refuse_division_first,
+    ),
+    Seam(
         "litgpt.scripts.convert_lit_checkpoint", "convert_lit_checkpoint", "wrap",
         "Names `litgpt-moe export`, which knows the plugin's layers.", "LitGPT's conversion knows them",
         commands.refuse_conversion,

@@ -18,9 +18,10 @@ import litgpt.scripts.convert_pretrained_checkpoint
 import pytest
 import torch
 from litgpt import LLM
+from litgpt.utils import save_config
 
 from litgpt_moe_ext.errors import SettingsError
-from tests.models import dense_config
+from tests.models import dense_config, moe_config
 
 COMMANDS = {
     "generate": litgpt.generate.base.main,
@@ -104,3 +105,12 @@ def test_a_training_checkpoint_is_no_weights_to_start_from(monkeypatch):
         "write them with `litgpt convert_pretrained_checkpoint final OUTPUT_DIR`, or use litgpt-moe train, which takes "
         "both"
     )
+
+
+def test_layers_that_cannot_be_divided_are_named_before_processes_start():
+    """Of a training checkpoint as well, whose conversion would be for nothing."""
+    Path("final").mkdir()
+    torch.save({"model": {}, "iter_num": 1}, "final/lit_model.pth")
+    save_config(moe_config(), Path("final"))
+    with pytest.raises(SettingsError, match="^mlp_class_name: SharedExpertMoE cannot be divided .* litgpt generate"):
+        litgpt.generate.tp.main(Path("final"))
