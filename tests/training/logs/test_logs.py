@@ -191,6 +191,53 @@ def test_rows_wait_until_there_is_room(tmp_path):
     assert rows[-1] == {"step": "8", "loss": "x" * 9, "val_loss": "z"}
 
 
+def test_a_column_that_there_was_no_room_for_comes_with_its_rows(tmp_path):
+    table = StepTable(tmp_path / "table.csv", lambda present, new: [*present, *new], lambda line: None)
+    table.start(None)
+    table.put(1, {"loss": "a"})
+    with small_disk(0):
+        table.put(2, {"val_loss": "z"})
+    table.put(3, {"loss": "b"})
+    assert (tmp_path / "table.csv").read_text() == "step,loss,val_loss\n1,a,\n2,,z\n3,b,\n"
+
+
+def edited(tmp_path, content: bytes, say) -> bytes:
+    """Return a table of two rows that is edited in the meantime, after two more rows with a new column."""
+    table = StepTable(tmp_path / "table.csv", lambda present, new: [*present, *new], say)
+    table.start(None)
+    for step in (1, 2):
+        table.put(step, {"loss": "a"})
+    (tmp_path / "table.csv").write_bytes(content)
+    for step in (3, 4):
+        table.put(step, {"val_loss": "z"})
+    return (tmp_path / "table.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "content", [b"step;loss\n1;a\n2;a\n", "step,loss\n1,a\n2,a\n".encode("utf-16"), b"step\n" + b"x" * 200_000 + b"\n"]
+)
+def test_a_table_that_somebody_spoils_during_a_run_ends_nothing(tmp_path, content):
+    """It is said once, and the file stays as it is."""
+    said = []
+    assert edited(tmp_path, content, said.append) == content
+    assert len(said) == 1
+    assert "table.csv cannot be written: " in said[0]
+    StepTable(tmp_path / "table.csv", lambda present, new: [*present, *new], said.append).start(2)
+
+
+@pytest.mark.parametrize(
+    ("content", "result"),
+    [
+        ("step,loss,note\n1,a,good\n2,a,\n", "step,loss,note,val_loss\n1,a,good,\n2,a,,\n3,,,z\n4,,,z\n"),
+        ("step,loss\n", "step,loss,val_loss\n2,a,\n3,,z\n4,,z\n"),
+        ("", "step,loss,val_loss\n2,a,\n3,,z\n4,,z\n"),
+    ],
+)
+def test_what_somebody_edits_during_a_run_stays(tmp_path, content, result):
+    """A column more, or rows less, but for the last one, which may still grow."""
+    assert edited(tmp_path, content.encode(), print).decode() == result
+
+
 def test_no_more_rows_wait_than_there_is_memory_for(tmp_path, monkeypatch):
     monkeypatch.setattr(StepTable, "KEPT", 3)
     table = StepTable(tmp_path / "none" / "table.csv", lambda present, new: [*present, *new], lambda line: None)
