@@ -232,11 +232,17 @@ class TrainingFabric(L.Fabric):
         complete = dict(metrics)
         self.call("on_log", metrics=complete)
         metrics |= self._numbers(complete)
-        try:
+        with self.surviving_the_logger():
             super().log_dict(metrics, self.step)
+        self.call("on_logged", metrics=metrics)
+
+    @contextlib.contextmanager
+    def surviving_the_logger(self) -> Iterator[None]:
+        """Go on without what a logger cannot write or send in the scope, and say so once."""
+        try:
+            yield
         except Exception as error:  # every logging service has its own errors
             self._print_once("logger", f"  the logger failed: {one_line(error).rstrip('.')}. Training goes on.")
-        self.call("on_logged", metrics=metrics)
 
     def _numbers(self, metrics: Mapping[Any, Any]) -> dict[str, Any]:
         """Return the metrics that are named numbers; say once for each of the others that it is left out."""

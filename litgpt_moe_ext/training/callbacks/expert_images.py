@@ -85,10 +85,11 @@ class ExpertImages(Callback):
     def _log(self, image_HWC: np.ndarray) -> None:
         logger: Any = self._fabric.logger
         step = self._fabric.step
-        if isinstance(logger, WandbLogger):
-            logger.log_image(NAME, [image_HWC], step=step)
-        else:
-            logger.experiment.add_image(NAME, image_HWC, step, dataformats="HWC")
+        with self._fabric.surviving_the_logger():
+            if isinstance(logger, WandbLogger):
+                logger.log_image(NAME, [image_HWC], step=step)
+            else:
+                logger.experiment.add_image(NAME, image_HWC, step, dataformats="HWC")
 
 
 def _draw(name: str, steps: list[float], layers: dict[int, np.ndarray]) -> np.ndarray:

@@ -1,9 +1,15 @@
 """Heat maps of the experts' load in the loggers that show pictures."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
+from lightning.fabric.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import WandbLogger
 
-from litgpt_moe_ext.training.callbacks.expert_images import NAME, LoadHistory
+from litgpt_moe_ext.training.callbacks import expert_images
+from litgpt_moe_ext.training.callbacks.expert_images import NAME, ExpertImages, LoadHistory
+from litgpt_moe_ext.training.fabric import TrainingFabric
 from tests.runs import train
 
 
@@ -45,6 +51,17 @@ def test_dense_models_have_none(recipe, tmp_path):
     events = EventAccumulator(str(tmp_path / "out" / "logs" / "tensorboard" / "version_0"))
     events.Reload()
     assert NAME not in events.Tags()["images"]
+
+
+@pytest.mark.parametrize(("kind", "method"), [(TensorBoardLogger, "experiment.add_image"), (WandbLogger, "log_image")])
+def test_a_picture_that_cannot_be_written_ends_no_run(monkeypatch, kind, method):
+    said, logger = [], Mock(kind, **{f"{method}.side_effect": OSError("No space left\non device")})
+    monkeypatch.setattr(expert_images, "_draw", lambda *_: np.zeros((1, 1, 3)))
+    fabric = TrainingFabric(said.append, accelerator="cpu", devices=1, loggers=[logger])
+    images = ExpertImages("tiny", fabric)
+    for _ in range(2):
+        images.on_logged({"loss": 1.0, "val_loss": 1.0, "moe_load_00/expert_00": 1.0})
+    assert said == ["  the logger failed: No space left on device. Training goes on."]
 
 
 @pytest.mark.slow
