@@ -9,6 +9,7 @@ import os
 import select
 import shlex
 import signal
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -26,6 +27,8 @@ PERHAPS_OF_AN_EXTENSION = "; if an extension adds it, install the extension's pa
 FROM_ITS_WEIGHTS = "start a new run from its weights with initial_checkpoint_dir and another out_dir"
 """The remedy for a checkpoint from which a run cannot resume."""
 
+# Windows calls a pipe without a reader an invalid argument.
+_NO_READER = (errno.EPIPE, errno.EINVAL) if os.name == "nt" else (errno.EPIPE,)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _ALLOW = "have its owner make it readable, or writable, for you, or name another path"
 
@@ -83,7 +86,7 @@ def exit_status(run: Callable[[], int | None], interrupted: str = "") -> int:
             if isinstance(error, SettingsError):
                 print(f"error: {error}", file=sys.stderr)
                 return WRONG_SETTING
-            if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):
+            if isinstance(error, OSError) and error.errno in _NO_READER and _is_unread(sys.stdout):
                 return CANNOT
             if isinstance(error, OSError) and is_full(error):
                 where = f"{error.filename}: " if error.filename else ""
@@ -105,14 +108,18 @@ def is_full(error: OSError) -> bool:
 def _is_unread(stream: TextIO) -> bool:
     """Return whether nobody reads an output any more; if so, keep the process from complaining about it at its end."""
     try:
-        pipe = select.poll()
-        pipe.register(stream.fileno(), 0)
-        if not any(event & select.POLLERR for _, event in pipe.poll(0)):
-            return False
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    except (AttributeError, OSError, ValueError):  # Windows has no poll; a replaced stream has no descriptor
+        descriptor = stream.fileno()
+        if os.name == "nt":  # without a poll: the error has said so, unless the output goes elsewhere
+            unread = stat.S_ISFIFO(os.fstat(descriptor).st_mode)
+        else:
+            pipe = select.poll()
+            pipe.register(descriptor, 0)
+            unread = any(event & select.POLLERR for _, event in pipe.poll(0))
+        if unread:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        return unread
+    except (OSError, ValueError):  # a replaced stream has no descriptor
         return False
-    return True
 
 
 @contextmanager
