@@ -46,7 +46,7 @@ class BatchSize:
             return cls(AUTOMATIC_ON_CPU)
         if automatic:
             return cls(LARGEST_AUTOMATIC, searches=int(searches or 1))
-        if isinstance(batch_size, bool) or not str(batch_size).isdecimal() or int(batch_size) < 1:
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise SettingsError(
                 f"batch_size: {batch_size!r} must be a positive integer, 'auto', or 'auto:N' with N >= 1"
             )

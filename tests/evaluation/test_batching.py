@@ -22,9 +22,10 @@ def run_with_memory_for(limit, batch_size: BatchSize, n_items: int) -> list[int]
     return [len(batch) for batch in batches]
 
 
-def test_fixed_size():
+def test_fixed_size(capsys):
     assert run_with_memory_for(lambda _: 100, BatchSize.parse(4, CUDA), 10) == [4, 4, 2]
     assert BatchSize.parse("3", CPU) == BatchSize(3)
+    assert capsys.readouterr().out == "", "nothing was chosen"
 
 
 def test_automatic_size_is_halved_until_it_fits(capsys):
@@ -51,6 +52,7 @@ def test_automatic_size_is_searched_again_as_requests_get_shorter():
 
     assert run_with_memory_for(limit, BatchSize.parse("auto", CUDA), 128) == [16] * 8
     assert run_with_memory_for(limit, BatchSize.parse("auto:2", CUDA), 128) == [16] * 4 + [32] * 2
+    assert BatchSize.parse("auto:1", CUDA) == BatchSize.parse("auto", CUDA)
 
 
 def test_automatic_size_on_cpu_is_fixed_and_announced(capsys):

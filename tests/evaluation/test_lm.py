@@ -132,6 +132,15 @@ def test_generation_stops_at_end_of_text(models):
     assert min(lengths) < 5 < max(lengths)
 
 
+def test_generation_ends_with_the_last_text_that_is_not_finished(llama_dir, monkeypatch):
+    model = LitGPTModel(llama_dir, device="cpu").model
+    forward, passes = model.forward, []
+    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: passes.append(1) or forward(*args, **kwargs))
+    texts = generate(model, [[5, 6], [7]], GenerationSettings(max_gen_toks=12), lambda tokens: len(tokens) == 3)
+    assert [len(tokens) for tokens in texts] == [3, 3]
+    assert len(passes) == 3
+
+
 @pytest.fixture(scope="module")
 def random_moe_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("random_moe")
@@ -249,6 +258,8 @@ def test_what_is_generated_where_a_task_does_not_say(llama_dir):
     """lm-eval's 256 tokens, or half of a context that has no room for them; and the tokenizer's own beginning."""
     model = LitGPTModel(llama_dir, device="cpu")
     assert (model.max_length, model.max_gen_toks) == (32, 16)
+    model.model = SimpleNamespace(max_seq_length=256)
+    assert model.max_gen_toks == 128
     model.model = SimpleNamespace(max_seq_length=257)
     assert model.max_gen_toks == 256
     assert model.prefix_token_id == model.eot_token_id == 0
@@ -288,7 +299,8 @@ def test_unsupported_generation_settings_are_refused(llama_dir):
         model.generate_until(instances("generate_until", [("the", {"num_beams": 4, "max_gen_toks": 4})]))
     with pytest.raises(ValueError, match="max_gen_toks: 32 leaves no room"):
         model.generate_until(instances("generate_until", [("the", {"max_gen_toks": 32})]))
-    neutral = {"num_beams": 1, "use_cache": True, "max_gen_toks": 4, "top_k": None}
+    neutral = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "max_gen_toks": 4, "top_k": None}
+    neutral |= {"repetition_penalty": 1.0, "min_p": 0.0}
     assert model.generate_until(instances("generate_until", [("the", neutral)]))[0]
 
 

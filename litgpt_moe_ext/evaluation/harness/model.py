@@ -144,9 +144,6 @@ class GPTModel(TemplateLM):
             for batch_answers in self._batch_size.run(inputs, score):
                 answers.update(batch_answers)
                 bar.update(len(batch_answers))
-                for index, answer in batch_answers.items():
-                    if requests[index][0] is not None:
-                        self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
         return [answers[index] for index in range(len(requests))]
 
     def _model_input(self, request: TokenRequest) -> tuple[int, ...]:
@@ -182,8 +179,6 @@ class GPTModel(TemplateLM):
             request_of_window, self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm), strict=True
         ):
             totals[index] += logprob
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -214,7 +209,6 @@ class GPTModel(TemplateLM):
                 for batch in self._batch_size.run(numbered_prompts, lambda b, s=settings: self._generate(b, s)):
                     for index, text in batch:
                         texts[index] = text
-                        self.cache_hook.add_partial("generate_until", requests[index].args, text)
                     bar.update(len(batch))
         return texts
 
