@@ -3,6 +3,7 @@
 import importlib.metadata
 import itertools
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +128,32 @@ def test_memory_takes_the_whole_recipe_into_account(monkeypatch):
     assert "in 4 processes" in shared.text
     config.final_logit_softcapping = 30.0
     assert "set fused" not in memory(config).text
+
+
+def test_memory_of_gpus(monkeypatch):
+    """What is in the CPU's does not count; one GPU's graphs want room as well; several may share a model."""
+    config = moe_config(n_layer=1, n_embd=2048)
+    for name, value in (("is_available", True), ("current_device", 0), ("device_count", 1), ("mem_get_info", (1, 1))):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr("litgpt_moe_ext.kernels.launch.triton_works_on", lambda device: True)
+
+    def text(**settings):
+        (found,) = room.memory(recipe_with(config, {"precision": "32-true", **settings}))
+        assert found.verdict == "problem"
+        return found.text
+
+    alone = text()
+    assert re.search(r"free; CUDA graphs, where tried, want \d\.\d\d more; lower", alone)
+    assert alone.endswith("; share the model among several GPUs with strategy: fsdp2")
+    shared = text(strategy="fsdp2", devices=2)
+    assert " on each GPU, 0.0 GiB are free; lower" in shared
+    assert "fsdp2" not in shared
+    held = [
+        float(text(strategy="deepspeed_stage_1", devices=2, distributed=args).partition("about ")[2].split()[0])
+        for args in ({}, {"offload_optimizer": True})
+    ]
+    optimizer = 12 * count_parameters(config).total / 2 / 2**30
+    assert held[0] - held[1] == pytest.approx(optimizer, abs=0.011)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.data.pipeline.shards import write_shard
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import load_tokenizer
-from litgpt_moe_ext.inspect.experts.analysis import classify
+from litgpt_moe_ext.inspect import figures
+from litgpt_moe_ext.inspect.experts.analysis import classify, compare, require_same_tokenizer
 from litgpt_moe_ext.inspect.experts.capture import record_routing
-from litgpt_moe_ext.inspect.texts import Document, encode, open_tokens, shard_documents
+from litgpt_moe_ext.inspect.experts.report import _summary_table, make_figures
+from litgpt_moe_ext.inspect.texts import Document, encode, open_tokens, processor_of, read_files, shard_documents
 from litgpt_moe_ext.moe.expert_layouts import unstack_experts
 from tests.evaluation.conftest import VOCABULARY_SIZE, write_checkpoint
 from tests.models import initialized_model, moe_config, noisy_config
@@ -111,18 +114,58 @@ def test_shards_are_read_by_document(moe_dir, tmp_path):
         open_tokens(tmp_path, tokenizer)
 
 
+def test_texts_that_cannot_be_read_are_named(moe_dir, tmp_path):
+    with pytest.raises(SettingsError, match=r"text: '.*nothing.txt' must be a file"):
+        list(read_files([tmp_path / "nothing.txt"]))
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("né".encode("latin-1"))
+    with pytest.raises(SettingsError, match=r"text: '.*latin.txt' must be UTF-8"):
+        list(read_files([latin]))
+    with pytest.raises(SettingsError, match="at least one token of text"):
+        encode([Document("a", "")], load_tokenizer(moe_dir), 10)
+    with pytest.raises(SettingsError, match="checkpoint_dir: its tokenizer must be a tokenizer.json"):
+        processor_of(SimpleNamespace(processor="SentencePiece's"))
+
+
 @pytest.mark.parametrize(
-    ("text", "language"),
+    ("name", "text", "language"),
     [
-        ("def f(x):\n    return x\n", "python"),
-        ("import os\ndef f(x):\n    return (x,\n", "python"),
-        ("a fox jumps", "text"),
-        ("-" * 10_000, "text"),
+        ("val:0", "def f(x):\n    return x\n", "python"),
+        ("val:0", "import os\ndef f(x):\n    return (x,\n", "python"),
+        ("val:0", "a fox jumps", "text"),
+        ("fox.py", "a fox jumps", "python"),
+        ("val:0", "-" * 10_000, "text"),
     ],
 )
-def test_language_is_found(moe_dir, text, language):
-    encoded = encode([Document("val:0", text)], load_tokenizer(moe_dir), 100)
+def test_language_is_found(moe_dir, name, text, language):
+    encoded = encode([Document(name, text)], load_tokenizer(moe_dir), 100)
     assert classify(encoded, "auto")[0] == language
+
+
+def test_only_checkpoints_that_are_alike_are_compared(moe_dir, tmp_path):
+    one, two = (record(initialized_model(moe_config(n_expert_per_token=k))) for k in (1, 2))
+    with pytest.raises(SettingsError, match=r"must be \[\(0, 8, 1\), \(1, 8, 1\)\] as in checkpoint_dir, not"):
+        compare(one, two)
+    tokenizers = [load_tokenizer(moe_dir), load_tokenizer(moe_dir)]
+    require_same_tokenizer([moe_dir, tmp_path], tokenizers)
+    tokenizers[1].processor.add_tokens(["slow"])
+    with pytest.raises(SettingsError, match=f"compare_with: '{tmp_path}' must have the tokenizer of '{moe_dir}'"):
+        require_same_tokenizer([moe_dir, tmp_path], tokenizers)
+
+
+def test_checkpoints_of_one_name_are_told_apart(monkeypatch):
+    for name in ("load", "balance", "class"):
+        monkeypatch.setattr(figures, f"{name}_figure", lambda _layers: None)
+    monkeypatch.setattr(figures, "agreement_figure", lambda _layers, names: names)
+    for second, names in (("b/final", ("A", "B")), ("b/step", ("final", "step"))):
+        comparison = {"checkpoint": second, "layers": [{}]}
+        made = make_figures({"checkpoint": "a/final", "layers": [{"top_k": 1}], "comparison": comparison})
+        assert made == {"load": None, "balance": None, "classes": None, "agreement": names}
+
+
+def test_the_busiest_and_the_idlest_expert_are_named():
+    layer = {"layer": 3, "max_vio": 0.6, "dead_experts": 0, "load_over_mean": [1.0, 1.6, 0.4], "router_entropy": None}
+    assert "<td>1 (1.60)</td><td>2 (0.40)</td><td>none</td>" in _summary_table([layer])
 
 
 def test_report_needs_nothing_else(moe_dir, tmp_path, capsys):
