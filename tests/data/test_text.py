@@ -385,9 +385,16 @@ def test_a_split_that_would_train_and_validate():
         ("train[:90%]", "train[50%:]", "has rows of"),
         ("train[:1_000]", "train[:5%]", "has rows of"),
         ("train[:-99]", "train[-100:]", "has rows of"),
+        ("train[:10_000]", "train[5000:]", "has rows of"),
+        ("train[:-100]", "train[-2000:]", "has rows of"),
+        ("all", "all[:5%]", "has rows of"),
         ("train", "train[:x]", "val_split: 'train[:x]' must be a split"),
         ("train[:5%", "test", "train_split: 'train[:5%' must be a split"),
+        ("test", "all[:5%]", "val_split: 'all[:5%]' must be a split"),
+        ("train[:200%]", "test", "train_split: 'train[:200%]' must be a split"),
         ("train[1%:]", "train[:1%]", None),
+        ("train[:10_000]", "train[10_000:]", None),
+        ("train[500:]", "train[:-500]", None),  # nothing in common below 1000 rows
         ("train", "train_small", None),
         ("train[:90]", "train[-5%:]", None),  # which only the number of rows says
         ("train[:-100]", "train[-100:]", None),

@@ -1,6 +1,7 @@
 """Datasets that the `datasets` library finds on the Hugging Face hub or elsewhere: cached, or as files to stream."""
 
 import itertools
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from litgpt_moe_ext.data.pipeline.sources import Side, Source, dataset_source, f
 from litgpt_moe_ext.data.reading.compression import COMPRESSIONS
 from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.data.reading.remote import is_url, name_of
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, one_line
 
 _JSON = tuple(f"{form}{suffix}" for form in (".json", ".jsonl", ".ndjson") for suffix in ("", *COMPRESSIONS))
 _STREAMED = (".parquet", *_JSON)
@@ -114,34 +115,39 @@ def check_slices(trained: str, validated: str) -> None:
     """Check the slices of a dataset before it is downloaded, as far as that is possible without its numbers of rows.
 
     Raises:
-        SettingsError: They cannot be read, or have rows in common, be there a hundred rows or a billion.
+        SettingsError: They cannot be read, or have rows in common, be there just the rows that they name (at least a
+            hundred) or a billion.
     """
-    from datasets import ReadInstruction
-
+    # No rows of a shorter split are at the places that the slices name.
+    named = [int(rows) for rows in re.findall(r"[\[:]-?([\d_]+)(?=[:\]])", f"{trained}+{validated}")]
+    names = {part.partition("[")[0].strip() for part in f"{trained}+{validated}".split("+")} - {"all"} or {"all"}
+    few, many = (dict.fromkeys(names, length) for length in (max([10**2, *named]), 10**9))
     for name, split in (("train_split", trained), ("val_split", validated)):
         try:
-            ReadInstruction.from_spec(split)
+            _instruction(split, few).to_absolute(few)
         except ValueError as error:
-            raise SettingsError(f"data.{name}: {split!r} must be a split, or rows of it such as train[:99%]") from error
-    names = {part.partition("[")[0].strip() for part in f"{trained}+{validated}".split("+")} - {"all"}
+            raise SettingsError(
+                f"data.{name}: {split!r} must be a split, or rows of it such as train[:99%] ({one_line(error)})"
+            ) from error
     # The ends of a slice are linear in the number of rows: what is common at both numbers is so at all between them.
-    if all(_common_rows(trained, validated, dict.fromkeys(names, length)) for length in (10**2, 10**9)):
+    if all(_common_rows(trained, validated, lengths) for lengths in (few, many)):
         raise SettingsError(_would_train_and_validate(trained, validated))
 
 
 def _common_rows(trained: str, validated: str, lengths: dict[str, int]) -> tuple[str, int, int] | None:
     """Return the first rows that two slices have in common, as a split, its first row and its end; None without any."""
-    from datasets import ReadInstruction
-
-    everything = {"all": "+".join(lengths)}  # as `load_dataset` reads it
-    ours, theirs = (
-        ReadInstruction.from_spec(everything.get(split, split)).to_absolute(lengths) for split in (trained, validated)
-    )
+    ours, theirs = (_instruction(split, lengths).to_absolute(lengths) for split in (trained, validated))
     for train, val in itertools.product(ours, theirs):
         first, end = max(train.from_, val.from_), min(train.to, val.to)
         if train.splitname == val.splitname and first < end:
             return val.splitname, first, end
     return None
+
+
+def _instruction(split: str, lengths: dict[str, int]) -> Any:
+    from datasets import ReadInstruction
+
+    return ReadInstruction.from_spec("+".join(lengths) if split == "all" else split)  # as `load_dataset` reads it
 
 
 def _would_train_and_validate(trained: str, validated: str, where: str = "") -> str:
