@@ -57,9 +57,15 @@ class Recipe:
         return self.settings.ema.decay is not None
 
     def step(self, precision: str) -> "Step":
-        """Return a training step of this recipe in a precision."""
-        from litgpt_moe_ext.inspect.cost.memory import Step
+        """Return a training step of this recipe in a precision.
 
+        Raises:
+            SettingsError: If its sequences are longer than the model's context.
+        """
+        from litgpt_moe_ext.inspect.cost.memory import Step
+        from litgpt_moe_ext.training.phases.checks import check_length
+
+        check_length(self.sequence_length, self.config.block_size)
         return Step(
             precision=precision,
             micro_batch_size=self.settings.train.micro_batch_size,

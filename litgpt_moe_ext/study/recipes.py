@@ -12,6 +12,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import PositiveInt, checked
 from litgpt_moe_ext.recipe_files import load_value, read_recipe
 from litgpt_moe_ext.study.twin import Equality, Experts, dense_twin, moe_twin
+from litgpt_moe_ext.training.phases.checks import check_length
 
 
 def twin_settings(settings: dict[str, Any], by: Equality, experts: Experts | None = None) -> dict[str, Any]:
@@ -32,9 +33,9 @@ def twin_settings(settings: dict[str, Any], by: Equality, experts: Experts | Non
         raise SettingsError("model_config: the recipe must have one for its model to have a twin; write out the model")
     train = checked("train", settings.get("train") or {}, dict)
     twin = copy.deepcopy(settings)
-    length = checked(
-        "train.max_seq_length", train.get("max_seq_length") or model.get("block_size") or 4096, PositiveInt
-    )
+    block_size = checked("model_config.block_size", model.get("block_size") or 4096, PositiveInt)
+    length = checked("train.max_seq_length", train.get("max_seq_length") or block_size, PositiveInt)
+    check_length(length, block_size)
     made = dense_twin(model, length, by) if experts is None else moe_twin(model, length, experts, by)
     suffix = "-dense" if experts is None else "-moe"
     if made.get("name"):

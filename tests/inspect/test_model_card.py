@@ -423,6 +423,9 @@ def test_card_takes_the_settings_of_the_recipe():
     assert card.training["32-true"]["optimizer"] == 0
     assert card.checkpoint_training["32-true"] == card.checkpoint_weights["float32"]
     assert make_card(recipe_with(moe_config(), settings), micro_batch_size=1).micro_batch_size == 1
+    settings["train"]["max_seq_length"] = 33
+    with pytest.raises(SettingsError, match="^train.max_seq_length: 33 must be from 1 to the model's block_size: 32"):
+        make_card(recipe_with(config, settings))
 
 
 @pytest.mark.parametrize("tied", [False, True])

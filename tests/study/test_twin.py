@@ -79,6 +79,8 @@ def test_what_has_no_twin_is_refused():
         twin_settings({"model_config": MOE, "train": 5}, "flops")
     with pytest.raises(SettingsError, match="^train.max_seq_length: 'long' must be an integer"):
         twin_settings({"model_config": MOE, "train": {"max_seq_length": "long"}}, "flops")
+    with pytest.raises(SettingsError, match="^train.max_seq_length: 33 must be from 1 to the model's block_size: 32"):
+        twin_settings({"model_config": MOE, "train": {"max_seq_length": 33}}, "flops")
     assert main(["train", "--config", str(QUICKSTART), "--dense_twin", "flops", "--train.max_seq_length=long"]) == 2
 
 

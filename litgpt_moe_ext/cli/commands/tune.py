@@ -45,8 +45,10 @@ class Tune:
 
         from litgpt_moe_ext.inspect.tuning import measure, worthwhile
         from litgpt_moe_ext.moe.kernels.triton.tiling import tuned_tiles
+        from litgpt_moe_ext.training.phases.checks import check_length
 
         device = torch.device("cuda", torch.cuda.current_device())
+        check_length(recipe.sequence_length, recipe.config.block_size)
         batch = (self.micro_batch_size or recipe.settings.train.micro_batch_size, recipe.sequence_length)
         works, found = _products(recipe, batch, device), []
         with progress("Measuring", len(works)) as advance:

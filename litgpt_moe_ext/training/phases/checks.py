@@ -106,11 +106,20 @@ def check_batch(global_batch_size: int, micro_batch_size: int, processes: int) -
         )
 
 
+def check_length(length: int, block_size: int) -> None:
+    """Raise SettingsError if sequences are longer than the model's context."""
+    refuse_first(_too_long(length, block_size))
+
+
+def _too_long(length: int, block_size: int) -> Iterator[str]:
+    if length > block_size:
+        yield f"train.max_seq_length: {length} must be from 1 to the model's block_size: {block_size}"
+
+
 def _training(settings: Settings, config: Config) -> Iterator[str]:
     train, block_size = settings.train, config.block_size
     length = train.max_seq_length or block_size
-    if length > block_size:
-        yield f"train.max_seq_length: {length} must be from 1 to the model's block_size: {block_size}"
+    yield from _too_long(length, block_size)
     step = train.global_batch_size * length
     if train.epochs is None and train.max_tokens < step:
         yield (
