@@ -7,6 +7,7 @@ import resource
 import sys
 from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import litgpt.eval.evaluate
@@ -214,6 +215,7 @@ TASK = "task: a\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: g
             "task: a\ndataset_path: json\ndataset_kwargs:\n  data_files: none.json\n",
             "names the data 'none.json'",
         ),
+        ("task: a\ndataset_path: json\n", "cannot be used: "),
         (f"{TASK}test_split: other\n", r"cannot be used: 'other' \(KeyError\); correct it or its data"),
         (f"{TASK}test_split: test\ndoc_to_text: '{{{{absent}}}}'\n", "cannot be used: 'absent' is undefined"),
         (f"{TASK}output_type: other\n", "cannot be used: .*invalid output_type 'other'"),
@@ -231,6 +233,18 @@ def test_malformed_task_files_are_named(tmp_path, content, message):
         (tmp_path / f"{name}.json").write_text(text)
     with pytest.raises(SettingsError, match=f"tasks: .*bad.yaml.*{message}"):
         load_tasks(str(path))
+
+
+def test_one_seed_is_that_of_all_random_numbers(monkeypatch):
+    asked = Mock()
+    monkeypatch.setattr("lm_eval.evaluator.simple_evaluate", asked)
+    settings = EvaluateSettings(Path("checkpoint"), "a", num_fewshot=2, limit=3, seed=7)
+    model = SimpleNamespace(device="cpu")
+    litgpt_evaluate._evaluate(model, ["a"], None, settings)
+    seeds = {"random_seed": 7, "numpy_random_seed": 7, "torch_random_seed": 7}
+    asked.assert_called_once_with(
+        model=model, tasks=["a"], task_manager=None, num_fewshot=2, batch_size=1, device="cpu", limit=3, **seeds
+    )
 
 
 CHOICE, TEXT = f"{TASK}output_type: multiple_choice\n", f"{TASK}output_type: generate_until\n"

@@ -196,5 +196,6 @@ def test_report_needs_nothing_else(moe_dir, tmp_path, capsys):
         assert layer["load_over_mean"] == pytest.approx([load / mean for load in layer["load"]])
         assert sum(layer["gate_mass"]) == pytest.approx(1)
         assert sum(sum(row) for row in layer["class_counts"].values()) == 2 * analysis["tokens"]
+        assert set(layer["class_counts"]) == set(analysis["classes"]), "those that the text has"
     assert 0 <= analysis["comparison"]["layers"][0]["matched"] <= 1
     assert str(out / "report.html") in capsys.readouterr().out
