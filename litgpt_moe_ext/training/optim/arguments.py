@@ -21,10 +21,10 @@ def learning_rate_of(optimizer: str | dict) -> float:
     cls, arguments = _optimizer_class(optimizer)
     if reason := _obstacle(cls):
         raise SettingsError(f"optimizer: {cls.__name__} {reason}")
-    known = inspect.signature(cls).parameters
+    known = dict(list(inspect.signature(cls).parameters.items())[1:])  # the first are those to train
     for name, value in arguments.items():
         if name not in known:
-            hint = did_you_mean(name, known) or f"; it has {', '.join(list(known)[1:])}"
+            hint = did_you_mean(name, known) or f"; it has {', '.join(known)}"
             raise SettingsError(f"optimizer.init_args.{name}: {cls.__name__} has no such argument{hint}")
         _check_argument(f"optimizer.init_args.{name}", value, known[name])
     try:

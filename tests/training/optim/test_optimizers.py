@@ -26,6 +26,7 @@ def test_what_is_no_optimizer_is_refused(name):
         ({"betas": [0.9]}, r"betas: \[0.9\] must be 2 numbers, such as \[0.9, 0.999\]"),
         ({"fused": "yes"}, "fused: 'yes' must be true or false"),
         ({"amsgrad": 1}, "amsgrad: 1 must be true or false"),
+        ({"params": []}, "params: AdamW has no such argument; it has lr, betas, "),
     ],
 )
 def test_arguments_of_another_kind_are_refused(arguments, message):
