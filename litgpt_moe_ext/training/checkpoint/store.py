@@ -32,15 +32,24 @@ def publish(staging: Path, target: Path) -> None:
     """
     flush_tree(staging)
     replaced = target.with_name(f".{target.name}.replaced")
-    if target.exists() and not (target / STATE_FILE).is_file():
-        # Not written by a run like this one, so it may hold something irreplaceable.
+    there = target.exists() or target.is_symlink()
+    if there and not (target / STATE_FILE).is_file():
+        # Not written by a run like this one, so it may hold something irreplaceable; or a link to a disk that is gone.
         target.rename(free_name(target))
-    elif target.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+    elif there:
+        _delete(replaced)
         target.rename(replaced)
     staging.rename(target)
     flush(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _delete(replaced)
+
+
+def _delete(path: Path) -> None:
+    # Of a link, which the user has made to a checkpoint elsewhere, only the link.
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def link(source: Path, target: Path) -> None:
@@ -73,9 +82,9 @@ class SaveError(Exception):
 def remove(directory: Path) -> None:
     """Delete a checkpoint; its name never refers to a half-deleted directory."""
     doomed = directory.with_name(f".{directory.name}.removed")
-    shutil.rmtree(doomed, ignore_errors=True)
+    _delete(doomed)
     directory.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    _delete(doomed)
 
 
 def recover(out_dir: Path) -> list[str]:
@@ -88,16 +97,13 @@ def recover(out_dir: Path) -> list[str]:
     for path in sorted(out_dir.glob(".*.replaced")):
         original = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
         if original.exists():
-            shutil.rmtree(path, ignore_errors=True)
+            _delete(path)
         else:
             path.rename(original)
             done.append(f"Found {original} under the name it had while it was being replaced, and named it back.")
     for pattern in (".*.incomplete", ".*.removed", f"{WRITE_TEST}*"):
         for path in out_dir.glob(pattern):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            _delete(path)
     return done
 
 

@@ -39,7 +39,7 @@ from litgpt_moe_ext.training.checkpoint.compatibility import (
 )
 from litgpt_moe_ext.training.checkpoint.earlier import earlier_runs, limit_earlier_runs, set_aside
 from litgpt_moe_ext.training.checkpoint.hyperparameters import read
-from litgpt_moe_ext.training.checkpoint.progress import Progress, newest_first, next_attempt, read_progress
+from litgpt_moe_ext.training.checkpoint.progress import STATE_FILE, Progress, newest_first, next_attempt, read_progress
 from litgpt_moe_ext.training.checkpoint.resume import damage_of, find_resume_file, problem_with
 from litgpt_moe_ext.training.checkpoint.writer import CheckpointWriter
 from litgpt_moe_ext.training.control import TrainingStopped
@@ -157,6 +157,35 @@ def test_the_best_shares_its_weights_and_nothing_that_people_edit(tmp_path):
         (tmp_path / "step-1" / name).write_text(name)
     checkpoints.link(tmp_path / "step-1", tmp_path / "best")
     assert [os.path.samefile(*(tmp_path / d / name for d in ("step-1", "best"))) for name in names] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_a_checkpoint_that_is_a_link_is_replaced_again_and_again(tmp_path, on_disk):
+    """The user has moved it to another disk, which may be gone; what is there stays, and no link is left behind."""
+    if on_disk:
+        (tmp_path / "disk").mkdir()
+        (tmp_path / "disk" / STATE_FILE).write_text("moved")
+    out, staging = tmp_path / "out", tmp_path / "out" / ".final.incomplete"
+    out.mkdir()
+    (out / "final").symlink_to(tmp_path / "disk")
+    for saved in ("first", "second"):
+        staging.mkdir()
+        (staging / STATE_FILE).write_text(saved)
+        checkpoints.publish(staging, out / "final")
+        assert (out / "final" / STATE_FILE).read_text() == saved
+    assert directories(out) == ["final"]
+    assert {path.name for path in out.iterdir()} == ({"final"} if on_disk else {"final-earlier-1", "final"})
+    assert not on_disk or (tmp_path / "disk" / STATE_FILE).read_text() == "moved"
+
+
+def test_links_that_a_killed_run_left_are_removed(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out" / "final").mkdir(parents=True)
+    for name in (".final.replaced", ".step-00000001.removed"):
+        (tmp_path / "out" / name).symlink_to(tmp_path / "disk")
+    checkpoints.recover(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["final"]
+    assert (tmp_path / "disk").is_dir()
 
 
 def test_best_between_two_checkpoints(recipe, tmp_path):
