@@ -5,9 +5,11 @@ import json
 import litgpt
 import pytest
 import torch
+import transformers
 
 from litgpt_moe_ext.attention.rope import rope_frequencies
 from litgpt_moe_ext.config.features import is_dense_layer
+from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.config.rope import rope_kind
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.facts import facts_of
@@ -112,13 +114,41 @@ def test_what_an_entry_means(tmp_path, name, left_out, said, found):
     assert {key: getattr(config, key) for key in found} == found
 
 
+class Refusal(Exception):
+    """As transformers 5 refuses a value of another type."""
+
+
+def test_a_size_that_transformers_refuses(tmp_path, monkeypatch):
+    config_class = transformers.CONFIG_MAPPING["llama"]
+
+    def strict(**sizes):
+        if not isinstance(sizes.get("hidden_size", 1), int):
+            raise Refusal
+        return config_class(**sizes)
+
+    monkeypatch.setattr(transformers, "CONFIG_MAPPING", {"llama": strict})
+    entries = PUBLISHED["llama-68m"][1] | {"hidden_size": [], "head_dim": 64}
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    with pytest.raises(SettingsError, match=r"^n_embd: \[\] must be an integer of at least 1"):
+        check_ranges(read_published(tmp_path).settings)
+
+
+def test_a_transformers_that_does_not_load_is_no_fault_of_the_file(tmp_path, monkeypatch):
+    class Broken(dict):
+        def __getitem__(self, name):
+            raise ValueError("numpy.dtype size changed")
+
+    monkeypatch.setattr(transformers, "CONFIG_MAPPING", Broken(llama=None))
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["llama-68m"][1]))
+    with pytest.raises(ValueError, match="^numpy.dtype size changed$"):
+        read_published(tmp_path)
+
+
 def test_every_other_name_of_an_entry_is_known():
     """Of those that the installed transformers takes."""
-    from transformers import CONFIG_MAPPING
-
     for model_type in READERS.keys() - {"litgpt_moe"}:
         # Whichever of two it prefers.
-        theirs = {frozenset(names) for names in CONFIG_MAPPING[model_type].attribute_map.items()}
+        theirs = {frozenset(names) for names in transformers.CONFIG_MAPPING[model_type].attribute_map.items()}
         assert theirs <= {frozenset(names) for names in SYNONYMS.get(model_type, {}).items()}, model_type
 
 

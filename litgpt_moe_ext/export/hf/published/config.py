@@ -4,13 +4,16 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.config.features import family_of_norms
 from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.export.hf.published.names import by_names_of_readers
 from litgpt_moe_ext.export.hf.published.quantized import Quantization, quantization_of
 from litgpt_moe_ext.export.hf.published.settings import READERS
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _Json = dict[str, Any]
 
@@ -61,8 +64,12 @@ def read_published(hf_dir: Path) -> Published:
         )
     raw = by_names_of_readers(model_type, entries)
     quantization = quantization_of(raw)
+    from transformers import CONFIG_MAPPING
+
+    # Before the file is judged: an installation of transformers that does not load is not its fault.
+    classes = [CONFIG_MAPPING[model_type]] if model_type in CONFIG_MAPPING else []
     try:
-        whole = _with_defaults(raw)
+        whole = _with_defaults(raw, _defaults(raw, *classes) if classes else {})
         settings = READERS[model_type](whole)
         n_layer = raw.get("num_hidden_layers") or 0
         beyond = "|".join(str(n_layer + i) for i in range(raw.get("num_nextn_predict_layers") or 0))
@@ -82,14 +89,17 @@ def read_published(hf_dir: Path) -> Published:
     return Published(model_type, settings | {"name": name}, quantization, tied, entries, left_out)
 
 
-def _with_defaults(raw: _Json) -> _Json:
-    # Missing entries have the defaults of the class in transformers.
-    from transformers import CONFIG_MAPPING
-
-    # Some defaults follow from sizes, such as Llama's head size.
+def _defaults(raw: _Json, published_class: "type[PretrainedConfig]") -> _Json:
+    # Some follow from sizes, such as Llama's head size.
     sizes = {key: raw[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads") if key in raw}
-    model_type = raw["model_type"]
-    defaults = CONFIG_MAPPING[model_type](**sizes).to_dict() if model_type in CONFIG_MAPPING else {}
+    try:
+        return published_class(**sizes).to_dict()
+    except Exception:  # transformers 5 has one of its own; what is wrong is said of the field that the size becomes
+        return published_class().to_dict()
+
+
+def _with_defaults(raw: _Json, defaults: _Json) -> _Json:
+    # Missing entries have the defaults of the class in transformers.
     hf = defaults | raw
     # transformers 5 gathers everything about rotary positions under one key.
     rope = raw.get("rope_parameters") or hf.get("rope_scaling") or {}
