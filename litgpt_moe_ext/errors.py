@@ -141,18 +141,18 @@ def _streams() -> Iterator[None]:
 @contextmanager
 def _any_text() -> Iterator[None]:
     """Print question marks, in the scope, for characters that an encoding lacks, or bytes of a file's name."""
-    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper) and s.errors == "strict"]
-    _set_errors(streams, "replace")
-    try:
+    with ExitStack() as changed:
+        for stream in (sys.stdout, sys.stderr):
+            # The second, which Windows has, knows a way for the bytes only.
+            if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+                changed.callback(_set_errors, stream, stream.errors)
+                _set_errors(stream, "replace")
         yield
-    finally:
-        _set_errors(streams, "strict")
 
 
-def _set_errors(streams: Iterable[io.TextIOWrapper], errors: str) -> None:
-    for stream in streams:
-        with suppress(OSError, ValueError):  # the stream is flushed first, and may be closed or full
-            stream.reconfigure(errors=errors)
+def _set_errors(stream: io.TextIOWrapper, errors: str) -> None:
+    with suppress(OSError, ValueError):  # the stream is flushed first, and may be closed or full
+        stream.reconfigure(errors=errors)
 
 
 def one_line(error: object) -> str:
