@@ -96,7 +96,7 @@ def load_items(path: Path, limit: int | None = None) -> list[Item]:
             if line.strip():
                 items.append(_parse(line, f"{path}, line {number}"))
     if not items:
-        raise SettingsError(f"file: {str(path)!r} holds no questions")
+        raise SettingsError(f"file: {str(path)!r} holds no questions; give HellaSwag's hellaswag_val.jsonl")
     return items
 
 

@@ -79,3 +79,9 @@ def test_indices_of_layers_are_a_list_of_zeros_and_ones(indices):
     """LitGPT's own fields, which a damaged model_config.yaml may fill with anything."""
     with pytest.raises(SettingsError, match="^model_config.rope_indices"):
         check_ranges({"n_layer": 2, "rope_indices": indices}, "model_config.")
+
+
+def test_groups_of_heads_may_be_left_to_litgpt():
+    check_ranges({"n_head": 4, "n_query_groups": None})
+    with pytest.raises(SettingsError, match="n_query_groups: 3 must divide n_head: 4; leave it out for 4"):
+        check_ranges({"n_head": 4, "n_query_groups": 3})

@@ -22,6 +22,8 @@ from litgpt_moe_ext.evaluation.harness import tasks
 from litgpt_moe_ext.evaluation.harness.names import REPORTED
 from litgpt_moe_ext.evaluation.harness.tasks import load_task_file, load_tasks
 from litgpt_moe_ext.evaluation.litgpt_evaluate import EvaluateSettings, evaluate_checkpoint, wrap_convert_and_evaluate
+from litgpt_moe_ext.training.callbacks.benchmarks import check_benchmarks
+from litgpt_moe_ext.training.settings import EvaluateArgs
 from tests.runs import run_command
 
 LITGPTS_OWN = inspect.unwrap(litgpt.eval.evaluate.convert_and_evaluate)
@@ -245,6 +247,16 @@ def test_one_seed_is_that_of_all_random_numbers(monkeypatch):
     asked.assert_called_once_with(
         model=model, tasks=["a"], task_manager=None, num_fewshot=2, batch_size=1, device="cpu", limit=3, **seeds
     )
+
+
+def test_a_task_is_defined_once(monkeypatch):
+    def named(file):
+        return SimpleNamespace(config=SimpleNamespace(task=file.name[0]))
+
+    monkeypatch.setattr("litgpt_moe_ext.evaluation.harness.tasks.load_task_file", named)
+    check_benchmarks(EvaluateArgs(tasks=[Path("a.yaml"), Path("b.yaml")]))
+    with pytest.raises(SettingsError, match="evaluate.tasks: the task a is defined in several files; rename it"):
+        check_benchmarks(EvaluateArgs(tasks=[Path("a.yaml"), Path("b.yaml"), Path("a2.yaml")]))
 
 
 CHOICE, TEXT = f"{TASK}output_type: multiple_choice\n", f"{TASK}output_type: generate_until\n"

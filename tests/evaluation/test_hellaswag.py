@@ -73,6 +73,12 @@ def hellaswag_file(tmp_path_factory):
     return path
 
 
+def test_a_file_without_questions_is_refused(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(SettingsError, match="empty.jsonl' holds no questions; give HellaSwag's hellaswag_val.jsonl"):
+        load_items(tmp_path / "empty.jsonl")
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     torch.manual_seed(3)

@@ -19,7 +19,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.cost.fit import RUNTIME, Fit, best_fit, find_fits
 from litgpt_moe_ext.inspect.cost.layers import shorten
 from litgpt_moe_ext.inspect.cost.memory import graph_memory, training_memory
-from litgpt_moe_ext.inspect.doctor import room
+from litgpt_moe_ext.inspect.doctor import computing, places, room
 from litgpt_moe_ext.inspect.doctor.computing import graphs
 from litgpt_moe_ext.inspect.doctor.examination import examine
 from litgpt_moe_ext.inspect.doctor.installation import links, versions
@@ -27,6 +27,7 @@ from litgpt_moe_ext.inspect.recipes import load_recipe
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
 from litgpt_moe_ext.training.phases.inputs import check_writable
+from tests.evaluation.conftest import VOCABULARY_SIZE
 from tests.models import moe_config, needs_fused_loss
 from tests.settings import read_settings, recipe_with
 
@@ -283,6 +284,27 @@ def test_a_link_to_nothing_is_no_place_for_files(target, tmp_path, monkeypatch, 
     assert found["data"].verdict == found["out_dir"].verdict == "problem"
     with pytest.raises(SettingsError, match="out_dir: 'link' must be a directory"):  # as a run says
         check_writable(Path("link"))
+
+
+def test_a_tokenizer_of_the_model_is_good(moe_dir):
+    config = moe_config(vocab_size=VOCABULARY_SIZE, padded_vocab_size=VOCABULARY_SIZE)
+    (found,) = places.tokenizer(recipe_with(config, {"tokenizer_dir": str(moe_dir)}), [])
+    assert (found.verdict, found.text) == ("good", f"{moe_dir} opens and fits the vocabulary")
+
+
+def test_shards_are_not_prepared_by_the_run(tmp_path):
+    data = {"class_path": "litgpt_moe_ext.data.TokenShards", "init_args": {"data_path": str(tmp_path)}}
+    (found,) = places.data(recipe_with(moe_config(), {"data": data}), [])
+    assert found.verdict == "problem"
+    assert found.text == f"data.init_args.data_path: '{tmp_path}' must be a folder of token shards"
+
+
+@pytest.mark.parametrize(("instructions", "verdict"), [("AVX2", "note"), ("AVX512", "good"), ("AMX_TILE", "good")])
+def test_16_bits_are_slow_on_old_cpus(monkeypatch, instructions, verdict):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    assert computing.precision("bf16-true").verdict == verdict
+    assert computing.precision("32-true").verdict == computing.precision(None).verdict == "good"
 
 
 def test_a_missing_tokenizer_of_the_data_is_not_ok():

@@ -54,8 +54,11 @@ def test_parts_of_a_resumed_run_are_put_together(resumed):
 
 def test_the_wide_table_of_a_run(tmp_path):
     """It has everything in one place; a row is a step, with the validation that followed it."""
-    (tmp_path / "metrics-wide.csv").write_text("step,total_tokens,loss,val_loss\n1,100,3.0,\n2,200,2.5,2.9\n")
+    (tmp_path / "metrics-wide.csv").write_text(
+        "step,total_tokens,loss,val_loss,tokens_per_second\n1,100,3.0,,50\n2,200,2.5,2.9,60\n"
+    )
     run = load_run(tmp_path)
+    assert [values.tolist() for values in run.tokens_per_second()] == [[100, 200], [50, 60]]
     assert [values.tolist() for values in run.series("loss")] == [[100, 200], [3.0, 2.5]]
     assert [values.tolist() for values in run.series("val_loss")] == [[200], [2.9]]
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from enum import Enum
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,6 +16,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model
 from litgpt_moe_ext.training.phases import launch
+from litgpt_moe_ext.training.phases.checks import check_whole_model
 from litgpt_moe_ext.training.phases.plan import make_plan
 from litgpt_moe_ext.training.settings import LogArgs
 from tests.runs import logged, recipe_writer, train
@@ -108,6 +110,17 @@ def test_a_callback_of_ones_own(recipe, tmp_path, capsys):
     ]
 
 
+@pytest.mark.parametrize(
+    ("whole", "compiled", "message"),
+    [(False, False, "needs the whole output head on every process"), (True, True, "cannot be compiled; set compile")],
+)
+def test_a_fused_loss_needs_a_whole_head_that_is_not_compiled(whole, compiled, message):
+    settings = read_settings(["--fused_cross_entropy", "true"])
+    check_whole_model(settings, whole=True, compiled=False)
+    with pytest.raises(SettingsError, match=f"fused_cross_entropy: true {message}"):
+        check_whole_model(settings, whole, compiled)
+
+
 def test_arguments_that_a_callback_does_not_keep(recipe):
     from litgpt_moe_ext.training.callback import Callback
     from litgpt_moe_ext.training.checkpoint.hyperparameters import to_plain
@@ -120,6 +133,9 @@ def test_arguments_that_a_callback_does_not_keep(recipe):
         def __init__(self, loss: float) -> None:
             pass
 
+    class Color(Enum):
+        RED = "red"
+
     class Slots(Callback):
         __slots__ = ("loss",)
 
@@ -131,6 +147,7 @@ def test_arguments_that_a_callback_does_not_keep(recipe):
     with pytest.raises(SettingsError, match=r"^callbacks\.0: .*Forgets must keep its argument loss as an attribute"):
         to_plain([Forgets(2.0)], "callbacks")
     assert to_plain(Slots(2.0))["init_args"] == {"loss": 2.0}
+    assert to_plain(Keeps(Color.RED))["init_args"] == {"loss": "red"}
     with pytest.raises(SettingsError, match=r"callbacks\.0\.loss: <object"):
         to_plain([Keeps(object())], "callbacks")
 

@@ -38,7 +38,10 @@ def check_benchmarks(args: EvaluateArgs) -> None:
             except (OSError, ValueError) as error:
                 raise SettingsError(f"evaluate.{error}") from error
         if repeated := {name for name in names if names.count(name) > 1}:
-            raise SettingsError(f"evaluate.tasks: the task {', '.join(sorted(repeated))} is defined in several files")
+            raise SettingsError(
+                f"evaluate.tasks: the task {', '.join(sorted(repeated))} is defined in several files; rename it in all "
+                "but one of them (key `task`)"
+            )
 
 
 def make_benchmarks(

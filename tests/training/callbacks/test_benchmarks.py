@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock, Mock
 
 import datasets
 import pytest
@@ -15,6 +16,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.hellaswag import as_question, evaluate, load_items
 from litgpt_moe_ext.evaluation.loading import load_model
 from litgpt_moe_ext.evaluation.tokenization import encoder
+from litgpt_moe_ext.training.callbacks.benchmarks import TrainingBenchmarks
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
 from litgpt_moe_ext.training.phases.equip import choose_equipment
 from litgpt_moe_ext.training.settings import DistributedArgs, EvaluateArgs, Settings
@@ -71,6 +73,21 @@ def task_file(tmp_path, monkeypatch) -> Path:
     path = tmp_path / "task.yaml"
     path.write_text(TASK)
     return path
+
+
+def test_the_last_step_is_evaluated_once():
+    """Where it has just been, after a number of steps or a validation."""
+    benchmark = Mock()
+    benchmark.scores.return_value = {}
+    callback = TrainingBenchmarks([benchmark], every_steps=3)
+    fabric = MagicMock(device=torch.device("cpu"))
+    fabric.agree_on_interruption.return_value = 0
+    callback.on_after_setup(fabric, SimpleNamespace(module=torch.nn.Linear(1, 1)))
+    callback.on_step_begin({"step_count": 3})
+    callback.on_last_step({"step_count": 3})
+    assert benchmark.scores.call_count == 1
+    callback.on_last_step({"step_count": 4})
+    assert benchmark.scores.call_count == 2
 
 
 def score_of(checkpoint: Path, file: Path, limit: int | None = None) -> float:

@@ -6,7 +6,17 @@ import re
 import pytest
 import yaml
 
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.training.steps.epochs import Epochs
 from tests.runs import train
+
+
+def test_data_without_epochs_are_refused():
+    saved = []
+    Epochs(None).on_step_begin({"train_dataloader": []})
+    with pytest.raises(SettingsError, match="checkpoint.every_epoch: true needs data that counts its epochs"):
+        Epochs(lambda: saved.append(1)).on_step_begin({"train_dataloader": []})
+    assert saved == []
 
 
 @pytest.fixture
