@@ -48,8 +48,11 @@ def write_shards(
             assert name == expected, f"{name} came where {expected} was announced"
             # A copy, as tied weights and experts are views of one storage, which the library refuses.
             content[name] = tensor.to(announced[name].dtype).clone(memory_format=torch.contiguous_format)
+        (folder / file).touch()
+        mode = (folder / file).stat().st_mode
         try:
             save_file(content, folder / file, {"format": "pt"})
+            (folder / file).chmod(mode)  # the library, since 0.8, lets only the owner read it
         except SafetensorError as error:  # such as of a full disk
             raise OSError(str(error)) from error
         weight_map |= dict.fromkeys(shard, file)

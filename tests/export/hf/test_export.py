@@ -124,6 +124,7 @@ def test_shards(tmp_path):
     sizes = [sum(tensor.nbytes for tensor in load_file(tmp_path / "out" / file).values()) for file in files]
     assert max(sizes) <= 20_000
     assert sum(sizes) == index["metadata"]["total_size"]
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1, "who may read them"
     for file in files:
         (header,) = struct.unpack("<Q", (tmp_path / "out" / file).read_bytes()[:8])
         assert header % 8 == 0, "where tensors begin"
