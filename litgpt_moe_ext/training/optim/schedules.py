@@ -91,7 +91,6 @@ class Schedule:
                 return lr_scheduler.LambdaLR(
                     optimizer, lambda k: max(_ratio(floor, peak), math.sqrt(reference / (reference + k)))
                 )
-        raise ValueError(f"schedule.name: {self._args.name!r} is unknown")
 
 
 def _ratio(floor: float, peak: float) -> float:
