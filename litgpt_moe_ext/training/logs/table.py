@@ -1,5 +1,6 @@
 """A CSV file with one row per optimizer step that survives kills, resumes and full disks."""
 
+import contextlib
 import csv
 import io
 import os
@@ -7,18 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe_ext.errors import one_line
+from litgpt_moe_ext.training.checkpoint.earlier import free_name
 
 STEP = "step"
-# The latter two if somebody has edited the file.
-_ERRORS = (OSError, ValueError, csv.Error)
 
 
 class StepTable:
     """Rows by step. The last row may still grow, as a validation comes after the training line of its step.
 
-    What somebody edits in the file during the run stays, if it remains such a table. No error here ends a run. Up to
-    `KEPT` rows that cannot be written are kept until they can.
+    What somebody edits in the file stays; if it is no such table any more, it gets another name. Nothing here raises an
+    `OSError`. Up to `KEPT` rows that cannot be written are kept until they can.
 
     Args:
         path: The file.
@@ -49,7 +48,7 @@ class StepTable:
         """
         try:
             return self._start(last_step)
-        except _ERRORS as error:
+        except OSError as error:
             self._fail(error)
             return {}
 
@@ -61,7 +60,7 @@ class StepTable:
             self._rows.append({STEP: step, **values})
         try:
             self._write()
-        except _ERRORS as error:
+        except OSError as error:
             self._fail(error)
             del self._rows[: -self.KEPT]
 
@@ -80,9 +79,7 @@ class StepTable:
         there = self._path.stat().st_size if self._path.is_file() else None
         if there != self._size or not names.keys() <= set(self._columns):
             # A column is new, the last attempt to write failed half-way, or somebody has edited the file.
-            header, written = ([], []) if there is None else self._read(self._rows[0][STEP] - 1)
-            if there and STEP not in header:
-                raise ValueError(f"it has no column {STEP!r} any more")
+            header, written = ([], []) if there is None else self._read(self._rows[0][STEP] - 1, missing="")
             present = list(dict.fromkeys([*header, *self._columns]))
             self._replace(self._arrange(present, [name for name in names if name not in present]), written)
         before, last = _lines(self._columns, self._rows[:-1]), _lines(self._columns, self._rows[-1:])
@@ -94,12 +91,26 @@ class StepTable:
         self._size = self._end + len(last)
         del self._rows[:-1]
 
-    def _read(self, last_step: int) -> tuple[list[str], list[dict[str, str]]]:
-        """Return the header of the file and its whole rows up to a step."""
-        with open(self._path, newline="", encoding="utf-8", errors="replace") as file:
-            whole = file.read().rpartition("\n")[0]  # a kill may have cut off the last row
-        reader = csv.DictReader(io.StringIO(whole))
-        return list(reader.fieldnames or ()), [row for row in reader if _is_kept(row, last_step)]
+    def _read(self, last_step: int, missing: str | None = None) -> tuple[list[str], list[dict[str, str]]]:
+        """Return the header of the file and its rows up to a step; nothing of what is no such table.
+
+        Args:
+            last_step: The step.
+            missing: What is in place of cells that a row lacks; None leaves the row out.
+        """
+        # Spreadsheets write a byte order mark.
+        with open(self._path, newline="", encoding="utf-8-sig", errors="replace") as file:
+            content = file.read()
+        # A kill may have cut off the last row.
+        reader = csv.DictReader(io.StringIO(content.rpartition("\n")[0]), restval=missing)
+        with contextlib.suppress(csv.Error):  # a field of enormous length
+            header = list(reader.fieldnames or ())
+            if STEP in header or not content:
+                return header, [row for row in reader if _is_kept(row, last_step)]
+        aside = free_name(self._path)
+        self._path.rename(aside)
+        self._say(f"  {self._path} is no table of steps any more, as if somebody had edited it. It is now {aside}.")
+        return [], []
 
     def _replace(self, columns: list[str], rows: Sequence[Mapping[str, Any]]) -> None:
         content = _lines(columns, [dict(zip(columns, columns, strict=True)), *rows])
@@ -108,13 +119,12 @@ class StepTable:
         os.replace(staging, self._path)
         self._columns, self._end, self._size = columns, len(content), len(content)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: OSError) -> None:
         if not self._failed:
             self._failed = True
-            reason = getattr(error, "strerror", None) or one_line(error)
             self._say(
-                f"  {self._path} cannot be written: {reason}. Training goes on; up to {self.KEPT} rows are kept "
-                "until it can be."
+                f"  {self._path} cannot be written: {error.strerror or error}. Training goes on; the last {self.KEPT} "
+                "rows are kept until it can be."
             )
 
 

@@ -216,25 +216,30 @@ def edited(tmp_path, content: bytes, say) -> bytes:
 @pytest.mark.parametrize(
     "content", [b"step;loss\n1;a\n2;a\n", "step,loss\n1,a\n2,a\n".encode("utf-16"), b"step\n" + b"x" * 200_000 + b"\n"]
 )
-def test_a_table_that_somebody_spoils_during_a_run_ends_nothing(tmp_path, content):
-    """It is said once, and the file stays as it is."""
+def test_a_table_that_somebody_spoils_is_set_aside(tmp_path, content):
+    """During a run, and before a resumed one; both go on with another table."""
     said = []
-    assert edited(tmp_path, content, said.append) == content
-    assert len(said) == 1
-    assert "table.csv cannot be written: " in said[0]
-    StepTable(tmp_path / "table.csv", lambda present, new: [*present, *new], said.append).start(2)
+    assert edited(tmp_path, content, said.append) == b"step,loss,val_loss\n2,a,\n3,,z\n4,,z\n"
+    (tmp_path / "table.csv").write_bytes(content)
+    table = StepTable(tmp_path / "table.csv", lambda present, new: [*present, *new], said.append)
+    assert table.start(4) == {}
+    table.put(5, {"loss": "b"})
+    assert (tmp_path / "table.csv").read_text() == "step,loss\n5,b\n"
+    assert [f"It is now {tmp_path / 'table.csv'}-earlier-{i}." in said[i - 1] for i in (1, 2)] == [True] * len(said)
+    assert [(tmp_path / f"table.csv-earlier-{i}").read_bytes() for i in (1, 2)] == [content] * 2
 
 
 @pytest.mark.parametrize(
     ("content", "result"),
     [
         ("step,loss,note\n1,a,good\n2,a,\n", "step,loss,note,val_loss\n1,a,good,\n2,a,,\n3,,,z\n4,,,z\n"),
+        ("\ufeffstep,loss,note\r\n1,b\r\n2,a", "step,loss,note,val_loss\n1,b,,\n2,a,,\n3,,,z\n4,,,z\n"),
         ("step,loss\n", "step,loss,val_loss\n2,a,\n3,,z\n4,,z\n"),
         ("", "step,loss,val_loss\n2,a,\n3,,z\n4,,z\n"),
     ],
 )
 def test_what_somebody_edits_during_a_run_stays(tmp_path, content, result):
-    """A column more, or rows less, but for the last one, which may still grow."""
+    """A column more, with its cells or without, a byte order mark, or rows less but the last, which may still grow."""
     assert edited(tmp_path, content.encode(), print).decode() == result
 
 
