@@ -6,7 +6,9 @@ from litgpt import Config
 
 from litgpt_moe_ext.config.fields import FIELDS, added_fields
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
+from litgpt_moe_ext.config.types import check_field
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.field_types import PositiveInt
 from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.batch_metadata import TokenIds
 from litgpt_moe_ext.moe.layer import MoE, NoisyTopKMoE
@@ -85,3 +87,11 @@ def test_groups_of_heads_may_be_left_to_litgpt():
     check_ranges({"n_head": 4, "n_query_groups": None})
     with pytest.raises(SettingsError, match="n_query_groups: 3 must divide n_head: 4; leave it out for 4"):
         check_ranges({"n_head": 4, "n_query_groups": 3})
+
+
+def test_a_size_is_an_integer_that_tensors_can_have():
+    check_field("n_embd", 2**31 - 1, PositiveInt)
+    for value, words in ((2**31, "at least 1 and below 2**31; why"), (8.0, "at least 1; why")):
+        with pytest.raises(SettingsError) as raised:
+            check_field("n_embd", value, PositiveInt, "; why")
+        assert str(raised.value) == f"n_embd: {value!r} must be an integer of {words}"
