@@ -97,9 +97,14 @@ def limit_earlier_runs(out_dir: Path, keep: int | None, needed: Sequence[Path]) 
     doomed = [run for run in runs[: max(0, len(runs) - keep)] if not any(path.is_relative_to(run) for path in used)]
     for run in doomed:
         shutil.rmtree(run, ignore_errors=True)
-    return (
-        f"Deleted the oldest earlier runs (checkpoint.keep_earlier): {', '.join(map(str, doomed))}" if doomed else None
-    )
+    left = [run for run in doomed if run.exists()]  # what may not be deleted, and links to another disk
+    found = {"Deleted": [run for run in doomed if run not in left], "Could not delete": left}
+    lines = [
+        f"{what} the oldest earlier runs (checkpoint.keep_earlier): {', '.join(map(str, runs))}"
+        for what, runs in found.items()
+        if runs
+    ]
+    return "\n".join(lines) or None
 
 
 def free_name(directory: Path) -> Path:

@@ -967,6 +967,16 @@ class TestSetAside:
         left = {path.name.removeprefix("out-earlier-") for path in earlier.glob("out-earlier-*")}
         assert left == {"1", "3", "10", "11"}
 
+    def test_those_that_cannot_be_deleted_are_named(self, earlier):
+        """Such as a link to another disk."""
+        (earlier / "out-earlier-2").rename(earlier / "disk")
+        (earlier / "out-earlier-2").symlink_to(earlier / "disk")
+        assert limit_earlier_runs(earlier / "out", 1, []) == (
+            f"Deleted the oldest earlier runs (checkpoint.keep_earlier): {earlier / 'out-earlier-3'}\n"
+            f"Could not delete the oldest earlier runs (checkpoint.keep_earlier): {earlier / 'out-earlier-2'}"
+        )
+        assert (earlier / "disk" / "metrics.csv").exists()
+
 
 def test_attempts_to_write_are_tidied_up(tmp_path):
     """A run that was killed while it tried whether `out_dir` can be written to leaves a file."""
