@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from litgpt_moe_ext.errors import SettingsError, one_line
-from litgpt_moe_ext.files.durable import cut_off, flush, flush_tree
+from litgpt_moe_ext.files.durable import cut_off, flush, flush_tree, rename
 from litgpt_moe_ext.files.lock import ProcessLock
 
 
@@ -40,7 +40,7 @@ def new_directory(out_dir: Path, needed_bytes: int = 0) -> Iterator[Path]:
                 yield partial
                 flush_tree(partial)
                 require_absent(out_dir)  # it may have been created in the meantime
-                os.rename(partial, out_dir)
+                rename(partial, out_dir)
             flush(out_dir.absolute().parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

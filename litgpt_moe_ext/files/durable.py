@@ -3,6 +3,7 @@
 import errno
 import os
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,11 @@ from pathlib import Path
 
 WRITE_TEST = ".write-test-"
 """Prefix of the names of files that test whether a directory is writable."""
+
+# Windows renames nothing that is open. Scanners for viruses, search indexes and cloud folders open what has just been
+# written, and let go of it soon.
+_ATTEMPTS = 50 if os.name == "nt" else 1
+_PAUSE_SECONDS = 0.1
 
 
 def refusal(folder: Path) -> str | None:
@@ -20,6 +26,21 @@ def refusal(folder: Path) -> str | None:
             return None
     except OSError as error:
         return error.strerror or str(error)
+
+
+def rename(path: Path, target: Path) -> None:
+    """Give a file or a folder another name in the same file system; a file replaces a file.
+
+    On Windows, wait up to five seconds for programs that have it, or something in it, open.
+    """
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            os.replace(path, target)
+            return
+        except PermissionError:
+            if not left:
+                raise
+            time.sleep(_PAUSE_SECONDS)
 
 
 @contextmanager
@@ -36,7 +57,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield partial
         flush(partial)
-        os.replace(partial, path)
+        rename(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -32,6 +32,7 @@ from litgpt_moe_ext.data.pipeline.preparation import prepare_corpus
 from litgpt_moe_ext.data.pipeline.progress import PreparationProgress
 from litgpt_moe_ext.data.pipeline.settings import CorpusSettings
 from litgpt_moe_ext.data.pipeline.sources import Source, file_sources
+from litgpt_moe_ext.data.pipeline.store import finished
 from litgpt_moe_ext.data.pipeline.store.finished import (
     MANIFEST,
     TOKENIZER_DIR,
@@ -643,7 +644,7 @@ def test_killed_at_the_very_end(files, tmp_path, monkeypatch, capsys):
     """Everything is written, and only the name is missing: the next run gives it, and encodes nothing again."""
     expected = contents(prepare_corpus(tmp_path / "whole", sources_of(files, tmp_path), SETTINGS))
     with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(finished, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare_corpus(tmp_path / "killed", sources_of(files, tmp_path), SETTINGS)
     capsys.readouterr()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.files.durable import rename
 from litgpt_moe_ext.interruption import uninterrupted
 from litgpt_moe_ext.training.checkpoint.progress import newest_first
 from litgpt_moe_ext.training.logs import ANOMALIES_FOLDER, EXPORTS_FOLDER, METRICS_FILE, TRANSCRIPT_FILE, WIDE_FILE
@@ -57,11 +58,11 @@ def _move(out_dir: Path, aside: Path, names: list[Path]) -> None:
     try:
         for name in names:
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            (out_dir / name).rename(aside / name)
+            rename(out_dir / name, aside / name)
             moved.append(name)
     except OSError:
         for name in reversed(moved):
-            (aside / name).rename(out_dir / name)
+            rename(aside / name, out_dir / name)
         shutil.rmtree(aside, ignore_errors=True)  # empty folders only: everything is back
         raise
 

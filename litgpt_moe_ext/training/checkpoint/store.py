@@ -15,7 +15,7 @@ from typing import Any
 from litgpt_moe_ext.errors import one_line
 from litgpt_moe_ext.files import checksums
 from litgpt_moe_ext.files.archives import ONLY_PLAIN, foreign_object, kind_of
-from litgpt_moe_ext.files.durable import WRITE_TEST, cut_off, flush, flush_tree
+from litgpt_moe_ext.files.durable import WRITE_TEST, cut_off, flush, flush_tree, rename
 from litgpt_moe_ext.training.checkpoint.earlier import free_name
 from litgpt_moe_ext.training.checkpoint.progress import STATE_FILE, Progress
 
@@ -35,11 +35,11 @@ def publish(staging: Path, target: Path) -> None:
     there = target.exists() or target.is_symlink()
     if there and not (target / STATE_FILE).is_file():
         # Not written by a run like this one, so it may hold something irreplaceable; or a link to a disk that is gone.
-        target.rename(free_name(target))
+        rename(target, free_name(target))
     elif there:
         _delete(replaced)
-        target.rename(replaced)
-    staging.rename(target)
+        rename(target, replaced)
+    rename(staging, target)
     flush(target.parent)
     _delete(replaced)
 
@@ -83,7 +83,7 @@ def remove(directory: Path) -> None:
     """Delete a checkpoint; its name never refers to a half-deleted directory."""
     doomed = directory.with_name(f".{directory.name}.removed")
     _delete(doomed)
-    directory.rename(doomed)
+    rename(directory, doomed)
     _delete(doomed)
 
 
@@ -99,7 +99,7 @@ def recover(out_dir: Path) -> list[str]:
         if original.exists():
             _delete(path)
         else:
-            path.rename(original)
+            rename(path, original)
             done.append(f"Found {original} under the name it had while it was being replaced, and named it back.")
     for pattern in (".*.incomplete", ".*.removed", f"{WRITE_TEST}*"):
         for path in out_dir.glob(pattern):

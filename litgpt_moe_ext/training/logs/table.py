@@ -3,11 +3,11 @@
 import contextlib
 import csv
 import io
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from litgpt_moe_ext.files.durable import rename
 from litgpt_moe_ext.training.checkpoint.earlier import free_name
 
 STEP = "step"
@@ -108,7 +108,7 @@ class StepTable:
             if STEP in header or not content:
                 return header, [row for row in reader if _is_kept(row, last_step)]
         aside = free_name(self._path)
-        self._path.rename(aside)
+        rename(self._path, aside)
         self._say(f"  {self._path} is no table of steps any more, as if somebody had edited it. It is now {aside}.")
         return [], []
 
@@ -116,7 +116,7 @@ class StepTable:
         content = _lines(columns, [dict(zip(columns, columns, strict=True)), *rows])
         staging = self._path.with_name(f".{self._path.name}.incomplete")
         staging.write_bytes(content)
-        os.replace(staging, self._path)
+        rename(staging, self._path)
         self._columns, self._end, self._size = columns, len(content), len(content)
 
     def _fail(self, error: OSError) -> None:

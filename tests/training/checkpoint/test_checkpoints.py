@@ -1,5 +1,6 @@
 """Which checkpoints there are, and that no failure costs one."""
 
+import contextlib
 import errno
 import json
 import math
@@ -24,8 +25,8 @@ from litgpt.utils import save_config
 
 from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.files import checksums
-from litgpt_moe_ext.files.durable import flush, flush_tree
+from litgpt_moe_ext.files import checksums, durable
+from litgpt_moe_ext.files.durable import flush, flush_tree, rename
 from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.callbacks import retention
@@ -411,6 +412,26 @@ def test_a_replacement_is_on_the_disk_first_and_deletes_nothing_of_others(tmp_pa
     assert flushed[2:] == [(staging, True), (tmp_path, False, True)], "its new name as well, before the earlier goes"
     assert directories(tmp_path) == ["final", "final-earlier-1"]
     assert (tmp_path / "final-earlier-1" / "lit_model.pth").is_file()
+
+
+@pytest.mark.parametrize("held", [2, 9], ids=["lets go", "does not"])
+def test_a_program_that_holds_a_checkpoint_on_windows(tmp_path, monkeypatch, held):
+    """A scanner that lets go of what has been written costs nothing but a moment; one that does not, a message."""
+    (tmp_path / "a").mkdir()
+    replace, refusals = os.replace, iter(range(held))
+
+    def refuse(path: Path, target: Path) -> None:
+        if next(refusals, None) is not None:
+            raise PermissionError(errno.EACCES, "Access denied")
+        replace(path, target)
+
+    monkeypatch.setattr(durable, "_ATTEMPTS", 4)
+    monkeypatch.setattr(durable, "_PAUSE_SECONDS", 0)
+    monkeypatch.setattr(os, "replace", refuse)
+    with contextlib.nullcontext() if held == 2 else pytest.raises(PermissionError, match="Access denied"):
+        rename(tmp_path / "a", tmp_path / "b")
+    assert directories(tmp_path) == ["b" if held == 2 else "a"]
+    assert len(list(refusals)) == max(0, held - 4)
 
 
 @pytest.mark.parametrize("name", ["best", "final"])
@@ -848,14 +869,14 @@ class TestSetAside:
         """As in the root of a disk, or in a folder that is not ours."""
         out_dir = tmp_path / "out"
         file = first_run(out_dir)
-        rename = Path.rename
+        rename = os.replace
 
-        def within(self: Path, target: Path) -> Path:
-            if Path(target).is_relative_to(out_dir) != self.is_relative_to(out_dir):
+        def within(path: Path, target: Path) -> None:
+            if target.is_relative_to(out_dir) != path.is_relative_to(out_dir):
                 raise OSError(error, os.strerror(error))
-            return rename(self, target)
+            rename(path, target)
 
-        monkeypatch.setattr(Path, "rename", within)
+        monkeypatch.setattr(os, "replace", within)
         for number in (1, 2):
             assert train("--config", file, "--out_dir", out_dir) == 0
             assert problem_with(out_dir / f"run-earlier-{number}" / "final") is None
@@ -864,15 +885,15 @@ class TestSetAside:
 
     def test_a_signal_does_not_divide_it(self, first_run, tmp_path, monkeypatch):
         """All of it has moved when the signal counts."""
-        out_dir, rename = tmp_path / "out", Path.rename
+        out_dir, rename = tmp_path / "out", os.replace
         file = first_run(out_dir)
         found = {path.name for path in out_dir.iterdir()}
 
-        def interrupted(self: Path, target: Path) -> Path:
+        def interrupted(path: Path, target: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
-            return rename(self, target)
+            rename(path, target)
 
-        monkeypatch.setattr(Path, "rename", interrupted)
+        monkeypatch.setattr(os, "replace", interrupted)
         assert train("--config", file, "--out_dir", out_dir) == 143
         assert {path.name for path in (tmp_path / "out-earlier-1").iterdir()} == found
 
@@ -902,14 +923,14 @@ class TestSetAside:
         out_dir = tmp_path / "out"
         file = first_run(out_dir)
 
-        rename = Path.rename
+        rename = os.replace
 
-        def refuse_the_last(self: Path, target: Path) -> Path:
-            if self.name == "train.log":
+        def refuse_the_last(path: Path, target: Path) -> None:
+            if path.name == "train.log":
                 raise PermissionError(errno.EACCES, "Permission denied")
-            return rename(self, target)
+            rename(path, target)
 
-        monkeypatch.setattr(Path, "rename", refuse_the_last)
+        monkeypatch.setattr(os, "replace", refuse_the_last)
         assert train("--config", file, "--out_dir", out_dir) == 2
         assert "error: out_dir: " in capsys.readouterr().err
         assert problem_with(out_dir / "final") is None

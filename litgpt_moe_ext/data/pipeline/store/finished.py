@@ -18,7 +18,7 @@ import numpy as np
 from litgpt_moe_ext.data.pipeline.shards import open_shard
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files import checksums
-from litgpt_moe_ext.files.durable import flush, flush_tree
+from litgpt_moe_ext.files.durable import flush, flush_tree, rename
 
 FORMAT_VERSION = 3  # part of every key; raise it when the same input leads to other files
 TOKENIZER_DIR = "tokenizer"
@@ -138,6 +138,6 @@ def publish(partial: Path, final: Path) -> None:
         final: Its name, which must be free.
     """
     flush_tree(partial)
-    os.rename(partial, final)
+    rename(partial, final)
     flush(final.parent)
     (final / STATE).unlink(missing_ok=True)
