@@ -2,8 +2,10 @@
 
 import re
 import shutil
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -17,10 +19,12 @@ from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model
 from litgpt_moe_ext.training.phases import launch
 from litgpt_moe_ext.training.phases.checks import check_whole_model
+from litgpt_moe_ext.training.phases.inputs import check_data
 from litgpt_moe_ext.training.phases.plan import make_plan
-from litgpt_moe_ext.training.settings import LogArgs
+from litgpt_moe_ext.training.settings import EvaluateArgs, LogArgs, SampleArgs
+from tests.models import moe_config
 from tests.runs import logged, recipe_writer, train
-from tests.settings import read_settings
+from tests.settings import read_settings, recipe_with
 
 SHORT = {"max_tokens": 2 * 128}
 
@@ -108,6 +112,19 @@ def test_a_callback_of_ones_own(recipe, tmp_path, capsys):
     assert yaml.safe_load(saved.read_text())["callbacks"] == [
         {"class_path": "examples.add_a_callback.StopWhenGood", "init_args": {"loss": 100.0}}
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting"),
+    [({"sample": SampleArgs(prompts=["a"])}, "sample.prompts"), ({"evaluate": EvaluateArgs(tasks=["a"])}, "evaluate")],
+)
+def test_what_needs_a_tokenizer_is_known_at_the_start(changes, setting):
+    """Of data without one, such as LitGPT's."""
+    config = moe_config()
+    settings = replace(recipe_with(config).settings, data=SimpleNamespace(), **changes)
+    with pytest.raises(SettingsError, match=f"{setting}: needs a tokenizer; give tokenizer_dir"):
+        check_data(settings, config)
+    check_data(replace(settings, tokenizer_dir=Path("tokenizer")), config)
 
 
 @pytest.mark.parametrize(

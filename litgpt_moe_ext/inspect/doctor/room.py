@@ -36,7 +36,7 @@ def memory(recipe: Recipe) -> Iterator[Finding]:
         whole = training_memory(short, replace(recipe.step(precision), kernel_loss=kernel_loss))
         sizes = block_sizes(short, PRECISIONS[precision][0].itemsize)
         one = process_memory(whole, sizes, settings.strategy, per_node, settings.num_nodes, offload)
-    except (ImportError, ValueError) as error:
+    except ValueError as error:
         yield Finding("memory", "problem", str(error))
         return
     # On a CPU all processes of a node share one memory.

@@ -24,6 +24,7 @@ def test_what_is_no_optimizer_is_refused(name):
     ("arguments", "message"),
     [
         ({"betas": [0.9]}, r"betas: \[0.9\] must be 2 numbers, such as \[0.9, 0.999\]"),
+        ({"betas": [0.9, None]}, "betas.1: null must be a number"),
         ({"fused": "yes"}, "fused: 'yes' must be true or false"),
         ({"amsgrad": 1}, "amsgrad: 1 must be true or false"),
         ({"params": []}, "params: AdamW has no such argument; it has lr, betas, "),
@@ -32,6 +33,10 @@ def test_what_is_no_optimizer_is_refused(name):
 def test_arguments_of_another_kind_are_refused(arguments, message):
     with pytest.raises(SettingsError, match=rf"^optimizer.init_args.{message}"):
         learning_rate_of({"class_path": "AdamW", "init_args": arguments})
+
+
+def test_a_number_may_be_left_out_where_the_default_has_none():
+    assert learning_rate_of({"class_path": "Adafactor", "init_args": {"lr": 0.1, "eps": [None, 0.01]}}) == 0.1
 
 
 @pytest.mark.parametrize(
