@@ -127,7 +127,7 @@ def test_plain_checkpoint_with_a_task_file_is_evaluated_here(wrapped, original, 
 def test_plugin_checkpoint_with_a_task_name_is_evaluated_here(wrapped, original, moe_dir, monkeypatch, index):
     if index:  # lm-eval reads thousands of files for its own
         monkeypatch.setattr(tasks, "TaskManager", lambda include_defaults: Mock(task_index=index))
-    with pytest.raises(ValueError, match="tasks: 'helaswag' is unknown to lm-eval; did you mean hellaswag"):
+    with pytest.raises(ValueError, match=r"tasks: 'helaswag' is unknown to lm-eval; .*; did you mean hellaswag\?$"):
         wrapped(moe_dir, "helaswag", device="cpu")
     original.assert_not_called()
 
@@ -321,8 +321,9 @@ def test_missing_and_repeated_tasks_are_named(task_file):
         load_tasks(" , ")
     copy = task_file.with_name("copy.yaml")
     copy.write_text(task_file.read_text())
-    with pytest.raises(ValueError, match="'yes_or_no' is given more than once"):
-        load_tasks(f"{task_file},{copy}")
+    for other in (copy, task_file):
+        with pytest.raises(ValueError, match="'yes_or_no' is given more than once"):
+            load_tasks(f"{task_file},{other}")
 
 
 def test_nothing_is_downloaded_for_data_on_a_hub(task_file, monkeypatch):

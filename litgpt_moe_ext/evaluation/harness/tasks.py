@@ -39,10 +39,10 @@ def load_tasks(tasks: str) -> tuple[list[str | ConfigurableTask], TaskManager]:
     for name in names:
         if name not in manager.task_index:
             raise SettingsError(
-                f"tasks: {name!r} is unknown to lm-eval{did_you_mean(name, manager.task_index)}; `litgpt evaluate "
-                "list` shows all names; a file that defines a task must end in .yaml or .yml"
+                f"tasks: {name!r} is unknown to lm-eval; `litgpt evaluate list` shows all names, and a file that "
+                f"defines a task must end in .yaml or .yml{did_you_mean(name, manager.task_index)}"
             )
-    task_names = [*names, *(task.config.task for task in loaded.values())]
+    task_names = [loaded[entry].config.task if entry in loaded else entry for entry in entries]
     for name in task_names:
         if task_names.count(name) > 1:
             raise SettingsError(f"tasks: {name!r} is given more than once; rename the task in your file (key `task`)")
