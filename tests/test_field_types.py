@@ -6,7 +6,7 @@ import re
 import pytest
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.field_types import NUMBERS, checked
+from litgpt_moe_ext.field_types import NUMBERS, PositiveInt, checked
 
 
 @pytest.mark.parametrize("kind", NUMBERS, ids=lambda kind: kind.__name__)
@@ -25,3 +25,9 @@ def test_a_range_is_what_its_words_say(kind):
         assert checked("x", allowed, kind) == allowed
         with pytest.raises(SettingsError, match="x: .* must be an? "):
             checked("x", refused, kind)
+
+
+def test_an_error_shows_the_beginning_of_what_is_long():
+    with pytest.raises(SettingsError) as raised:
+        checked("x", "a" * 1000, PositiveInt)
+    assert str(raised.value) == f"x: '{'a' * 199} ... must be an integer of at least 1"

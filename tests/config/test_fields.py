@@ -4,7 +4,7 @@ import pytest
 import torch
 from litgpt import Config
 
-from litgpt_moe_ext.config.fields import FIELDS, added_fields
+from litgpt_moe_ext.config.fields import FIELDS, BiasSchedule, added_fields
 from litgpt_moe_ext.config.litgpt_fields import check_ranges
 from litgpt_moe_ext.config.types import check_field
 from litgpt_moe_ext.errors import SettingsError
@@ -95,3 +95,5 @@ def test_a_size_is_an_integer_that_tensors_can_have():
         with pytest.raises(SettingsError) as raised:
             check_field("n_embd", value, PositiveInt, "; why")
         assert str(raised.value) == f"n_embd: {value!r} must be an integer of {words}"
+    with pytest.raises(SettingsError, match="^schedule.decay_steps: 8.0 must be an integer of at least 0$"):
+        check_field("schedule", {"warmup_steps": 4, "decay_steps": 8.0}, BiasSchedule)

@@ -74,6 +74,8 @@ def hellaswag_file(tmp_path_factory):
 
 
 def test_a_file_without_questions_is_refused(tmp_path):
+    with pytest.raises(SettingsError, match="empty.jsonl' must be a file; give HellaSwag's hellaswag_val.jsonl"):
+        load_items(tmp_path / "empty.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(SettingsError, match="empty.jsonl' holds no questions; give HellaSwag's hellaswag_val.jsonl"):
         load_items(tmp_path / "empty.jsonl")
