@@ -1,13 +1,12 @@
 """The error that every check raises, common endings of its message, and how a command ends with it.
 
-Of this package it imports only `interruption`, so that every module can import it.
+Of this package it imports only `interruption` and `wording`, so that every module can import it.
 """
 
 import errno
 import io
 import os
 import select
-import shlex
 import signal
 import stat
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from litgpt_moe_ext.interruption import Terminated, interruptible, interruption_behind
+from litgpt_moe_ext.wording import in_shell
 
 CANNOT = 1
 """Exit status: the input is right, but the answer is no, or the work cannot go on."""
@@ -201,7 +201,7 @@ def which_checkpoint(folder: Path, file: str) -> str:
     if found := did_you_mean_inside(folder, file):
         return found
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
-        return f"; `litgpt-moe import {shlex.quote(str(folder))} NEW_DIR` makes a checkpoint of Hugging Face's"
+        return f"; `litgpt-moe import {in_shell(folder)} NEW_DIR` makes a checkpoint of Hugging Face's"
     return "; name a checkpoint (step-*, best, final)"
 
 

@@ -9,6 +9,7 @@ import yaml
 from jsonargparse import get_loader
 
 from litgpt_moe_ext.errors import SettingsError, did_you_mean_recipe, one_line
+from litgpt_moe_ext.wording import quoted
 
 # How deeply the nodes of a recipe may be nested, and how many it may have with every alias expanded.
 _DEEPEST, _LARGEST = 50, 100_000
@@ -58,7 +59,7 @@ def read_mapping(file: Path, setting: str) -> tuple[dict[str, Any], dict[str, in
     Raises:
         SettingsError: As for `read_recipe`.
     """
-    name = f"{setting}: {str(file)!r}"
+    name = f"{setting}: {quoted(file)}"
     if os.path.isdir(file):  # pathlib raises if a parent folder may not be entered
         raise SettingsError(f"{name} is a folder; name a recipe (YAML file), like those in configs/")
     try:

@@ -1,4 +1,24 @@
-"""Wording of numbers in messages."""
+"""Wording of numbers, paths and commands in messages."""
+
+import os
+import shlex
+
+_WINDOWS = os.name == "nt"
+
+
+def quoted(path: object) -> str:
+    """Return a path in quotes, with everything in it visible; on Windows as it is typed, with single backslashes."""
+    text = repr(str(path))
+    return text.replace("\\\\", "\\") if _WINDOWS else text
+
+
+def in_shell(*words: object) -> str:
+    """Return a command for the shell of this system, which divides it into these words and no others."""
+    if _WINDOWS:
+        from subprocess import list2cmdline  # not for every import of this module
+
+        return list2cmdline(map(str, words))
+    return shlex.join(map(str, words))
 
 
 def abbreviated(number: float, prefixes: str = "kMBT", gap: str = "") -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from litgpt_moe_ext.errors import refuse_first
 from litgpt_moe_ext.files.durable import is_stream, refusal
+from litgpt_moe_ext.wording import quoted
 
 # What commands call the files and folders that they make. Those of a training have checks of their own.
 _FILES, _FOLDERS = ("out", "json", "slurm"), ("out_dir",)
@@ -43,40 +44,41 @@ def _out_of_sight(name: str, path: Path) -> Iterator[str]:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         if path.parts and path.parts[0].startswith("~"):
-            yield f"{name}: {str(path)!r} begins with ~, which only shells replace by a home directory; write that out"
+            yield f"{name}: {quoted(path)} begins with ~, which only shells replace by a home directory; write that out"
         return
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = getattr(error, "strerror", None) or str(error)
         # A recipe's letters are Unicode, names of files are not everywhere.
         remedy = "set PYTHONUTF8=1, or name" if isinstance(error, UnicodeEncodeError) else "name"
-        yield f"{name}: {str(path)!r} cannot be looked up ({reason}); {remedy} another path"
+        yield f"{name}: {quoted(path)} cannot be looked up ({reason}); {remedy} another path"
 
 
 def _unreadable(name: str, path: Path) -> Iterator[str]:
     yield from _out_of_sight(name, path)
     if os.path.exists(path) and not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
-        yield f"{name}: {str(path)!r} cannot be read (Permission denied); name what you may read"
+        yield f"{name}: {quoted(path)} cannot be read (Permission denied); name what you may read"
 
 
 def _unwritable(name: str, path: Path) -> Iterator[str]:
     yield from _out_of_sight(name, path)
     if name in _FILES and path.is_dir():
-        yield f"{name}: {str(path)!r} is a folder; name a file"
+        yield f"{name}: {quoted(path)} is a folder; name a file"
         return
     if is_stream(path):
         if not os.access(path, os.W_OK):
-            yield f"{name}: {str(path)!r} cannot be written (Permission denied); name another path"
+            yield f"{name}: {quoted(path)} cannot be written (Permission denied); name another path"
         return
     # A folder is made with all that it lies in; a file is written beside its place and renamed.
     folder = path if name in _FOLDERS else path.parent
     while not os.path.lexists(folder):
         folder = folder.parent
     if not folder.is_dir():
-        yield f"{name}: {str(path)!r} cannot be made, because {str(folder)!r} is a file; name another path"
+        yield f"{name}: {quoted(path)} cannot be made, because {quoted(folder)} is a file; name another path"
     elif not os.access(folder, os.W_OK | os.X_OK):
-        yield f"{name}: {str(path)!r} cannot be written ({str(folder)!r} is read-only for you); name another path"
+        yield f"{name}: {quoted(path)} cannot be written ({quoted(folder)} is read-only for you); name another path"
     elif (problem := refusal(folder)) is not None:
-        yield f"{name}: {str(path)!r} cannot be made: {str(folder)!r} takes no new files ({problem}); name another path"
+        because = f"{quoted(folder)} takes no new files ({problem})"
+        yield f"{name}: {quoted(path)} cannot be made: {because}; name another path"
 
 
 def _paths(name: str, value: Any) -> Iterator[tuple[str, Path]]:

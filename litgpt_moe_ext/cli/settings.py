@@ -28,6 +28,7 @@ from litgpt_moe_ext.recipe_files import (
 )
 from litgpt_moe_ext.training.settings import Section, Settings
 from litgpt_moe_ext.training.settings.section import attribute_docs, default_of
+from litgpt_moe_ext.wording import quoted
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.study.twin import Equality
@@ -172,7 +173,7 @@ def _read_model(text: str) -> tuple[Any, bool]:
     path = Path(value)
     file = path / CONFIG_FILE if path.is_dir() else path
     if file != path and not file.is_file():
-        raise SettingsError(f"model_config: {value!r} has no {file.name}{which_checkpoint(path, file.name)}")
+        raise SettingsError(f"model_config: {quoted(value)} has no {file.name}{which_checkpoint(path, file.name)}")
     return without_mark(read_recipe(file, "model_config")[0]), True
 
 

@@ -21,6 +21,7 @@ from litgpt import GPT
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.scoring import Continuation, score_continuations
+from litgpt_moe_ext.wording import quoted
 
 Rule = Literal["build-nanogpt", "lm-eval"]
 _FIELDS = {"ind": int, "activity_label": str, "ctx_a": str, "ctx_b": str, "ctx": str, "endings": list}
@@ -87,7 +88,7 @@ def load_items(path: Path, limit: int | None = None) -> list[Item]:
         SettingsError: If there is no such file, or a line of it does not hold a question; the message names it.
     """
     if not path.is_file():
-        raise SettingsError(f"file: {str(path)!r} must be a file; give HellaSwag's hellaswag_val.jsonl")
+        raise SettingsError(f"file: {quoted(path)} must be a file; give HellaSwag's hellaswag_val.jsonl")
     items: list[Item] = []
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -96,7 +97,7 @@ def load_items(path: Path, limit: int | None = None) -> list[Item]:
             if line.strip():
                 items.append(_parse(line, f"{path}, line {number}"))
     if not items:
-        raise SettingsError(f"file: {str(path)!r} holds no questions; give HellaSwag's hellaswag_val.jsonl")
+        raise SettingsError(f"file: {quoted(path)} holds no questions; give HellaSwag's hellaswag_val.jsonl")
     return items
 
 

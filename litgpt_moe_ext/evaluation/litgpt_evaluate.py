@@ -21,6 +21,7 @@ from litgpt_moe_ext.config.fields import added_fields, uses_plugin
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files.durable import is_stream
 from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, read_fields
+from litgpt_moe_ext.wording import quoted
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -92,7 +93,7 @@ def evaluate_checkpoint(settings: EvaluateSettings) -> None:
     except OSError as error:
         setting = "out_dir" if settings.save_filepath is None else "save_filepath"
         raise SettingsError(
-            f"{setting}: {str(save_filepath.parent)!r} cannot be made ({error.strerror}); name another directory"
+            f"{setting}: {quoted(save_filepath.parent)} cannot be made ({error.strerror}); name another directory"
         ) from error
     model = LitGPTModel(checkpoint_dir, device=settings.device, dtype=settings.dtype, batch_size=settings.batch_size)
     info = model.get_model_info()

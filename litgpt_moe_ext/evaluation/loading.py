@@ -14,6 +14,7 @@ from litgpt_moe_ext.errors import SettingsError, one_line, undecoded, which_chec
 from litgpt_moe_ext.files.archives import COPY_AGAIN, open_archive, shortened
 from litgpt_moe_ext.files.checksums import problem_with_storages
 from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, WEIGHTS_FILE, read_config
+from litgpt_moe_ext.wording import quoted
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
@@ -31,16 +32,16 @@ def check_checkpoint_dir(checkpoint_dir: Path, setting: str = "checkpoint_dir") 
     """
     if not checkpoint_dir.is_dir():
         raise SettingsError(
-            f"{setting}: {str(checkpoint_dir)!r} is not a directory. Name the folder that holds {WEIGHTS_FILE}, "
+            f"{setting}: {quoted(checkpoint_dir)} is not a directory. Name the folder that holds {WEIGHTS_FILE}, "
             "or get a published model with `litgpt download` first."
         )
     missing = [name for name in (WEIGHTS_FILE, CONFIG_FILE) if not (checkpoint_dir / name).is_file()]
     if missing:
         hint = which_checkpoint(checkpoint_dir, WEIGHTS_FILE)
-        raise SettingsError(f"{setting}: {str(checkpoint_dir)!r} has no {' and no '.join(missing)}{hint}")
+        raise SettingsError(f"{setting}: {quoted(checkpoint_dir)} has no {' and no '.join(missing)}{hint}")
     if not any((checkpoint_dir / name).is_file() for name in VOCABULARY_FILES):
         raise SettingsError(
-            f"{setting}: {str(checkpoint_dir)!r} has no tokenizer ({' or '.join(VOCABULARY_FILES)}). Copy the "
+            f"{setting}: {quoted(checkpoint_dir)} has no tokenizer ({' or '.join(VOCABULARY_FILES)}). Copy the "
             "tokenizer's files of the training data there; `litgpt pretrain --tokenizer_dir ...` does so by itself."
         )
 
@@ -82,7 +83,7 @@ def read_checkpoint(path: Path, setting: str = "checkpoint_dir") -> dict[str, An
     """
     content = open_archive(path, setting)
     if damage := problem_with_storages(path, _bytes_of_weights(content.get("model", content))):
-        raise SettingsError(f"{setting}: in {str(path.parent)!r} {damage}; {COPY_AGAIN}")
+        raise SettingsError(f"{setting}: in {quoted(path.parent)} {damage}; {COPY_AGAIN}")
     return content
 
 
@@ -156,7 +157,7 @@ def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
     from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt
 
     if remedy := undecoded(str(checkpoint_dir)):  # the tokenizers library cannot open such a path
-        raise SettingsError(f"checkpoint_dir: {str(checkpoint_dir)!r} cannot be opened: {remedy}")
+        raise SettingsError(f"checkpoint_dir: {quoted(checkpoint_dir)} cannot be opened: {remedy}")
     try:
         return open_as_litgpt(checkpoint_dir)
     except Exception as error:  # the tokenizers library raises nothing more precise

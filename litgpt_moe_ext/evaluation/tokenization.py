@@ -10,6 +10,7 @@ from typing import Any
 from litgpt import GPT, Tokenizer
 
 from litgpt_moe_ext.errors import SettingsError, undecoded
+from litgpt_moe_ext.wording import quoted
 
 
 def encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
@@ -56,5 +57,5 @@ def check_ids(model: GPT, ids: Iterable[int], data: Path | None = None) -> None:
         return
     beyond = f"has token id {highest}, beyond the model's padded_vocab_size: {size}"
     if data is not None:
-        raise SettingsError(f"data: {str(data)!r} {beyond}; name data that was made with the checkpoint's tokenizer")
+        raise SettingsError(f"data: {quoted(data)} {beyond}; name data that was made with the checkpoint's tokenizer")
     raise SettingsError(f"checkpoint_dir: its tokenizer {beyond}; copy that of the training data there")

@@ -1,6 +1,5 @@
 """What a class of transformers, or a graph of llama.cpp, can express, and the choice of one for a model."""
 
-import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from litgpt_moe_ext.export.facts import Facts
 from litgpt_moe_ext.export.tensors import LAYER, Names, Stored, rules
+from litgpt_moe_ext.wording import in_shell
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
@@ -61,7 +61,7 @@ class Architecture:
         options = " --trust-remote-code" if self.model_type == "litgpt_moe" else ""
         if _differences(facts, self.vllm):
             options += " --model-impl transformers"
-        return f"vllm serve {shlex.quote(directory)}{options}"
+        return f"vllm serve {in_shell(directory)}{options}"
 
     def rules(self, config: "Config", ours: Iterable[str]) -> dict[str, Stored]:
         """Return how the class stores the tensors of a model, by their names in `ours`."""

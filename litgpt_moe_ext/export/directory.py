@@ -9,6 +9,7 @@ from pathlib import Path
 from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.files.durable import cut_off, flush, flush_tree, rename
 from litgpt_moe_ext.files.lock import ProcessLock
+from litgpt_moe_ext.wording import quoted
 
 
 @contextmanager
@@ -57,7 +58,7 @@ def _alone(out_dir: Path) -> Iterator[None]:
             owner = lock.take()
         if owner is not None:
             raise SettingsError(
-                f"out_dir: {str(out_dir)!r} is being made by {owner}; wait until it ends, or name another directory"
+                f"out_dir: {quoted(out_dir)} is being made by {owner}; wait until it ends, or name another directory"
             )
         yield
     finally:
@@ -69,7 +70,7 @@ def _require_space(out_dir: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(out_dir.parent).free
     if needed_bytes > free:
         raise SettingsError(
-            f"out_dir: {str(out_dir)!r} needs {needed_bytes / 1e9:.3g} GB, but its disk has {free / 1e9:.3g} GB left; "
+            f"out_dir: {quoted(out_dir)} needs {needed_bytes / 1e9:.3g} GB, but its disk has {free / 1e9:.3g} GB left; "
             "free some space, or name a directory on another disk"
         )
 
@@ -79,7 +80,7 @@ def _cannot_be_made(out_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SettingsError(f"out_dir: {str(out_dir)!r} cannot be made ({error}); name another directory") from error
+        raise SettingsError(f"out_dir: {quoted(out_dir)} cannot be made ({error}); name another directory") from error
 
 
 @contextmanager
@@ -91,7 +92,7 @@ def _cannot_be_written(out_dir: Path) -> Iterator[None]:
             raise
         reason = one_line(error) if isinstance(error, OSError) else "a file was cut off"
         raise SettingsError(
-            f"out_dir: {str(out_dir)!r} could not be written ({reason}), and nothing is left of it; free some space, "
+            f"out_dir: {quoted(out_dir)} could not be written ({reason}), and nothing is left of it; free some space, "
             "or name a directory on another disk"
         ) from error
 
@@ -106,4 +107,4 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 def require_absent(out_dir: Path) -> None:
     """Raise SettingsError if the name is taken."""
     if os.path.lexists(out_dir):
-        raise SettingsError(f"out_dir: {str(out_dir)!r} exists; name a new directory")
+        raise SettingsError(f"out_dir: {quoted(out_dir)} exists; name a new directory")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.wording import quoted
 
 
 def check_repository(repository: str) -> None:
@@ -73,6 +74,6 @@ def downloaded(directory: Path) -> Path:
         )
     except (OSError, ValueError) as error:  # ValueError: no repository can have that name
         raise SettingsError(
-            f"hf_dir: there is no directory {str(directory)!r}, and no such repository could be loaded from the hub "
+            f"hf_dir: there is no directory {quoted(directory)}, and no such repository could be loaded from the hub "
             f"({one_line(error)})"
         ) from error

@@ -19,6 +19,7 @@ from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, WEIGHTS_FILE, read_conf
 from litgpt_moe_ext.meta.models import meta_model
 from litgpt_moe_ext.moe.expert_layouts import stack_experts
 from litgpt_moe_ext.training.checkpoint.progress import AVERAGE, checkpoint_around
+from litgpt_moe_ext.wording import quoted
 
 if TYPE_CHECKING:
     from litgpt import Tokenizer
@@ -139,11 +140,11 @@ def read_source(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Source
     folder = checkpoint_dir.resolve()
     if (folder.parent if folder.name == AVERAGE else folder).name.startswith("."):
         # The name of a checkpoint that a run has not finished writing, or is about to delete.
-        raise SettingsError(f"{setting}: {str(checkpoint_dir)!r} is being written; name a finished checkpoint")
+        raise SettingsError(f"{setting}: {quoted(checkpoint_dir)} is being written; name a finished checkpoint")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not os.path.isfile(checkpoint_dir / name):  # `Path.is_file` raises without permission
             hint = which_checkpoint(checkpoint_dir, WEIGHTS_FILE)
-            raise SettingsError(f"{setting}: {str(checkpoint_dir)!r} has no {name}{hint}")
+            raise SettingsError(f"{setting}: {quoted(checkpoint_dir)} has no {name}{hint}")
     config = read_config(checkpoint_dir, setting)
     content = read_checkpoint(checkpoint_dir / WEIGHTS_FILE, setting)
     run = _state_of_run(checkpoint_dir, content)
@@ -208,7 +209,7 @@ def read_tokenizer(checkpoint_dir: Path, vocab_size: int) -> "Tokenizer | None":
     size = vocabulary_size_of(tokenizer)
     if size > vocab_size:
         raise SettingsError(
-            f"checkpoint_dir: the tokenizer in {str(checkpoint_dir)!r} has ids up to {size - 1}, but the model only "
+            f"checkpoint_dir: the tokenizer in {quoted(checkpoint_dir)} has ids up to {size - 1}, but the model only "
             f"{vocab_size} embeddings; copy the tokenizer that it was trained with there"
         )
     return tokenizer

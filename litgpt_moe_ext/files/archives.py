@@ -10,6 +10,7 @@ import torch
 
 from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.files.checksums import problem_with_names
+from litgpt_moe_ext.wording import quoted
 
 COPY_AGAIN = "copy it again, or name another checkpoint"
 _LONGEST_CAUSE = 400
@@ -34,7 +35,7 @@ def open_archive(path: Path, setting: str) -> dict[str, Any]:
     if not is_whole:
         raise SettingsError(f"{setting}: {path} is damaged or cut off; {COPY_AGAIN}")
     if damage := problem_with_names(path):  # before trusting names and shapes
-        raise SettingsError(f"{setting}: in {str(path.parent)!r} {damage}; {COPY_AGAIN}")
+        raise SettingsError(f"{setting}: in {quoted(path.parent)} {damage}; {COPY_AGAIN}")
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:

@@ -1,7 +1,6 @@
 """LitGPT's commands on checkpoints of the plugin: one is made to work, the others say why they cannot."""
 
 import inspect
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from litgpt_moe_ext.config.fields import uses_plugin
 from litgpt_moe_ext.errors import WRONG_SETTING, SettingsError, did_you_mean_inside, one_line, refuse_first
 from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from litgpt_moe_ext.host.replaced import wrapping
+from litgpt_moe_ext.wording import in_shell, quoted
 
 
 class NoCheckpointError(SettingsError, FileNotFoundError):
@@ -99,9 +99,9 @@ def _refuse_training_checkpoint(setting: str, checkpoint_dir: Path, instead: str
 
     file = extend_checkpoint_dir(Path(checkpoint_dir)) / WEIGHTS_FILE
     if file.is_file() and "model" in open_archive(file, setting):
-        command = shlex.join(["litgpt", "convert_pretrained_checkpoint", str(checkpoint_dir), "OUTPUT_DIR"])
+        command = in_shell("litgpt", "convert_pretrained_checkpoint", checkpoint_dir, "OUTPUT_DIR")
         raise SettingsError(
-            f"{setting}: {str(checkpoint_dir)!r} is a training checkpoint, but this command needs the weights alone; "
+            f"{setting}: {quoted(checkpoint_dir)} is a training checkpoint, but this command needs the weights alone; "
             f"write them with `{command}`, or use {instead}, which takes both"
         )
 
@@ -166,8 +166,8 @@ def download_only_models(utils: Any) -> None:
         checkpoint_dir = original(model_name, *args, **kwargs)
         if not (checkpoint_dir / WEIGHTS_FILE).is_file():
             raise NoCheckpointError(
-                f"checkpoint_dir: {str(model_name)!r} is neither a folder with {WEIGHTS_FILE} nor a model that `litgpt "
-                "download list` names"
+                f"checkpoint_dir: {quoted(model_name)} is neither a folder with {WEIGHTS_FILE} nor a model that "
+                "`litgpt download list` names"
             )
         return checkpoint_dir
 
@@ -175,9 +175,9 @@ def download_only_models(utils: Any) -> None:
 def _refuse_neighbours(checkpoint_dir: Path, weights: str) -> None:
     path = Path(checkpoint_dir)
     if path.is_file():
-        raise NoCheckpointError(f"checkpoint_dir: {str(path)!r} is a file; name its folder, {str(path.parent)!r}")
+        raise NoCheckpointError(f"checkpoint_dir: {quoted(path)} is a file; name its folder, {quoted(path.parent)}")
     if not (path / weights).is_file() and (hint := did_you_mean_inside(path, weights)):
-        raise NoCheckpointError(f"checkpoint_dir: {str(path)!r} has no {weights}{hint}")
+        raise NoCheckpointError(f"checkpoint_dir: {quoted(path)} has no {weights}{hint}")
 
 
 def refuse_conversion(module: Any) -> None:
@@ -188,7 +188,7 @@ def refuse_conversion(module: Any) -> None:
         config = _config_in(checkpoint_dir)
         if config is not None and uses_plugin(config):
             raise SettingsError(
-                f"checkpoint_dir: {str(checkpoint_dir)!r} holds a model with layers of litgpt_moe_ext "
+                f"checkpoint_dir: {quoted(checkpoint_dir)} holds a model with layers of litgpt_moe_ext "
                 f"(mlp_class_name: {config.mlp_class_name}, attention_class_name: {config.attention_class_name}), "
                 "which this conversion does not know. `litgpt-moe export` writes it for transformers; "
                 "`litgpt evaluate` and `litgpt generate` need no conversion."

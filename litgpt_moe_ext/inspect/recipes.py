@@ -9,6 +9,7 @@ from litgpt_moe_ext.errors import SettingsError, which_checkpoint
 from litgpt_moe_ext.field_types import checked
 from litgpt_moe_ext.recipe_files import as_data, read_recipe
 from litgpt_moe_ext.training.settings import Section, Settings
+from litgpt_moe_ext.wording import quoted
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
@@ -92,7 +93,7 @@ def _of_checkpoint(path: Path) -> Recipe:
 
     if not (path / CONFIG_FILE).is_file():
         hint = which_checkpoint(path, CONFIG_FILE)
-        raise SettingsError(f"recipe: {str(path)!r} must have a {CONFIG_FILE}{hint}")
+        raise SettingsError(f"recipe: {quoted(path)} must have a {CONFIG_FILE}{hint}")
     hyperparameters = path / "hyperparameters.yaml"
     given = read_recipe(hyperparameters, "recipe")[0] if hyperparameters.is_file() else {}
     try:

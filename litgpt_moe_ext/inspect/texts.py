@@ -11,6 +11,7 @@ from litgpt_moe_ext.data.pipeline.shards import open_shard
 from litgpt_moe_ext.data.pipeline.store.finished import TOKENIZER_DIR
 from litgpt_moe_ext.data.tokenizer.opening import parse_tokenizer
 from litgpt_moe_ext.errors import SettingsError, did_you_mean_inside
+from litgpt_moe_ext.wording import quoted
 
 if TYPE_CHECKING:
     from litgpt import Tokenizer
@@ -57,11 +58,11 @@ def read_files(paths: Sequence[Path]) -> Iterator[Document]:
     """
     for path in paths:
         if not path.is_file():
-            raise SettingsError(f"text: {str(path)!r} must be a file")
+            raise SettingsError(f"text: {quoted(path)} must be a file")
         try:
             yield Document(str(path), path.read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:
-            raise SettingsError(f"text: {str(path)!r} must be UTF-8: {error}") from error
+            raise SettingsError(f"text: {quoted(path)} must be UTF-8: {error}") from error
 
 
 def open_tokens(data: Path, tokenizer: "Tokenizer") -> np.ndarray:
@@ -81,7 +82,7 @@ def open_tokens(data: Path, tokenizer: "Tokenizer") -> np.ndarray:
     paths = sorted(data.glob(VALIDATION_SHARDS)) if data.is_dir() else [data]
     if not (paths and paths[0].is_file()):
         hint = did_you_mean_inside(data, VALIDATION_SHARDS) or ", as of a prepared corpus"
-        raise SettingsError(f"data: {str(data)!r} must be a token shard, or a folder with {VALIDATION_SHARDS}{hint}")
+        raise SettingsError(f"data: {quoted(data)} must be a token shard, or a folder with {VALIDATION_SHARDS}{hint}")
     _require_tokenizer(paths[0].parent / TOKENIZER_DIR / "tokenizer.json", tokenizer)
     shards = [open_shard(path) for path in paths]
     return shards[0] if len(shards) == 1 else np.concatenate(shards)
@@ -93,9 +94,9 @@ def _require_tokenizer(file: Path, tokenizer: "Tokenizer") -> None:
     own = tokenizer.processor
     if not (file.is_file() and isinstance(own, HuggingFaceTokenizer)):
         return
-    if parse_tokenizer(file.read_bytes(), f"data: {str(file)!r}").get_vocab() != own.get_vocab():
+    if parse_tokenizer(file.read_bytes(), f"data: {quoted(file)}").get_vocab() != own.get_vocab():
         raise SettingsError(
-            f"data: {str(file.parent.parent)!r} was prepared with another tokenizer than the checkpoint's, so its ids "
+            f"data: {quoted(file.parent.parent)} was prepared with another tokenizer than the checkpoint's, so its ids "
             "are other text; name the corpus that it was trained on, or give --text FILE ..."
         )
 

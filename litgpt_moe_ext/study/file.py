@@ -13,6 +13,7 @@ from litgpt_moe_ext.recipe_files import read_recipe
 from litgpt_moe_ext.study.names import Group, by_name, refuse_two_values
 from litgpt_moe_ext.study.plan import Run, Study
 from litgpt_moe_ext.study.search import searched_points
+from litgpt_moe_ext.wording import quoted
 
 _KEYS = ("question", "recipe", "seeds", "settings", "arms", "grid", "search", "compare", "control")
 _SCALE_KEYS = ("settings", "grid")
@@ -120,7 +121,7 @@ def _content(path: Path, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
     if not path.is_file():
         usual = "studies/scale" if what == "scale" else "studies"
         hint = did_you_mean_recipe(path, usual) or f", like those in {usual}/"
-        raise SettingsError(f"{what}: {str(path)!r} must be a {what} (YAML file){hint}")
+        raise SettingsError(f"{what}: {quoted(path)} must be a {what} (YAML file){hint}")
     content, _ = read_recipe(path, what)
     if unknown := [key for key in content if key not in keys]:
         raise SettingsError(f"{what}: {path} has the key {unknown[0]}; known are {', '.join(keys)}")

@@ -24,6 +24,7 @@ from litgpt_moe_ext.training.callback import Callback
 from litgpt_moe_ext.training.control import StopRequests
 from litgpt_moe_ext.training.parallel.random_state import RankStreams
 from litgpt_moe_ext.training.steps.graphs.gradient_tasks import GradientTask, run_now
+from litgpt_moe_ext.wording import quoted
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies import Strategy
@@ -284,11 +285,11 @@ class TrainingFabric(L.Fabric):
             raise
         except pickle.UnpicklingError as error:
             raise SettingsError(
-                f"resume: {str(path)!r} is damaged, or holds objects whose loading would run code; it is refused"
+                f"resume: {quoted(path)} is damaged, or holds objects whose loading would run code; it is refused"
             ) from error
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             raise SettingsError(
-                f"resume: {str(path)!r} does not fit the present settings, or this version of the package: "
+                f"resume: {quoted(path)} does not fit the present settings, or this version of the package: "
                 f"{one_line(error)}. Resume with those in hyperparameters.yaml beside it, or {FROM_ITS_WEIGHTS}."
             ) from error
         self.random_streams.resumed = remainder.pop("rng", None)

@@ -1,11 +1,11 @@
 """`litgpt-moe init`."""
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from litgpt_moe_ext.cli.arguments import positional
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.wording import in_shell, quoted
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Init:
         out = self.out or Path(f"{name}.yaml")
         check_path("out", out)
         if out.exists():
-            raise SettingsError(f"out: {str(out)!r} exists; name a new file")
+            raise SettingsError(f"out: {quoted(out)} exists; name a new file")
         write_text(out, recipe_text(name))
-        file = shlex.quote(str(out))
+        file = in_shell(out)
         print(f"Wrote {out}; `litgpt-moe doctor {file}` says whether it can run here, and")
         print(f"  litgpt-moe train --config {file}")
         print("trains it")

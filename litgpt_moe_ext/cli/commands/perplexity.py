@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import AtLeastTwo, PositiveInt
-from litgpt_moe_ext.wording import counted
+from litgpt_moe_ext.wording import counted, quoted
 
 if TYPE_CHECKING:
     from litgpt import Tokenizer
@@ -79,7 +79,7 @@ class Perplexity:
             return [torch.from_numpy(texts.open_tokens(self.data, tokenizer)[: self.max_tokens].astype("int64"))]
         if tokenizer.eos_id is None:
             raise SettingsError(
-                f"checkpoint_dir: the tokenizer of {str(self.checkpoint_dir)!r} has no end-of-text token, after which "
+                f"checkpoint_dir: the tokenizer of {quoted(self.checkpoint_dir)} has no end-of-text token, after which "
                 "a text begins; add eos_token to its tokenizer_config.json, or give --data SHARD in place of --text"
             )
         encoded = texts.encode(texts.read_files(self.text or []), tokenizer, self.max_tokens)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import PositiveInt
-from litgpt_moe_ext.wording import counted
+from litgpt_moe_ext.wording import counted, quoted
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,7 @@ def _require_triton(recipe: "Recipe", path: Path) -> None:
 
     experts = next((m for m in meta_model(recipe.config).modules() if isinstance(m, Experts)), None)
     if experts is None:
-        raise SettingsError(f"recipe: {str(path)!r} must have experts of this package, whose products can be measured")
+        raise SettingsError(f"recipe: {quoted(path)} must have experts of this package, whose products can be measured")
     if not torch.cuda.is_available():
         raise SettingsError("tune: needs a GPU, and torch finds none here; `litgpt-moe doctor` says more")
     device, dtype, autocast = computing(recipe)
@@ -85,8 +85,8 @@ def _require_triton(recipe: "Recipe", path: Path) -> None:
         backend = experts.backend_for(torch.empty(1, experts.n_embd, device=device, dtype=dtype))
     if backend != "triton":
         raise SettingsError(
-            f"recipe: {str(path)!r} has its experts computed by {backend} here, which has no blocks to choose; tune is "
-            "for triton (expert_backend)"
+            f"recipe: {quoted(path)} has its experts computed by {backend} here, which has no blocks to choose; tune "
+            "is for triton (expert_backend)"
         )
 
 

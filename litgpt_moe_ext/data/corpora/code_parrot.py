@@ -9,6 +9,7 @@ from litgpt_moe_ext.data.pipeline.hashes import FileHashes
 from litgpt_moe_ext.data.pipeline.hub import HubSplit, refuse_streaming
 from litgpt_moe_ext.data.pipeline.sources import Source, split_sources
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.wording import quoted
 
 
 @dataclass(kw_only=True)
@@ -41,7 +42,7 @@ class CodeParrot(DocumentCorpus):
         *train, val = find_files("source_path", self.source_path, "file-*.json.gz")
         if not train:
             raise SettingsError(
-                f"source_path: {str(self.source_path)!r} has a single shard, {val.name}, which would validate, and "
+                f"source_path: {quoted(self.source_path)} has a single shard, {val.name}, which would validate, and "
                 "nothing to train on; set source_path to a folder with at least two shards"
             )
         return split_sources(train, [val], self.text_format, hashes)

@@ -15,6 +15,7 @@ from litgpt_moe_ext.data.tokenizer.files import litgpt_tokenizer, read_tokenizer
 from litgpt_moe_ext.data.tokenizer.opening import check_tokenizer, parse_tokenizer, vocabulary_size
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import PositiveFloat, PositiveInt, Share
+from litgpt_moe_ext.wording import quoted
 
 
 @dataclass(kw_only=True)
@@ -112,7 +113,7 @@ class DocumentCorpus(EncodedCorpus):
         if self.tokenizer_dir is not None:
             content = self._read_tokenizer(self.tokenizer_dir)["tokenizer.json"]
             tokenizer = parse_tokenizer(content, f"tokenizer.json of {self.tokenizer_dir}")
-            return f"data.tokenizer_dir: {str(self.tokenizer_dir)!r}", vocabulary_size(tokenizer)
+            return f"data.tokenizer_dir: {quoted(self.tokenizer_dir)}", vocabulary_size(tokenizer)
         return None
 
     def _read_tokenizer(self, directory: Path) -> dict[str, bytes]:
@@ -124,8 +125,8 @@ class DocumentCorpus(EncodedCorpus):
         """See `EncodedCorpus.choose_tokenizer`."""
         if self.tokenizer_dir is not None and self.bpe is not None:
             raise SettingsError(
-                f"data.tokenizer_dir: {str(self.tokenizer_dir)!r} and data.bpe are both set; keep tokenizer_dir to use "
-                "that tokenizer, or bpe to train one"
+                f"data.tokenizer_dir: {quoted(self.tokenizer_dir)} and data.bpe are both set; keep tokenizer_dir to "
+                "use that tokenizer, or bpe to train one"
             )
         if self.tokenizer_dir is not None:
             return self._read_tokenizer(self.tokenizer_dir)

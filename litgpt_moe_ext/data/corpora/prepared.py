@@ -9,6 +9,7 @@ from litgpt_moe_ext.data.pipeline.store.finished import MANIFEST, read_manifest
 from litgpt_moe_ext.data.pipeline.store.verification import verify
 from litgpt_moe_ext.data.pipeline.store.wandb_artifacts import check_reference, download
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.wording import quoted
 
 
 @dataclass(kw_only=True)
@@ -32,7 +33,7 @@ class PreparedCorpus(FinishedCorpus):
         """See `Corpus.prepare`; only checks that the corpus is whole and unchanged."""
         if read_manifest(self.corpus_dir) is None:
             raise SettingsError(
-                f"corpus_dir: {str(self.corpus_dir)!r} has no {MANIFEST}, so it is not a prepared corpus; set "
+                f"corpus_dir: {quoted(self.corpus_dir)} has no {MANIFEST}, so it is not a prepared corpus; set "
                 "corpus_dir to a folder that a script of data_prep/ made"
             )
         verify(self.corpus_dir, verbose)

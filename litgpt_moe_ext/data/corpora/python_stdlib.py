@@ -18,7 +18,7 @@ from litgpt_moe_ext.data.reading.documents import documents
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import PositiveInt, Share
-from litgpt_moe_ext.wording import counted
+from litgpt_moe_ext.wording import counted, quoted
 
 # Tests are repetitive and hold binary-like literals; packages are not part of the standard library.
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
@@ -63,7 +63,7 @@ class PythonStdlib(EncodedCorpus):
         folder, skipped = self._folder()
         if not folder.is_dir():
             raise SettingsError(
-                f"source_path: {str(folder)!r} is not a folder; set it to a folder with .py files, or leave it out to "
+                f"source_path: {quoted(folder)} is not a folder; set it to a folder with .py files, or leave it out to "
                 "use Python's standard library"
             )
         found: dict[str, Source] = {}
@@ -84,7 +84,7 @@ class PythonStdlib(EncodedCorpus):
                 found.setdefault(digest, Source(name, side, len(content), digest, records, check))
         if not found:
             raise SettingsError(
-                f"source_path: {str(folder)!r} has no usable .py files ({unreadable} are not UTF-8 text); set it to a "
+                f"source_path: {quoted(folder)} has no usable .py files ({unreadable} are not UTF-8 text); set it to a "
                 f"folder with Python sources. Not searched are folders named {', '.join(sorted(skipped))} or with a "
                 "leading dot"
             )
@@ -97,8 +97,8 @@ class PythonStdlib(EncodedCorpus):
         if self.source_path is not None:
             if self.packages:
                 raise SettingsError(
-                    f"packages: true has no effect beside source_path: {str(self.source_path)!r}; leave out one of the "
-                    "two"
+                    f"packages: true has no effect beside source_path: {quoted(self.source_path)}; leave out one of "
+                    "the two"
                 )
             return self.source_path, SKIPPED_FOLDERS
         if self.packages:

@@ -13,6 +13,7 @@ from litgpt_moe_ext.data.pipeline.sources import Side, Source, file_sources, spl
 from litgpt_moe_ext.data.reading.compression import split_compression
 from litgpt_moe_ext.data.reading.record import Record, TextFormat
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.wording import quoted
 
 _FIRST_STORIES = "data00.json"
 
@@ -48,8 +49,8 @@ class TinyStories(DocumentCorpus):
         if self.source_path.is_file():
             if not split_compression(self.source_path.name.lower())[0].endswith(".tar"):
                 raise SettingsError(
-                    f"source_path: {str(self.source_path)!r} must be the archive TinyStories_all_data.tar.gz; name the "
-                    "folder of other forms, so that their validation part is found, or use TextCorpus"
+                    f"source_path: {quoted(self.source_path)} must be the archive TinyStories_all_data.tar.gz; name "
+                    "the folder of other forms, so that their validation part is found, or use TextCorpus"
                 )
             (archive,) = file_sources([self.source_path], None, stories, hashes)
             return [_part_of(archive, "train"), _part_of(archive, "val")]
@@ -65,7 +66,7 @@ class TinyStories(DocumentCorpus):
             if train and val:
                 return split_sources(train, val, text_format, hashes)
         raise SettingsError(
-            f"source_path: {str(self.source_path)!r} has none of TinyStories' forms with both a training and a "
+            f"source_path: {quoted(self.source_path)} has none of TinyStories' forms with both a training and a "
             f"validation part: train-*.parquet and validation-*.parquet, {_FIRST_STORIES} and others, or *train*.txt "
             f"and *valid*.txt. It has {', '.join(file.name for file in found[:5])}; set source_path to another folder, "
             "or use TextCorpus"

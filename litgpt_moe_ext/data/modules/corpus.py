@@ -15,6 +15,7 @@ from litgpt_moe_ext.data.tokenizer.opening import parse_tokenizer
 from litgpt_moe_ext.data.windows import DocumentWindows, StreamWindows, Windows
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.tokens.padding import accept_padding
+from litgpt_moe_ext.wording import quoted
 
 
 class CorpusModule(Corpus, ShardModule):
@@ -167,7 +168,7 @@ class CorpusModule(Corpus, ShardModule):
         if not given or len({parse_tokenizer(content, "tokenizer.json").to_str() for content in contents}) > 1:
             raise SettingsError(
                 f"tokenizer_dir: {self.tokenizer.model_name!r} is not the tokenizer that encoded this corpus, so its "
-                f"ids would mean other text; set tokenizer_dir to {str(directory)!r}, or leave it out"
+                f"ids would mean other text; set tokenizer_dir to {quoted(directory)}, or leave it out"
             )
 
 

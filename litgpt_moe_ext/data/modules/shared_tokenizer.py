@@ -12,6 +12,7 @@ from litgpt_moe_ext.data.pipeline.store.finished import TOKENIZER_DIR
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
 from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt, parse_tokenizer
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.wording import quoted
 
 
 class SharedTokenizer:
@@ -77,7 +78,7 @@ class SharedTokenizer:
                 path = getattr(module, setting, None)
                 if path is not None and not path.exists():
                     raise SettingsError(
-                        f"data.corpora.{name}.{setting}: {str(path)!r} does not exist; set it to a file or a folder"
+                        f"data.corpora.{name}.{setting}: {quoted(path)} does not exist; set it to a file or a folder"
                     )
             trains = getattr(module, "tokenizer_dir", None) is None and getattr(module, "bpe", True) is not None
             with naming(name, module):

@@ -16,7 +16,7 @@ from litgpt_moe_ext.data.pipeline.shards import open_shard, scan_shard
 from litgpt_moe_ext.data.pipeline.store.verification import verify_shards
 from litgpt_moe_ext.errors import SettingsError, did_you_mean_inside
 from litgpt_moe_ext.field_types import NonNegativeInt, PositiveInt, check_fields
-from litgpt_moe_ext.wording import counted
+from litgpt_moe_ext.wording import counted, quoted
 
 SUFFIXES = (".bin", ".npy")
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
@@ -93,7 +93,7 @@ class TokenShards(ShardModule):
         """
         folder = self.data_path
         if not folder.is_dir():
-            raise SettingsError(f"data_path: {str(folder)!r} is not a folder; set data_path to a folder of shards")
+            raise SettingsError(f"data_path: {quoted(folder)} is not a folder; set data_path to a folder of shards")
         shards = _natural_order(path for path in folder.iterdir() if path.suffix in SUFFIXES)
         named = {words[0]: _named(shards, words) for words in (_TRAIN, _VAL)}
         if self.val_pattern is not None:
@@ -116,7 +116,7 @@ class TokenShards(ShardModule):
                         or "; it needs two or more, of which those with val in their names validate, or else the "
                         f"first. Rename them, or set {setting}"
                     )
-                raise SettingsError(f"data_path: {str(folder)!r} has no {split} shards: it has {there}{remedy}")
+                raise SettingsError(f"data_path: {quoted(folder)} has no {split} shards: it has {there}{remedy}")
         if both := set(train) & set(val):
             raise SettingsError(
                 f"train_pattern: {self.train_pattern!r} and val_pattern {self.val_pattern!r} both match "

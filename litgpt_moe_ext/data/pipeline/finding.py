@@ -8,6 +8,7 @@ from pathlib import Path
 
 from litgpt_moe_ext.data.pipeline.store.finished import MANIFEST, TOKENIZER_DIR
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.wording import quoted
 
 _KINDS = 5  # most kinds to name in a message about other files
 _OTHER_FILES = "read other files with TextCorpus, its pattern and field"
@@ -32,7 +33,7 @@ def find_files(setting: str, path: Path, pattern: str, otherwise: str = _OTHER_F
     if not path.is_dir():
         address = re.match(r"[a-z0-9]+:/", str(path))  # of which `Path` has made two slashes one
         download = "it is an address, so download what is there, and " if address else ""
-        raise SettingsError(f"{setting}: {str(path)!r} does not exist; {download}set {setting} to a file or a folder")
+        raise SettingsError(f"{setting}: {quoted(path)} does not exist; {download}set {setting} to a file or a folder")
     found = [file for file in sorted(matches("pattern", path, pattern)) if file.is_file()]
     _refuse_links_out(setting, path, found)
     # The cache may be inside the folder of the documents, but its corpora are not documents.
@@ -41,7 +42,7 @@ def find_files(setting: str, path: Path, pattern: str, otherwise: str = _OTHER_F
     found = [file for file in found if prepared.isdisjoint(file.parents)]
     if not found:
         raise SettingsError(
-            f"{setting}: {str(path)!r} has no files like {pattern!r}, it has {_names(path)}; set {setting} to another "
+            f"{setting}: {quoted(path)} has no files like {pattern!r}, it has {_names(path)}; set {setting} to another "
             f"folder, or {otherwise}"
         )
     return found
@@ -57,7 +58,7 @@ def matches(setting: str, folder: Path, pattern: str) -> list[Path]:
         return list(folder.glob(pattern))
     except (NotImplementedError, ValueError) as error:  # an absolute or an empty pattern
         raise SettingsError(
-            f"{setting}: {pattern!r} must be a glob below {str(folder)!r}, such as '**/*.txt' ({error})"
+            f"{setting}: {pattern!r} must be a glob below {quoted(folder)}, such as '**/*.txt' ({error})"
         ) from error
 
 

@@ -12,6 +12,7 @@ from litgpt_moe_ext.data.reading.compression import COMPRESSIONS
 from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.data.reading.remote import is_url, name_of
 from litgpt_moe_ext.errors import SettingsError, one_line
+from litgpt_moe_ext.wording import quoted
 
 _JSON = tuple(f"{form}{suffix}" for form in (".json", ".jsonl", ".ndjson") for suffix in ("", *COMPRESSIONS))
 _STREAMED = (".parquet", *_JSON)
@@ -107,7 +108,7 @@ def refuse_streaming(streaming: bool, source_path: Path) -> None:
     """Raise SettingsError if local files are to be streamed."""
     if streaming:
         raise SettingsError(
-            f"streaming: true has no effect on the files in source_path {str(source_path)!r}; leave out one of the two"
+            f"streaming: true has no effect on the files in source_path {quoted(source_path)}; leave out one of the two"
         )
 
 

@@ -45,7 +45,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files import checksums
 from litgpt_moe_ext.files.durable import flush_tree
 from litgpt_moe_ext.machine import count_cores
-from litgpt_moe_ext.wording import counted
+from litgpt_moe_ext.wording import counted, quoted
 
 # Below this size the threads of the tokenizers library are as fast: encoding is 97% of the work, and starting a process
 # takes as long as encoding a megabyte.
@@ -76,7 +76,7 @@ def only_finished() -> AbstractContextManager[None]:
     def check(directory: Path, finished: bool) -> None:
         if not finished:
             raise SettingsError(
-                f"data_path: {str(directory.parent)!r} has no corpus {directory.name}; train with it to prepare it"
+                f"data_path: {quoted(directory.parent)} has no corpus {directory.name}; train with it to prepare it"
             )
 
     return checked_first(check)

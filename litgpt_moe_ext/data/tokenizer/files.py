@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from litgpt_moe_ext.data.tokenizer.bpe import EOS_TOKEN
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.wording import quoted
 
 # What LitGPT and transformers read to encode texts and chats; models' own files beside them stay where they are.
 _FILES = (
@@ -44,7 +45,7 @@ def read_tokenizer(directory: str | os.PathLike, setting: str = "tokenizer_dir")
             return _gpt2(directory / vocabulary, directory / merges)
     pairs = " or ".join(f"{vocabulary} with {merges}" for vocabulary, merges in _GPT2_FILES)
     raise SettingsError(
-        f"{setting}: {str(directory)!r} has no tokenizer.json (nor {pairs}); set {setting} to a folder with a "
+        f"{setting}: {quoted(directory)} has no tokenizer.json (nor {pairs}); set {setting} to a folder with a "
         f"tokenizer in Hugging Face format{', or set bpe.vocab_size to train one' * (setting == 'tokenizer_dir')}"
     )
 

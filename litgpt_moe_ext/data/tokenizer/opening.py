@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from litgpt_moe_ext.data.tokenizer.files import read_tokenizer
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.wording import quoted
 
 if TYPE_CHECKING:
     from litgpt.tokenizer import Tokenizer as LitGPTTokenizer
@@ -172,7 +173,7 @@ def special_token(files: Mapping[str, bytes], kind: Literal["eos", "bos"], direc
     if token_id is None:
         name, consequence = _CONSEQUENCES[kind]
         raise SettingsError(
-            f"tokenizer_dir: {str(directory)!r} has no {name} token, so {consequence}; add "
+            f"tokenizer_dir: {quoted(directory)} has no {name} token, so {consequence}; add "
             f'"{kind}_token": "<a token of the vocabulary>" (and "tokenizer_class": "PreTrainedTokenizerFast") to '
             f"{config_path}"
         )

@@ -11,6 +11,7 @@ from lm_eval.utils import load_yaml_config
 
 from litgpt_moe_ext.errors import SettingsError, did_you_mean, one_line
 from litgpt_moe_ext.evaluation.harness.names import check_names
+from litgpt_moe_ext.wording import quoted
 
 # The loaders of `datasets` for plain files. Any other `dataset_path` names a dataset with files of its own.
 FILE_LOADERS = ("arrow", "csv", "json", "pandas", "parquet", "text")
@@ -61,7 +62,7 @@ def load_task_file(path: Path) -> ConfigurableTask:
         SettingsError: If the file or its data is missing or damaged, or it does not define a task.
     """
     if not path.is_file():
-        raise SettingsError(f"tasks: the file {str(path)!r} does not exist (working directory: {Path.cwd()})")
+        raise SettingsError(f"tasks: the file {quoted(path)} does not exist (working directory: {Path.cwd()})")
     try:
         config = load_yaml_config(str(path.resolve()), mode="full")
     except yaml.YAMLError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.wording import quoted
 
 Piece = tuple[int, str, int]
 """Id, text, and kind; SentencePiece and llama.cpp number the kinds alike."""
@@ -42,7 +43,7 @@ def read(checkpoint_dir: Path, vocab_size: int) -> tuple[list[Piece], dict[str, 
     }
     if found := [name for name, present in obstacles.items() if present]:
         raise SettingsError(
-            f"checkpoint_dir: the tokenizer.model in {str(checkpoint_dir)!r} ({', '.join(found)}) must be a BPE with "
+            f"checkpoint_dir: the tokenizer.model in {quoted(checkpoint_dir)} ({', '.join(found)}) must be a BPE with "
             "byte_fallback that normalizes nothing, as Llama's, for a GGUF file; export with --format hf"
         )
     pieces = [(i, piece.piece, piece.type) for i, piece in enumerate(model.pieces)]

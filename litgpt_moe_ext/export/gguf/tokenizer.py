@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.gguf import spm
 from litgpt_moe_ext.export.source import ends_of_texts, read_tokenizer
+from litgpt_moe_ext.wording import quoted
 
 if TYPE_CHECKING:
     from litgpt import Tokenizer
@@ -52,7 +53,7 @@ def tokenizer_metadata(checkpoint_dir: Path, vocab_size: int) -> dict[str, Any]:
         return {"ggml.model": "none"}
     if tokenizer.eos_id is None:
         raise SettingsError(
-            f"checkpoint_dir: the tokenizer in {str(checkpoint_dir)!r} names no end of a text, and llama.cpp would "
+            f"checkpoint_dir: the tokenizer in {quoted(checkpoint_dir)} names no end of a text, and llama.cpp would "
             "take token 11 for it; add eos_token to its tokenizer_config.json"
         )
     if tokenizer.backend == "huggingface":
@@ -140,6 +141,6 @@ def _expressions(pre: dict[str, Any]) -> list[str]:
 
 def _refusal(checkpoint_dir: Path, what: str) -> SettingsError:
     return SettingsError(
-        f"checkpoint_dir: the tokenizer in {str(checkpoint_dir)!r} ({what}) must be a byte-level BPE that splits "
+        f"checkpoint_dir: the tokenizer in {quoted(checkpoint_dir)} ({what}) must be a byte-level BPE that splits "
         "texts as GPT-2, Llama 3, Qwen 2, SmolLM or DeepSeek-V3 do for a GGUF file; export with --format hf"
     )

@@ -11,6 +11,7 @@ from litgpt_moe_ext.files.durable import refusal
 from litgpt_moe_ext.inspect.doctor.finding import Finding
 from litgpt_moe_ext.inspect.recipes import Recipe
 from litgpt_moe_ext.recipe_files import class_path_of, is_trusted
+from litgpt_moe_ext.wording import quoted
 
 
 def data(recipe: Recipe, found: Sequence[Finding]) -> Iterator[Finding]:
@@ -38,7 +39,8 @@ def data(recipe: Recipe, found: Sequence[Finding]) -> Iterator[Finding]:
         yield _places(recipe, class_path, made, arguments)
     except PermissionError as error:
         text = (
-            f"data: {error.filename!r} cannot be looked up ({error.strerror}); have its owner make it readable for you"
+            f"data: {quoted(error.filename)} cannot be looked up ({error.strerror}); have its owner make it readable "
+            "for you"
         )
         yield Finding("data", "problem", text)
 
@@ -66,16 +68,20 @@ def _places(recipe: Recipe, class_path: str, made: Any, arguments: dict[str, Any
     arguments = {name: value for name, value in arguments.items() if isinstance(value, str)}
     for name in ("source_path", "tokenizer_dir"):
         if (source := arguments.get(name)) is not None and not Path(source).exists():
-            return Finding("data", "problem", f"data.init_args.{name}: {source!r} must exist")
+            return Finding("data", "problem", f"data.init_args.{name}: {quoted(source)} must exist")
     path = arguments.get("data_path")
     if path is not None and not (Path(path).is_dir() and any(Path(path).iterdir())):
         if hasattr(made, "find_shards"):
-            return Finding("data", "problem", f"data.init_args.data_path: {path!r} must be a folder of token shards")
-        if not recipe.checkpoint and (reason := refusal(existing(Path(path)))) is not None:
-            text = f"data.init_args.data_path: {path!r} must be a folder in which the data can be prepared ({reason})"
+            text = f"data.init_args.data_path: {quoted(path)} must be a folder of token shards"
             return Finding("data", "problem", text)
-        return Finding("data", "note", f"{class_path}; nothing in {path!r} yet, the run will prepare it")
-    return Finding("data", "good", class_path + (f" in {path!r}" if path is not None else ""))
+        if not recipe.checkpoint and (reason := refusal(existing(Path(path)))) is not None:
+            text = (
+                f"data.init_args.data_path: {quoted(path)} must be a folder in which the data can be prepared "
+                f"({reason})"
+            )
+            return Finding("data", "problem", text)
+        return Finding("data", "note", f"{class_path}; nothing in {quoted(path)} yet, the run will prepare it")
+    return Finding("data", "good", class_path + (f" in {quoted(path)}" if path is not None else ""))
 
 
 def tokenizer(recipe: Recipe, found: Sequence[Finding]) -> Iterator[Finding]:
@@ -111,7 +117,7 @@ def out_dir(recipe: Recipe) -> Iterator[Finding]:
     except SettingsError as error:
         yield Finding("out_dir", "problem", str(error))
     if (reason := refusal(existing(out_dir))) is not None:
-        text = f"out_dir: {str(out_dir)!r} must be a directory in which directories can be made ({reason})"
+        text = f"out_dir: {quoted(out_dir)} must be a directory in which directories can be made ({reason})"
         yield Finding("out_dir", "problem", f"{text}; choose another --out_dir")
 
 

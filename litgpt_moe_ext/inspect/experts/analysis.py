@@ -16,7 +16,7 @@ from litgpt_moe_ext.inspect.experts.capture import LayerRouting
 from litgpt_moe_ext.inspect.experts.token_classes import PYTHON_CLASSES, TEXT_CLASSES, python_classes, text_classes
 from litgpt_moe_ext.inspect.texts import EncodedDocument, processor_of
 from litgpt_moe_ext.moe.balancing.metrics import load_entropy, max_violation
-from litgpt_moe_ext.wording import counted
+from litgpt_moe_ext.wording import counted, quoted
 
 if TYPE_CHECKING:
     from litgpt import Tokenizer
@@ -168,8 +168,8 @@ def require_same_tokenizer(directories: Sequence[Path], tokenizers: "Sequence[To
     first, second = directories[0], directories[-1]
     if processor_of(tokenizers[0]).to_str() != processor_of(tokenizers[-1]).to_str():
         raise SettingsError(
-            f"compare_with: {str(second)!r} must have the tokenizer of {str(first)!r}; tokens of two tokenizers cannot "
-            "be compared"
+            f"compare_with: {quoted(second)} must have the tokenizer of {quoted(first)}; tokens of two tokenizers "
+            "cannot be compared"
         )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.pictures.expert_load import loads_by_layer
 from litgpt_moe_ext.training.logs import WIDE_FILE
+from litgpt_moe_ext.wording import quoted
 
 TOKENS = "total_tokens"
 COLUMNS = ("run", "tokens", "loss", "val loss", "MaxVio", "grad norm", "tok/s")
@@ -80,7 +81,7 @@ def load_run(directory: Path, name: str | None = None) -> RunLog:
     if not paths:
         run = directory.parent
         hint = f"did you mean {run}?" if (run / WIDE_FILE).is_file() else "name a run trained with logger_name: csv"
-        raise SettingsError(f"run_dirs: {str(directory)!r} must be the out_dir of a run, with {WIDE_FILE}; {hint}")
+        raise SettingsError(f"run_dirs: {quoted(directory)} must be the out_dir of a run, with {WIDE_FILE}; {hint}")
     rows: list[dict[str, float]] = []
     for path in paths:
         part = _read(path)
@@ -88,7 +89,7 @@ def load_run(directory: Path, name: str | None = None) -> RunLog:
             rows = [row for row in rows if row[TOKENS] < part[0][TOKENS]] + part
     if not rows:
         raise SettingsError(
-            f"run_dirs: {str(directory)!r} must have logged a line with {TOKENS}; train for at least one log interval"
+            f"run_dirs: {quoted(directory)} must have logged a line with {TOKENS}; train for at least one log interval"
         )
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: np.array([row.get(name, math.nan) for row in rows]) for name in names}

@@ -1,6 +1,5 @@
 """Whether a checkpoint belongs to the model and optimizer of a run."""
 
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from litgpt_moe_ext.training.checkpoint.changes import shown
 from litgpt_moe_ext.training.checkpoint.hyperparameters import read
 from litgpt_moe_ext.training.checkpoint.progress import sequences_of
 from litgpt_moe_ext.training.settings import ParameterGroupArgs
+from litgpt_moe_ext.wording import in_shell, quoted
 
 # Fields that a run starting from weights may change: how rows are read. With a longer context, rotations as well.
 _OF_ROWS = {
@@ -45,13 +45,13 @@ def require_same_model(setting: str, checkpoint_dir: Path, config: Any) -> None:
         and not (setting == "initial_checkpoint_dir" and name in _context_of(saved, now))
     ]
     if differences:
-        remedy = f"--model_config {shlex.quote(str(checkpoint_dir))} takes its model"
+        remedy = f"--model_config {in_shell(checkpoint_dir)} takes its model"
         remedy += "." if setting == "initial_checkpoint_dir" else "; start a new run with another --out_dir."
         if setting == "initial_checkpoint_dir" and config.mlp_class_name in MOE_CLASS_NAMES and not saved["n_expert"]:
-            command = shlex.join(["litgpt-moe", "upcycle", str(checkpoint_dir), "RECIPE", "NEW_DIRECTORY"])
+            command = in_shell("litgpt-moe", "upcycle", checkpoint_dir, "RECIPE", "NEW_DIRECTORY")
             remedy = f"`{command}` makes an MoE model of this dense one."
         raise SettingsError(
-            f"{setting}: {str(checkpoint_dir)!r} holds another model: {'; '.join(differences)}. {remedy}"
+            f"{setting}: {quoted(checkpoint_dir)} holds another model: {'; '.join(differences)}. {remedy}"
         )
 
 
@@ -128,7 +128,7 @@ def require_same_weights(setting: str, checkpoint_dir: Path, config: Any) -> Non
     except (RuntimeError, TypeError) as error:  # names or shapes differ, or the weights are no dict
         difference = shortened(error).removeprefix("Error(s) in loading state_dict for GPT: ").rstrip(".")
         raise SettingsError(
-            f"{setting}: {str(file)!r} holds other weights than the model beside it: {difference}; {COPY_AGAIN}"
+            f"{setting}: {quoted(file)} holds other weights than the model beside it: {difference}; {COPY_AGAIN}"
         ) from error
 
 
@@ -147,7 +147,7 @@ def require_one_table(checkpoint_dir: Path) -> None:
     if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
         raise SettingsError(
             f"train.tie_embeddings: true would lose a table: output head and token embeddings differ in "
-            f"initial_checkpoint_dir {str(checkpoint_dir)!r}; set it to false"
+            f"initial_checkpoint_dir {quoted(checkpoint_dir)}; set it to false"
         )
 
 
@@ -156,7 +156,7 @@ def require_same_optimizer(checkpoint_dir: Path, settings: dict[str, Any]) -> No
     before, now = _class_name(read(checkpoint_dir).get("optimizer")), _class_name(settings["optimizer"])
     if before is not None and before != now:
         raise SettingsError(
-            f"resume: {str(checkpoint_dir)!r} holds the state of the optimizer {before}, not of {now}. Resume with "
+            f"resume: {quoted(checkpoint_dir)} holds the state of the optimizer {before}, not of {now}. Resume with "
             f"{before}, or {FROM_ITS_WEIGHTS}."
         )
 

@@ -1,6 +1,5 @@
 """Earlier runs in the same `out_dir`: a new run moves them aside, and old ones are deleted on request."""
 
-import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from litgpt_moe_ext.files.durable import rename
 from litgpt_moe_ext.interruption import uninterrupted
 from litgpt_moe_ext.training.checkpoint.progress import newest_first
 from litgpt_moe_ext.training.logs import ANOMALIES_FOLDER, EXPORTS_FOLDER, METRICS_FILE, TRANSCRIPT_FILE, WIDE_FILE
+from litgpt_moe_ext.wording import in_shell, quoted
 
 _MANY = 3  # so many earlier runs are worth a message
 
@@ -47,8 +47,8 @@ def set_aside(out_dir: Path) -> Path | None:
         else:
             return aside
     raise SettingsError(
-        f"out_dir: {str(out_dir)!r} holds the checkpoints of an earlier run, which cannot be moved ({problem}); choose "
-        "another --out_dir, or continue that run with --resume auto"
+        f"out_dir: {quoted(out_dir)} holds the checkpoints of an earlier run, which cannot be moved ({problem}); "
+        "choose another --out_dir, or continue that run with --resume auto"
     )
 
 
@@ -89,7 +89,7 @@ def limit_earlier_runs(out_dir: Path, keep: int | None, needed: Sequence[Path]) 
     if keep is None:
         if len(runs) < _MANY:
             return None
-        command = shlex.join(["rm", "-r", *map(str, runs[:-1])])
+        command = in_shell("rm", "-r", *runs[:-1])
         return (
             f"There are {len(runs)} earlier runs now. All but the last are deleted by: {command}; "
             "checkpoint.keep_earlier: 1 does so from now on."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.training.checkpoint.progress import BEST, FINAL
 from litgpt_moe_ext.training.logs import EXPORTS_FOLDER
+from litgpt_moe_ext.wording import in_shell
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
@@ -49,5 +49,5 @@ def _export(checkpoint: Path, out_dir: Path, name: str) -> str:
         return export(checkpoint, out_dir, name)[-1]
     except Exception as error:  # in any case the checkpoint exists
         reason = one_line(error) or type(error).__name__
-        command = shlex.join(["litgpt-moe", "export", str(checkpoint), str(out_dir), "--format", name])
+        command = in_shell("litgpt-moe", "export", checkpoint, out_dir, "--format", name)
         return f"Warning: {checkpoint} was not exported ({reason}). To repeat: {command}"

@@ -13,6 +13,7 @@ from litgpt_moe_ext.training.checkpoint.progress import (
     holds_state_of_training,
     newest_first,
 )
+from litgpt_moe_ext.wording import quoted
 
 _NEEDED = (WEIGHTS_FILE, CONFIG_FILE)
 
@@ -82,7 +83,7 @@ def find_resume_file(
             return find_resume_file(True, directory, say, read_all)
         if problem := problem_with(directory, read_all):
             raise SettingsError(
-                f"resume: {str(resume)!r} is not a whole checkpoint: {problem}; name another, or use --resume auto"
+                f"resume: {quoted(resume)} is not a whole checkpoint: {problem}; name another, or use --resume auto"
             )
         return _with_state(directory)
     damaged = []
@@ -101,7 +102,9 @@ def find_resume_file(
             "anew, or choose another --out_dir."
         )
     if resume is True:
-        raise SettingsError(f"resume: true, but there is no checkpoint in out_dir: {str(out_dir)!r}; use --resume auto")
+        raise SettingsError(
+            f"resume: true, but there is no checkpoint in out_dir: {quoted(out_dir)}; use --resume auto"
+        )
     return None
 
 
@@ -110,8 +113,8 @@ def _with_state(checkpoint_dir: Path) -> Path:
     file, around = checkpoint_dir / WEIGHTS_FILE, checkpoint_around(checkpoint_dir)
     if not holds_state_of_training(file):
         raise SettingsError(
-            f"resume: {str(checkpoint_dir)!r} holds weights alone, without the state of a training; "
-            f"{f'resume {str(around)!r}, or ' if around != checkpoint_dir else ''}{FROM_ITS_WEIGHTS}"
+            f"resume: {quoted(checkpoint_dir)} holds weights alone, without the state of a training; "
+            f"{f'resume {quoted(around)}, or ' if around != checkpoint_dir else ''}{FROM_ITS_WEIGHTS}"
         )
     return file
 

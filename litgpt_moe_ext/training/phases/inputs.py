@@ -15,6 +15,7 @@ from litgpt_moe_ext.errors import SettingsError, which_checkpoint
 from litgpt_moe_ext.files.durable import WRITE_TEST
 from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.host.checkpoints import WEIGHTS_FILE
+from litgpt_moe_ext.wording import quoted
 
 if TYPE_CHECKING:
     from litgpt.config import Config
@@ -35,10 +36,10 @@ def check_own(out_dir: Path) -> None:
     }
     for what, other in others.items():
         if place == other:
-            raise SettingsError(f"out_dir: {str(out_dir)!r} is {what}; give the run a directory of its own")
+            raise SettingsError(f"out_dir: {quoted(out_dir)} is {what}; give the run a directory of its own")
     if (out_dir / WEIGHTS_FILE).is_file():
         raise SettingsError(
-            f"out_dir: {str(out_dir)!r} is a checkpoint, which another run may replace as a whole; name a directory "
+            f"out_dir: {quoted(out_dir)} is a checkpoint, which another run may replace as a whole; name a directory "
             "beside it, or --initial_checkpoint_dir to start from its weights"
         )
 
@@ -54,7 +55,7 @@ def check_writable(out_dir: Path) -> None:
             lock.release()
     except OSError as error:
         raise SettingsError(
-            f"out_dir: {str(out_dir)!r} must be a directory in which files can be created and locked "
+            f"out_dir: {quoted(out_dir)} must be a directory in which files can be created and locked "
             f"({error.strerror or error}); choose another --out_dir"
         ) from error
 
@@ -65,9 +66,9 @@ def check_initial_checkpoint(directory: Path) -> None:
     if not file.is_file():
         where = "does not exist" if not os.path.isdir(directory) else f"has no {WEIGHTS_FILE}"
         hint = which_checkpoint(directory, file.name)
-        raise SettingsError(f"{name}: {str(directory)!r} {where}{hint}")
+        raise SettingsError(f"{name}: {quoted(directory)} {where}{hint}")
     if not os.access(file, os.R_OK):
-        raise SettingsError(f"{name}: {str(file)!r} cannot be read (Permission denied); name what you may read")
+        raise SettingsError(f"{name}: {quoted(file)} cannot be read (Permission denied); name what you may read")
 
 
 def check_data(settings: Settings, config: Config) -> None:
@@ -102,7 +103,7 @@ def _check_tiny_llama() -> None:
     for path in map(Path, TinyLlama().required_paths):
         if not path.is_dir():
             raise SettingsError(
-                f"data: null means litgpt.data.TinyLlama, whose folder {str(path)!r} does not exist; name a data "
+                f"data: null means litgpt.data.TinyLlama, whose folder {quoted(path)} does not exist; name a data "
                 "module by class_path, as the recipes in configs/ do"
             )
 
@@ -123,7 +124,7 @@ def open_tokenizer(tokenizer_dir: Path, padded_vocab_size: int) -> Tokenizer:
     """
     from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt, vocabulary_size_of
 
-    where = f"tokenizer_dir: {str(tokenizer_dir)!r}"
+    where = f"tokenizer_dir: {quoted(tokenizer_dir)}"
     try:
         tokenizer = open_as_litgpt(tokenizer_dir)
     except NotImplementedError as error:  # LitGPT found neither file
@@ -150,7 +151,7 @@ def check_same_tokens(initial_checkpoint_dir: Path, tokenizer_dir: Path) -> None
 
     if not same_ids(initial_checkpoint_dir, tokenizer_dir):
         raise SettingsError(
-            f"initial_checkpoint_dir: {str(initial_checkpoint_dir)!r} has another tokenizer than the data, so the same "
-            "ids mean other text; prepare the data with its tokenizer (data.tokenizer_dir), or remove its "
+            f"initial_checkpoint_dir: {quoted(initial_checkpoint_dir)} has another tokenizer than the data, so the "
+            "same ids mean other text; prepare the data with its tokenizer (data.tokenizer_dir), or remove its "
             "tokenizer.json to have the model learn the new ids"
         )

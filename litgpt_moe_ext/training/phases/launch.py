@@ -27,7 +27,7 @@ from litgpt_moe_ext.training.parallel.accelerator import accelerator_here, defau
 from litgpt_moe_ext.training.parallel.processes import Processes, cluster_plugins, end_together, started_processes
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
 from litgpt_moe_ext.training.phases.checks import check_batch, strategy_note
-from litgpt_moe_ext.wording import counted
+from litgpt_moe_ext.wording import counted, quoted
 
 if TYPE_CHECKING:
     from lightning.fabric.loggers import Logger
@@ -156,7 +156,7 @@ def _take(lock: ProcessLock, launched: Launched) -> None:
     owner = fabric.broadcast(lock.take() if fabric.is_global_zero else None)
     if owner is not None:
         raise SettingsError(
-            f"out_dir: {str(out_dir)!r} is in use by {owner}; wait until it ends, or choose another --out_dir"
+            f"out_dir: {quoted(out_dir)} is in use by {owner}; wait until it ends, or choose another --out_dir"
         )
     if fabric.is_global_zero:
         for line in checkpoints.recover(out_dir):

@@ -19,6 +19,7 @@ from litgpt_moe_ext.training.optim.schedules import count_steps
 from litgpt_moe_ext.training.phases.checks import check_settings
 from litgpt_moe_ext.training.phases.inputs import check_initial_checkpoint, check_writable
 from litgpt_moe_ext.training.settings.model import model_of
+from litgpt_moe_ext.wording import quoted
 
 if TYPE_CHECKING:
     import litgpt.args
@@ -94,7 +95,7 @@ def check_plan(settings: Settings) -> Plan:
         require_same_model("initial_checkpoint_dir", settings.initial_checkpoint_dir, plan.config)
     if settings.tokenizer_dir is not None and not settings.tokenizer_dir.is_dir():
         raise SettingsError(
-            f"tokenizer_dir: {str(settings.tokenizer_dir)!r} must be a directory with a tokenizer; it does not exist"
+            f"tokenizer_dir: {quoted(settings.tokenizer_dir)} must be a directory with a tokenizer; it does not exist"
         )
     if settings.evaluate.wanted:
         from litgpt_moe_ext.training.callbacks.benchmarks import check_benchmarks
@@ -118,8 +119,8 @@ def _resolved(settings: Settings) -> Settings:
         data = WandbCorpus.instead_of(data, settings.wandb_dataset, settings.wandb_artifacts_dir)
     elif settings.wandb_artifacts_dir is not None:
         raise SettingsError(
-            f"wandb_artifacts_dir: {str(settings.wandb_artifacts_dir)!r} has no effect without wandb_dataset; leave it "
-            "out, or name the artifact"
+            f"wandb_artifacts_dir: {quoted(settings.wandb_artifacts_dir)} has no effect without wandb_dataset; leave "
+            "it out, or name the artifact"
         )
     return dataclasses.replace(
         settings,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, cast
@@ -13,7 +12,7 @@ from litgpt_moe_ext.training.checkpoint.changes import resume_notes
 from litgpt_moe_ext.training.checkpoint.compatibility import start_notes
 from litgpt_moe_ext.training.checkpoint.progress import BEST, FINAL, step_of
 from litgpt_moe_ext.training.logs import METRICS_FILE, TRANSCRIPT_FILE
-from litgpt_moe_ext.wording import abbreviated, counted
+from litgpt_moe_ext.wording import abbreviated, counted, in_shell
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.config.types import Config
@@ -77,7 +76,7 @@ def conclude(launched: Launched, prepared: Prepared, outcome: Outcome) -> None:
     if outcome.best_loss is not None and best.is_dir():
         say(f"Best validation loss {outcome.best_loss:.3f} after step {step_of(best)}: {best}")
     if prepared.tokenizer is not None:
-        final = shlex.quote(str(plan.out_dir / FINAL))
+        final = in_shell(plan.out_dir / FINAL)
         say(f'Try it: litgpt generate {final} --prompt "..."')
         say(f"        litgpt chat {final}")
     say(f"Metrics: {plan.out_dir / METRICS_FILE}, log: {plan.out_dir / TRANSCRIPT_FILE}")

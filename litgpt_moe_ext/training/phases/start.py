@@ -25,6 +25,7 @@ from litgpt_moe_ext.training.checkpoint.earlier import limit_earlier_runs, set_a
 from litgpt_moe_ext.training.checkpoint.progress import next_attempt, sequences_of, step_of
 from litgpt_moe_ext.training.checkpoint.resume import damage_of, find_resume_file
 from litgpt_moe_ext.training.parallel.agreement import agree
+from litgpt_moe_ext.wording import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -103,7 +104,7 @@ def choose_checkpoint(plan: Plan, say: Callable[[str], None], read_all: bool = T
     elif initial is not None:
         if damage := damage_of(initial, read_all):
             raise SettingsError(
-                f"initial_checkpoint_dir: {str(initial)!r} is not a whole checkpoint: {damage}; copy it again, or "
+                f"initial_checkpoint_dir: {quoted(initial)} is not a whole checkpoint: {damage}; copy it again, or "
                 "name another"
             )
         require_same_weights("initial_checkpoint_dir", initial, plan.config)
@@ -137,7 +138,7 @@ def same_corpora(start: Start, settings: dict[str, Any]) -> Iterator[None]:
     def check(directory: Path, _finished: bool) -> None:
         if directory.name not in start.corpora:
             raise SettingsError(
-                f"resume: {str(start.resume_dir)!r} was trained on the corpus {' and '.join(sorted(start.corpora))}, "
+                f"resume: {quoted(start.resume_dir)} was trained on the corpus {' and '.join(sorted(start.corpora))}, "
                 f"but the data are now {directory.name} ({cause}); resume with the original data, or {FROM_ITS_WEIGHTS}"
             )
 

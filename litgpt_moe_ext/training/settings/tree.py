@@ -19,6 +19,7 @@ from litgpt_moe_ext.training.settings.loop import (
 )
 from litgpt_moe_ext.training.settings.outputs import CheckpointArgs, EvaluateArgs, SampleArgs
 from litgpt_moe_ext.training.settings.section import Section
+from litgpt_moe_ext.wording import quoted
 
 if TYPE_CHECKING:
     from litgpt.config import Config
@@ -110,6 +111,6 @@ class Settings(Section):
             yield f"devices: {self.devices} must be auto, -1 or an integer of at least 1"
         if self.initial_checkpoint_dir is not None and self.resume not in (False, "auto"):
             yield (
-                f"resume: {str(self.resume)!r} must be auto or false beside initial_checkpoint_dir: "
-                f"{str(self.initial_checkpoint_dir)!r}"
+                f"resume: {quoted(self.resume)} must be auto or false beside initial_checkpoint_dir: "
+                f"{quoted(self.initial_checkpoint_dir)}"
             )

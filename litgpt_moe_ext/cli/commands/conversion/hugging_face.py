@@ -1,11 +1,10 @@
 """`litgpt-moe import` and `litgpt-moe export`: checkpoints of other libraries, to and fro."""
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from litgpt_moe_ext.wording import counted
+from litgpt_moe_ext.wording import counted, in_shell
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Import:
             print(f"{problem}. `litgpt generate` needs one in {self.out_dir}")
         flags = ["--model_config", str(self.out_dir), "--initial_checkpoint_dir", str(self.out_dir)]
         flags += ["--train.tie_embeddings", "true"] if done.tied else []
-        print(f"Train it further: {shlex.join(['litgpt-moe', 'train', '--config', 'RECIPE', *flags])}")
+        print(f"Train it further: {in_shell('litgpt-moe', 'train', '--config', 'RECIPE', *flags)}")
 
 
 def _problem_with_tokenizer(hf_dir: Path, out_dir: Path, vocab_size: int) -> str | None:

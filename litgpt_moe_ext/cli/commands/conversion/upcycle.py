@@ -1,10 +1,10 @@
 """`litgpt-moe upcycle`."""
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from litgpt_moe_ext.field_types import NonNegativeInt
+from litgpt_moe_ext.wording import in_shell
 
 
 @dataclass(frozen=True)
@@ -31,4 +31,4 @@ class Upcycle:
         upcycle(self.dense_dir, self.out_dir, load_recipe(self.recipe).config, self.seed)
         print(f"Wrote {self.out_dir}; train it with")
         places = ["--config", str(self.recipe), "--initial_checkpoint_dir", str(self.out_dir)]
-        print(f"  {shlex.join(['litgpt-moe', 'train', *places])}")
+        print(f"  {in_shell('litgpt-moe', 'train', *places)}")

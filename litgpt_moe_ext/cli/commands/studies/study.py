@@ -1,13 +1,12 @@
 """`litgpt-moe study`."""
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import NonNegativeInt, PositiveFloat, PositiveInt
-from litgpt_moe_ext.wording import counted
+from litgpt_moe_ext.wording import counted, in_shell
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.study import plan
@@ -83,7 +82,7 @@ class Study:
     def _command(self) -> str:
         options = {"--scale": self.scale, "--out_dir": self.out_dir}
         given = [word for name, value in options.items() if value for word in (name, str(value))]
-        return shlex.join(["litgpt-moe", "study", str(self.study), *given])
+        return in_shell("litgpt-moe", "study", self.study, *given)
 
     def _train(self, runs: "list[plan.Run]", runs_dir: Path) -> "Outcome":
         from litgpt_moe_ext.study.launch import train
@@ -101,7 +100,7 @@ class Study:
         write_text(file, slurm_script(self._command(), runs, min(gpus, 1)))
         print(f"Wrote {file}, {counted(runs, 'run')}; afterwards `{self._command()} --report` writes the page")
         if not gpus:
-            command = shlex.join(["sbatch", "--gres=gpu:1", str(file)])
+            command = in_shell("sbatch", "--gres=gpu:1", file)
             print(f"This machine has no GPU, so its tasks ask for none; `{command}` does")
         return 0
 

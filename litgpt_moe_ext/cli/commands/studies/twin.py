@@ -1,12 +1,12 @@
 """`litgpt-moe twin`."""
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import NonNegativeInt, PositiveInt
+from litgpt_moe_ext.wording import in_shell, quoted
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.study.twin import Experts
@@ -44,9 +44,9 @@ class Twin:
         from litgpt_moe_ext.study.recipes import twin_text
 
         if not self.recipe.is_file():
-            raise SettingsError(f"recipe: {str(self.recipe)!r} must be a recipe (YAML file)")
+            raise SettingsError(f"recipe: {quoted(self.recipe)} must be a recipe (YAML file)")
         if self.out.exists():
-            raise SettingsError(f"out: {str(self.out)!r} exists; name a new file")
+            raise SettingsError(f"out: {quoted(self.out)} exists; name a new file")
         experts = self._experts()
         kind = "dense" if experts is None else "MoE"
         what = "FLOPs of a training step" if self.by == "flops" else "active parameters"
@@ -55,7 +55,7 @@ class Twin:
             f"    {self._command()}",
         )
         write_text(self.out, twin_text(self.recipe, self.by, experts, header))
-        card = shlex.join(["litgpt-moe", "model-card", str(self.out)])
+        card = in_shell("litgpt-moe", "model-card", self.out)
         print(f"Wrote {self.out}, the {kind} twin of {self.recipe} by {self.by}; `{card}` shows its cost")
 
     def _experts(self) -> "Experts | None":
@@ -78,4 +78,4 @@ class Twin:
             many = {"n_expert": self.n_expert} if self.n_expert else {"sparsity": self.sparsity}
             options |= {**many, "granularity": self.granularity, "n_shared_expert": self.n_shared_expert}
         given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        return shlex.join(["litgpt-moe", "twin", str(self.recipe), str(self.out), *given])
+        return in_shell("litgpt-moe", "twin", self.recipe, self.out, *given)

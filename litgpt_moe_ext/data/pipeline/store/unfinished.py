@@ -21,6 +21,7 @@ from litgpt_moe_ext.data.pipeline.store.finished import STATE
 from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.files.durable import flush, replacing
 from litgpt_moe_ext.files.lock import ProcessLock
+from litgpt_moe_ext.wording import quoted
 
 DAYS = 14
 UNFINISHED, LOCK = ".unfinished", ".lock"
@@ -112,7 +113,7 @@ def only_one(directory: Path, verbose: bool) -> Iterator[None]:
         owner = lock.take()
     except OSError as error:
         raise SettingsError(
-            f"data_path: {str(root)!r} cannot be used as a cache folder ({error.strerror or error}); set data_path to "
+            f"data_path: {quoted(root)} cannot be used as a cache folder ({error.strerror or error}); set data_path to "
             "a folder in which files can be created and locked"
         ) from error
     if owner is not None:
@@ -134,7 +135,7 @@ def writing(data_path: Path) -> Iterator[None]:
         if error.errno not in _DISK_ERRORS:
             raise
         raise SettingsError(
-            f"data_path: preparing the corpus in {str(data_path)!r} failed ({error.strerror or error}), what is done "
+            f"data_path: preparing the corpus in {quoted(data_path)} failed ({error.strerror or error}), what is done "
             "is kept; free disk space or set data_path to another disk, then run again"
         ) from error
 

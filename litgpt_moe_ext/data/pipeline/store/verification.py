@@ -4,13 +4,13 @@ Each file is compared with its checksum when a corpus is first used in a locatio
 """
 
 import os
-import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from litgpt_moe_ext.data.pipeline.hashes import FileHashes
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files import checksums
+from litgpt_moe_ext.wording import in_shell
 
 _LARGE_BYTES = 4_000_000_000  # read in some seconds
 
@@ -68,7 +68,7 @@ def _compare(directory: Path, files: Mapping[Path, str], remedy: str, verbose: b
     new = [file for file in files if not (file.is_file() and hashes.remembers(file))]
     if new and not os.access(directory.parent, os.W_OK):
         if verbose:
-            check = f"cd {shlex.quote(str(directory))} && sha256sum -c {checksums.FILE_NAME}"
+            check = f"cd {in_shell(directory)} && sha256sum -c {checksums.FILE_NAME}"
             print(f"{directory} is not checked, as nothing can be written beside it; to check it by hand: {check}")
         return
     size = sum(file.stat().st_size for file in new if file.is_file())

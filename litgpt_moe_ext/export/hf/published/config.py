@@ -11,6 +11,7 @@ from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.export.hf.published.names import by_names_of_readers
 from litgpt_moe_ext.export.hf.published.quantized import Quantization, quantization_of
 from litgpt_moe_ext.export.hf.published.settings import READERS
+from litgpt_moe_ext.wording import quoted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -56,11 +57,11 @@ def read_published(hf_dir: Path) -> Published:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise SettingsError(
-            f"hf_dir: {str(path)!r} cannot be read ({reason}); name a Hugging Face checkpoint"
+            f"hf_dir: {quoted(path)} cannot be read ({reason}); name a Hugging Face checkpoint"
         ) from error
     if not isinstance(model_type, str) or model_type not in READERS:
         raise SettingsError(
-            f"hf_dir: {str(path)!r} is a {model_type}; known architectures: {', '.join(sorted(READERS))}"
+            f"hf_dir: {quoted(path)} is a {model_type}; known architectures: {', '.join(sorted(READERS))}"
         )
     raw = by_names_of_readers(model_type, entries)
     quantization = quantization_of(raw)
@@ -76,9 +77,9 @@ def read_published(hf_dir: Path) -> Published:
     except SettingsError:
         raise
     except KeyError as error:
-        raise SettingsError(f"hf_dir: {str(path)!r} does not say {error}; name a whole checkpoint") from error
+        raise SettingsError(f"hf_dir: {quoted(path)} does not say {error}; name a whole checkpoint") from error
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # of values of another type
-        raise SettingsError(f"hf_dir: {str(path)!r} is damaged ({one_line(error)}); copy it again") from error
+        raise SettingsError(f"hf_dir: {quoted(path)} is damaged ({one_line(error)}); copy it again") from error
     left_out = re.compile(rf"model\.(?:mtp_|layers\.(?:{beyond})\.)")
     name = hf_dir.resolve().name
     norm = settings.get("norm_class_name")

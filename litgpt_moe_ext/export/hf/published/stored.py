@@ -14,6 +14,7 @@ from torch import Tensor
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.hf.published.quantized import Quantization, from_fp8, from_mxfp4
 from litgpt_moe_ext.export.hf.shards import INDEX_FILE
+from litgpt_moe_ext.wording import quoted
 
 # Tensors that transformers recomputes, or that only old versions stored.
 _IGNORED = re.compile(r"(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
@@ -51,7 +52,7 @@ class StoredWeights:
             try:
                 file = safe_open(path, "pt")
             except (OSError, SafetensorError) as error:
-                raise SettingsError(f"hf_dir: {str(path)!r} cannot be read ({error}); copy it again") from error
+                raise SettingsError(f"hf_dir: {quoted(path)} cannot be read ({error}); copy it again") from error
             names = file.keys()
             self._stored |= {name: (file, name) for name in names}
         for prefix, table in (name.split(".", 1) for name in _EMBEDDINGS):
@@ -176,13 +177,13 @@ def _files(hf_dir: Path) -> list[Path]:
         return [whole]
     if not index.is_file():
         raise SettingsError(
-            f"hf_dir: {str(hf_dir)!r} has neither {whole.name} nor {INDEX_FILE}; open it with transformers and "
+            f"hf_dir: {quoted(hf_dir)} has neither {whole.name} nor {INDEX_FILE}; open it with transformers and "
             "save_pretrained() it"
         )
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SettingsError(f"hf_dir: {str(index)!r} cannot be read ({error}); copy it again") from error
+        raise SettingsError(f"hf_dir: {quoted(index)} cannot be read ({error}); copy it again") from error
     for name in names:
         path = hf_dir / name
         # The hub's cache has links.

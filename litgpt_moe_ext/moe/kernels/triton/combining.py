@@ -57,7 +57,7 @@ def _combine(y, gates, added, out, sizes, FORM: constexpr):
     live_M = token_M < sizes.n_token
     inside_MN = live_M[:, None] & (d_N < sizes.width)[None, :]
     sum_MN = tl.full((FORM.rows, FORM.columns), 0.0, tl.float32)
-    for k in tl.static_range(constexpr(FORM.top_k)):  # to Triton 3.6 the fields of a constant are none
+    for k in tl.static_range(tl.constexpr(FORM.top_k)):  # to Triton 3.6 the fields of a constant are none
         choice_M = token_M * FORM.top_k + k
         y_MN = y + choice_M[:, None] * sizes.width + d_N[None, :]
         part_MN = tl.load(y_MN, mask=inside_MN, other=0.0).to(tl.float32)
