@@ -213,6 +213,15 @@ def edited(tmp_path, content: bytes, say) -> bytes:
     return (tmp_path / "table.csv").read_bytes()
 
 
+@pytest.fixture
+def fields_of_usual_length():
+    """As others raise Python's limit for the whole process."""
+    before = csv.field_size_limit(128 * 1024)
+    yield
+    csv.field_size_limit(before)
+
+
+@pytest.mark.usefixtures("fields_of_usual_length")
 @pytest.mark.parametrize(
     "content", [b"step;loss\n1;a\n2;a\n", "step,loss\n1,a\n2,a\n".encode("utf-16"), b"step\n" + b"x" * 200_000 + b"\n"]
 )
