@@ -33,6 +33,8 @@ def devices() -> Iterator[Finding]:
     import psutil
     import torch
 
+    from litgpt_moe_ext.training.parallel.accelerator import unused_gpu
+
     memory = psutil.virtual_memory()
     capability = torch.backends.cpu.get_cpu_capability()
     yield Finding(
@@ -42,10 +44,9 @@ def devices() -> Iterator[Finding]:
         f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB of memory free",
     )
     if not torch.cuda.is_available():
-        built = (
-            f"torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch was built without CUDA"
-        )
-        yield Finding("GPU", "note", f"none that torch can use ({built}); everything runs on the CPU")
+        cuda = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        reason = unused_gpu() or f"torch was built {cuda}"
+        yield Finding("GPU", "note", f"none that torch can use; everything runs on the CPU: {reason}")
         return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)

@@ -1,11 +1,28 @@
 """The device type that a run trains on, and its default precision."""
 
+import os
+import shutil
+
 import torch
 
 
 def accelerator_here() -> str:
     """Return the device type that training will use."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def unused_gpu() -> str | None:
+    """Return why torch cannot use the NVIDIA GPU of this machine; None if it can, or there is none, or it is hidden."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    # The driver brings this program, on Windows too.
+    if hidden or torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
+        return None
+    if torch.version.cuda is None:
+        return (
+            "torch was built without CUDA, as PyPI's is for Windows (uv pip install --reinstall-package torch torch "
+            "--torch-backend=auto, then uv run --no-sync)"
+        )
+    return f"torch was built for CUDA {torch.version.cuda}, for which the driver may be too old"
 
 
 def default_precision(accelerator: str) -> str:

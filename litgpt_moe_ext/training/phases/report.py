@@ -12,6 +12,7 @@ from litgpt_moe_ext.training.checkpoint.changes import resume_notes
 from litgpt_moe_ext.training.checkpoint.compatibility import start_notes
 from litgpt_moe_ext.training.checkpoint.progress import BEST, FINAL, step_of
 from litgpt_moe_ext.training.logs import METRICS_FILE, TRANSCRIPT_FILE
+from litgpt_moe_ext.training.parallel.accelerator import unused_gpu
 from litgpt_moe_ext.wording import abbreviated, counted, in_shell
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def announce(launched: Launched, start: Start, equipment: Equipment) -> None:
         f"{plan.config.name or 'model'}: {abbreviated(size.total)} parameters, {abbreviated(size.active)} "
         f"active per token, on {fabric.world_size} x {fabric.device.type}, {fabric.strategy.precision.precision}"
     )
+    if fabric.device.type == "cpu" and (reason := unused_gpu()) is not None:
+        say(f"  The GPU of this machine is not used: {reason}")
     say(str(equipment.compile))
     if fabric.device.type == "cuda":
         say(str(equipment.graphs))

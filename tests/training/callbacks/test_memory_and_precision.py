@@ -161,14 +161,3 @@ def test_matmul_precision(recipe, monkeypatch):
     assert train("--config", recipe(train={"max_tokens": 128}), "--float32_matmul_precision", "medium") == 0
     assert chosen == ["medium", before]
     assert torch.get_float32_matmul_precision() == before
-
-
-def test_turing_trains_in_float16(monkeypatch):
-    """torch counts GPUs that only emulate bfloat16; there float16 is the fast one."""
-    from litgpt_moe_ext.training.parallel.accelerator import default_precision
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert default_precision("cuda") == "16-mixed"
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert default_precision("cuda") == "bf16-mixed"
-    assert default_precision("cpu") == "32-true"
