@@ -303,7 +303,7 @@ _OTHERS = {
     "NAME", "KEY", "value", "log-to-wandb", "log_to_wandb", "standalone", "nproc_per_node", "master_port", "extra",
     "no-optional-locks", "porcelain", "short",
     "signal", "ntasks", "ntasks-per-node", "include", "repo-type", "local-dir", "tasks", "output", "array", "gres",
-    "trust-remote-code", "model-impl",
+    "trust-remote-code", "model-impl", "reinstall-package", "torch-backend", "no-sync",
 }  # fmt: skip
 
 
