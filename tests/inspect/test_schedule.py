@@ -10,6 +10,7 @@ from litgpt import Config
 
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.cli.train import main as train_main
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.runs.schedule import planned_rates, schedule_figure
 from litgpt_moe_ext.training.settings import ScheduleArgs, TrainArgs
 from tests.runs import logged
@@ -37,6 +38,17 @@ def test_max_steps_cuts_the_same_curve(recipe):
     cut = planned_rates(settings_of(recipe("cut", train={"max_steps": 5})), "cosine")
     assert len(whole) == 12
     assert cut == whole[:5]
+
+
+def test_more_steps_than_can_be_drawn(recipe):
+    """LitGPT's default number of tokens is that of a training on hundreds of GPUs."""
+    settings = settings_of(recipe("default", train={"max_tokens": 3_000_000_000_000}))
+    with pytest.raises(
+        SettingsError, match=r"^train\.max_tokens: 3000000000000 are [\d,]+ steps of .* train\.max_steps$"
+    ):
+        planned_rates(settings, "cosine")
+    cut = settings_of(recipe("cut", train={"max_tokens": 3_000_000_000_000, "max_steps": 5}))
+    assert len(planned_rates(cut, "cosine")) == 5
 
 
 def test_command(tmp_path, capsys):

@@ -18,6 +18,9 @@ from litgpt_moe_ext.training.settings.loop import ScheduleName
 
 _STYLES = ("-", "--", "-.", ":")
 
+# A minute of stepping the scheduler. LitGPT's default of 3e12 tokens would be a hundred million small steps.
+_MOST_STEPS = 10_000_000
+
 
 def planned_rates(settings: Settings, name: ScheduleName) -> list[float]:
     """Return the learning rate of every optimizer step of a training, from the code that the training runs.
@@ -27,7 +30,8 @@ def planned_rates(settings: Settings, name: ScheduleName) -> list[float]:
         name: Name of the schedule, instead of the recipe's.
 
     Raises:
-        SettingsError: If the training has no step, or needs its data to know the length of the warm-up.
+        SettingsError: If the training has no step or too many to list, or needs its data to know the length of the
+            warm-up.
     """
     train = settings.train
     check_batch(train.global_batch_size, train.micro_batch_size, processes=1)
@@ -46,6 +50,11 @@ def planned_rates(settings: Settings, name: ScheduleName) -> list[float]:
     if steps < 1:
         raise SettingsError(
             f"train.max_tokens: {train.max_tokens} must be at least {tokens_per_step}, the tokens of one step"
+        )
+    if steps > _MOST_STEPS:
+        raise SettingsError(
+            f"train.max_tokens: {train.max_tokens} are {steps:,} steps of {tokens_per_step} tokens, of which at most "
+            f"{_MOST_STEPS:,} are drawn; set it to what the run is to train on, or give train.max_steps"
         )
     # As LitGPT counts in one process, which this need not import for it.
     accumulation = train.global_batch_size // train.micro_batch_size
