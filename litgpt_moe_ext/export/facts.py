@@ -182,7 +182,7 @@ def facts_of(config: "Config", state: "dict[str, Tensor]") -> Facts:
 def _require_exportable(config: "Config") -> None:
     for name, unused in _UNSUPPORTED.items():
         value = getattr(config, name)
-        if value != unused and not (unused is None and not value):
+        if value != unused:
             raise SettingsError(f"model_config.{name}: {value!r} must be {unused!r} for an export; train without it")
     if config.mlp_class_name not in (*MOE_CLASS_NAMES, *_DENSE):
         raise SettingsError(

@@ -130,6 +130,14 @@ def test_headerless_files_of_any_vocabulary_are_read(tmp_path, vocab_size):
     assert open_shard(tmp_path / "a.bin").tolist() == ids.tolist()
 
 
+def test_headerless_files_whose_bytes_are_characters_but_no_text_are_read(tmp_path):
+    """Of ids that are all above 8,224, without a byte that ends lines or controls a terminal."""
+    ids = (0x8080 + np.arange(100)).astype("<u2")
+    assert min(ids.tobytes()) >= 32
+    ids.tofile(tmp_path / "a.bin")
+    assert open_shard(tmp_path / "a.bin").tolist() == ids.tolist()
+
+
 def test_headerless_files_with_low_ids_at_every_second_place_are_read(tmp_path):
     """As of a task of numbers with labels."""
     ids = np.stack([np.arange(1000), np.arange(1000) % 2], 1).ravel().astype("<u2")

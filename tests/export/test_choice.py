@@ -6,6 +6,7 @@ import pytest
 import torch
 from litgpt import Config
 
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.architecture import choose
 from litgpt_moe_ext.export.facts import facts_of
 from litgpt_moe_ext.export.gguf.architectures import GRAPHS
@@ -59,6 +60,41 @@ def chosen(settings: dict[str, Any], **state: torch.Tensor) -> tuple[str | None,
 @pytest.mark.parametrize(("base", "change", "cls", "graph"), CHOICES, ids=lambda value: str(value)[:60])
 def test_one_difference(base, change, cls, graph):
     assert chosen({**CASES[base][1], **change}) == (cls, graph)
+
+
+DENSE = {**CASES["llama"][1], **dict.fromkeys(("attention_class_name", "attention_sinks", "rope_adjustments"))}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parallel_residual": True}, "parallel_residual: True must be False for an export"),
+        ({"parallel_residual": True, "shared_attention_norm": True}, "parallel_residual: True must be False"),
+        ({"post_attention_norm": True}, "post_attention_norm: True must be False"),
+        ({"post_mlp_norm": True}, "post_mlp_norm: True must be False"),
+        ({"norm_1": False}, "norm_1: False must be True"),
+        ({"norm_2": False}, "norm_2: False must be True"),
+        ({"scale_embeddings": True}, "scale_embeddings: True must be False"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping: 30.0 must be None"),
+        ({"attention_logit_softcapping": 50.0}, "attention_logit_softcapping: 50.0 must be None"),
+        ({"rope_local_base_freq": 1000.0, "rope_indices": [0, 1, 0]}, "rope_local_base_freq: 1000.0 must be None"),
+        ({"rope_condense_ratio": 2}, "rope_condense_ratio: 2 must be 1"),
+        ({"mlp_class_name": "GemmaMLP"}, "mlp_class_name: GemmaMLP must be one of .*, LLaMAMLP, "),
+        ({"rotary_percentage": 0.75, "head_size": 4}, "rotary_percentage: 3 rotated elements must be even"),
+    ],
+    ids=lambda value: next(reversed(value)) if isinstance(value, dict) else "",
+)
+def test_what_no_format_expresses_is_refused(change, message):
+    """Weights of the same names and shapes as without it, which would compute something else there."""
+    with pytest.raises(SettingsError, match=rf"^model_config\.{message}"):
+        chosen({**DENSE, "mlp_class_name": "LLaMAMLP", **change})
+
+
+def test_a_dynamic_base_is_refused():
+    """Of which classes disagree on the length that chooses it."""
+    dynamic = {"dynamic": True, "factor": 4.0, "original_max_seq_len": 16}
+    with pytest.raises(SettingsError, match=r"^model_config\.rope_adjustments\.dynamic: true must be left out"):
+        chosen({**CASES["llama"][1], "rope_adjustments": dynamic})
 
 
 def test_a_balancing_bias_counts_where_it_distinguishes_experts():

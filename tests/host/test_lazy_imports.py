@@ -103,6 +103,7 @@ def package(tmp_path, monkeypatch):
             from {name}.metric import Metric, helper as aid
             from .functional import accuracy
             calls.append(accuracy.__name__)
+            kind = accuracy.__name__
             __all__ = ["Metric", "accuracy", "aid", "functional"]
         """,
         "base": f"from {name} import log\nfrom {name}.metric import Metric",
@@ -151,6 +152,7 @@ def test_a_split_package_waits(package):
     [
         "import {0}; {0}.accuracy",
         "import {0}; {0}.aid",
+        "import {0}; {0}.kind",
         "import {0}; assert 'accuracy' in dir({0})",
         "import {0}.functional",
         "from {0}.functional import accuracy",

@@ -1,6 +1,6 @@
 """Heat maps of the experts' load in the loggers that show pictures."""
 
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -62,6 +62,16 @@ def test_a_picture_that_cannot_be_written_ends_no_run(monkeypatch, kind, method)
     for _ in range(2):
         images.on_logged({"loss": 1.0, "val_loss": 1.0, "moe_load_00/expert_00": 1.0})
     assert said == ["  the logger failed: No space left on device. Training goes on."]
+
+
+def test_other_processes_draw_nothing(monkeypatch):
+    """The others have no logger that shows it."""
+    drawn = []
+    monkeypatch.setattr(expert_images, "_draw", lambda *_: drawn.append(1))
+    for first in (False, True):
+        images = ExpertImages("tiny", MagicMock(is_global_zero=first, step=1))
+        images.on_logged({"loss": 1.0, "val_loss": 1.0, "moe_load_00/expert_00": 1.0})
+        assert len(drawn) == first
 
 
 @pytest.mark.slow

@@ -750,11 +750,13 @@ def test_resume_notes(recipe, finished, tmp_path, capsys):
     assert resume_notes(checkpoint, {**saved, "resume": "auto", "out_dir": "other"}) == []
     optimizer = {**saved["optimizer"], "init_args": {**saved["optimizer"]["init_args"], "lr": 0.5}}
     averaging = {"ema": {"decay": 0.9}, "evaluate": {**saved["evaluate"], "hellaswag": "questions.jsonl"}}
-    changed = {**saved, "precision": "bf16-mixed", "optimizer": optimizer, **averaging}
+    data = {**saved["data"], "init_args": {**saved["data"]["init_args"], "train_count": 9}}
+    changed = {**saved, "precision": "bf16-mixed", "optimizer": optimizer, "data": data, **averaging}
     rate = saved["optimizer"]["init_args"]["lr"]
     assert set(resume_notes(checkpoint, changed)[0].removeprefix("changed since the checkpoint: ").split(", ")) == {
         f"precision {saved.get('precision', 'null')} -> bf16-mixed",
         f"optimizer.lr {rate} -> 0.5",
+        "data.train_count null -> 9",
         "ema.decay null -> 0.9",
         "evaluate.hellaswag null -> questions.jsonl",
     }
