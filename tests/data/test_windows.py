@@ -57,6 +57,7 @@ def test_best_fit_by_hand():
     # 2 goes where 3 are left, not where 4 are, although that window opened later.
     assert best_fit(np.array([2, 6, 7]), 10).tolist() == [0, 1, 0]
     assert best_fit(np.array([10, 10]), 10).tolist() == [0, 1]
+    assert best_fit(np.array([1, 10, 1]), 10).tolist() == [0, 1, 0]
     assert best_fit(np.array([], np.int64), 10).tolist() == []
 
 

@@ -131,6 +131,7 @@ def test_a_search_of_few_values_trains_each_once(tmp_path):
     ({"seeds": 3}, "seeds: 3 must be a list"),
     ({"grid": {"seed": 3}}, "grid.seed: 3 must be a list"),
     ({"grid": {"size": {"large": 3}}}, "grid.size: .* settings by name"),
+    ({"grid": {"size": {"small": {}, "large": 3}}}, "grid.size: .* settings by name"),
     ({"search": {"optimizer.lr": [1]}}, "search.points: None must be the number of points, from 1 to 10000"),
     ({"search": {"points": 10**19, "optimizer.lr": [1]}}, "search.points: 10000000000000000000 must be the number"),
     ({"search": {"points": 2}}, "must have 1 to 6 settings to search"),
