@@ -235,6 +235,15 @@ def test_gpt2_from_its_vocabulary_and_merges(tmp_path, names):
     assert manifest["eos_id"] == ours.eos_id == theirs.eos_token_id == manifest["vocab_size"] - 1
 
 
+def test_a_damaged_vocabulary_of_gpt2_is_named(tmp_path):
+    folder = gpt2_files(tmp_path / "gpt2")
+    (folder / "merges.txt").write_text("#version: 0.2\nno merge\n")
+    data = tiny_txt(tmp_path)
+    data.bpe, data.tokenizer_dir = None, folder
+    with pytest.raises(SettingsError, match=r"vocab.json and .*merges.txt are not a GPT-2 vocabulary"):
+        data.prepare_tokenizer()
+
+
 def test_a_local_directory_in_hugging_face_format(tmp_path):
     """Such as StarCoder2's: special tokens first, digits apart, saved by transformers."""
     train_bpe(TRAIN, BPESettings(400, ("<|endoftext|>", "<fim_prefix>")), tmp_path / "raw")

@@ -41,7 +41,7 @@ from litgpt_moe_ext.data.pipeline.store.finished import (
     read_manifest,
     unigram_loss,
 )
-from litgpt_moe_ext.data.pipeline.store.unfinished import State
+from litgpt_moe_ext.data.pipeline.store.unfinished import State, remove_leftovers
 from litgpt_moe_ext.data.reading.documents import documents
 from litgpt_moe_ext.data.reading.record import Record, TextFormat
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings, train_bpe
@@ -237,6 +237,13 @@ def test_unfinished_corpora_that_nobody_goes_on_with(files, tmp_path, capsys):
     assert read_manifest(corpus)
 
 
+def test_a_corpus_that_is_finished_meanwhile_is_not_called_abandoned(tmp_path, monkeypatch):
+    (tmp_path / ".finished.unfinished").mkdir()
+    monkeypatch.setattr(Path, "iterdir", lambda path: path.rename(tmp_path / "finished").glob("*"))
+    assert remove_leftovers(tmp_path) == []
+    assert (tmp_path / "finished").exists()
+
+
 LIMITED = """
 import resource, sys
 from pathlib import Path
@@ -401,6 +408,23 @@ def test_a_file_that_was_just_written_is_read_again(tmp_path):
     hashes.hash(path)
     hashes.save()
     assert not (tmp_path / ".file_hashes.json").exists()
+
+
+def test_hashes_outlive_a_run_and_are_a_convenience(tmp_path, capsys):
+    path = write_lines(tmp_path / "a.jsonl", ["one"])
+    os.utime(path, (1, 1))
+    for folder in (tmp_path / "new" / "below", path / "below"):  # the second is in a file
+        FileHashes(folder).save()
+        assert not folder.exists()
+        hashes = FileHashes(folder)
+        known = hashes.hash(path)
+        for _ in range(2):
+            hashes.save()
+    assert FileHashes(tmp_path / "new" / "below").remembers(path)
+    assert FileHashes(tmp_path / "new" / "below").hash(path) == known
+    assert capsys.readouterr().out.count("File hashes could not be saved") == 1
+    with pytest.raises(SettingsError, match=r"gone.jsonl cannot be read \(No such file or directory\); check the file"):
+        hashes.hash(tmp_path / "gone.jsonl")
 
 
 def test_the_first_so_many_documents(files, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from litgpt_moe_ext.data.pipeline.encoding import Encoder
 from litgpt_moe_ext.data.tokenizer.bpe import EOS_TOKEN, BPESettings, train_bpe
 from litgpt_moe_ext.data.tokenizer.files import read_tokenizer
-from litgpt_moe_ext.data.tokenizer.opening import open_for_documents, special_token
+from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt, open_for_documents, special_token
 from litgpt_moe_ext.data.tokenizer.threads import threads_for_tokenizers
 from litgpt_moe_ext.errors import SettingsError
 from tests.runs import PATIENCE
@@ -247,6 +247,13 @@ def test_damaged_or_missing_files(tmp_path):
         (tmp_path / "tokenizer_config.json").write_text(content)
         with pytest.raises(SettingsError, match="tokenizer_config.json is not valid JSON"):
             found(tmp_path, "eos")
+
+
+def test_a_tokenizer_without_a_class_is_opened_with_the_fix(directory, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ValueError, match='names no class; add "tokenizer_class": "PreTrainedTokenizerFast" to it'):
+        open_as_litgpt(tmp_path)
 
 
 def test_threads_are_used_inside_and_off_afterwards(monkeypatch):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +60,15 @@ def test_a_corpus_that_may_not_be_read_is_not_called_damaged(corpus, hidden, mon
 
     monkeypatch.setattr(os, "access", access)
     with pytest.raises(SettingsError, match=rf"^{corpus / hidden} cannot be read .*; have its owner make it readable"):
+        read_manifest(corpus)
+
+
+def test_a_corpus_in_a_folder_that_may_not_be_entered_is_not_called_missing(corpus, monkeypatch):
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", closed)
+    with pytest.raises(SettingsError, match=rf"^{corpus} cannot be read .*; have its owner make it readable"):
         read_manifest(corpus)
 
 
