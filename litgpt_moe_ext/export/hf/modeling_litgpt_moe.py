@@ -367,16 +367,13 @@ class LitGPTMoEPreTrainedModel(PreTrainedModel):
             self._keep_in_fp32_modules = self._keep_in_fp32_modules_strict = ["balancing_bias"]
 
     def _init_weights(self, module):
-        std = self.config.initializer_range
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=std)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, (LitGPTMoERMSNorm, nn.LayerNorm)):
-            nn.init.ones_(module.weight)
-        elif isinstance(module, (LitGPTMoEExperts, LitGPTMoERouter)):
-            for name, parameter in module.named_parameters(recurse=False):
-                (nn.init.zeros_ if name.endswith("bias") else lambda p: nn.init.normal_(p, std=std))(parameter)
+        for name, parameter in module.named_parameters(recurse=False):
+            if name.endswith(("bias", "sinks")):
+                nn.init.zeros_(parameter)
+            elif isinstance(module, (LitGPTMoERMSNorm, nn.LayerNorm)):
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, std=self.config.initializer_range)
 
 
 class LitGPTMoEModel(LitGPTMoEPreTrainedModel):

@@ -180,7 +180,7 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
             "routed_scaling_factor": 1.7,
             "rope_adjustments": YARN,
             "sliding_window_size": 9,
-            "sliding_window_indices": [1, 0, 1],
+            "sliding_window_indices": [0, 1, 1],
         },
         True,
     ),

@@ -1,9 +1,12 @@
 """The model's own code in an export, used as transformers uses its own classes: for fine-tuning, and in its parts."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, StaticCache
 
+from litgpt_moe_ext.export.hf.config_json import OWN_SETTINGS
 from litgpt_moe_ext.export.hf.write import export_checkpoint
 from tests.export.hf.models import CASES, make_checkpoint
 
@@ -19,6 +22,31 @@ def folder(request, tmp_path):
 
 def open_model(folder):
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_settings_have_defaults(folder):
+    """All that an export writes of the model, so that one of another size can be made from few."""
+    written = json.loads((folder / "config.json").read_text()).keys() - {"auto_map", OWN_SETTINGS}
+    model = open_model(folder)
+    assert [name for name in written if not hasattr(type(model.config)(), name)] == []
+    smaller = type(model)(type(model.config)(num_hidden_layers=1, vocab_size=97))
+    assert smaller(TOKENS[:1]).logits.shape == (1, 24, 97)
+
+
+def test_every_weight_that_a_file_lacks_has_a_beginning(folder):
+    """transformers 5 makes a model without any, and leaves the rest to these rules."""
+    model = open_model(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    model.apply(model._init_weights)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "sinks")):
+            assert torch.equal(parameter, torch.zeros_like(parameter)), name
+        elif "norm" in name:
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+        else:
+            assert 0.01 < parameter.std() < 0.03, name
 
 
 def test_losses_of_a_steps_batches_add_up(folder):
