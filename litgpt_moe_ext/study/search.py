@@ -76,8 +76,17 @@ def _value(values: Any, place: float) -> Any:
     whole = isinstance(low, int) and isinstance(high, int)
     if values.get("log"):
         found = low * (high / low) ** place
-        return round(found) if whole else float(f"{found:.3g}")
-    return low + int(place * (high - low + 1)) if whole else float(f"{low + (high - low) * place:.3g}")
+        return round(found) if whole else _rounded(found, values, found * math.log(high / low))
+    return low + int(place * (high - low + 1)) if whole else _rounded(low + (high - low) * place, values, high - low)
+
+
+def _rounded(found: float, ends: Mapping[str, float], width: float) -> float:
+    # To three digits, or to as many as a narrow range needs: 0.9996 is not 1.
+    for digits in range(3, 17):
+        value = float(f"{found:.{digits}g}")
+        if ends["low"] <= value <= ends["high"] and abs(value - found) <= width / 100:
+            return value
+    return found
 
 
 def by_place(searched: Sequence[str], groups: Mapping[str, list["Result"]]) -> dict[str, dict[str, list["Result"]]]:

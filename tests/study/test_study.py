@@ -43,7 +43,7 @@ from litgpt_moe_ext.study.report.compare import compared, comparison, grouped, s
 from litgpt_moe_ext.study.report.figures import balance_figure, loss_figure, search_figure, smooth
 from litgpt_moe_ext.study.report.page import COLUMNS, rows, study_page, verdicts
 from litgpt_moe_ext.study.results import MAX_VIO, Result
-from litgpt_moe_ext.study.search import best_in_words, best_points
+from litgpt_moe_ext.study.search import best_in_words, best_points, searched_points
 from tests.runs import ROOT, run_command
 from tests.settings import read_settings
 
@@ -116,6 +116,20 @@ def test_a_range_is_of_whole_numbers_where_both_ends_are(tmp_path):
         search = {"points": 3, "train.max_norm": {"low": low, "high": high, "log": log}}
         runs = load_study(write(tmp_path / "s.yaml", seeds=[1], search=search)).runs
         assert [run.settings["train.max_norm"] for run in runs] == values
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "log"),
+    [(0.99013, 0.99987, False), (0.99013, 0.99987, True), (1000.137, 1000.9, False), (-0.12349, -0.1234, False)],
+)
+def test_points_of_a_narrow_range_are_different_and_in_it(low, high, log):
+    """As of the decay of an average, which must be below 1."""
+    search = {"points": 2000, "ema.decay": {"low": low, "high": high, "log": log}}
+    found = [point["ema.decay"] for point in searched_points(search)]
+    assert len(set(found[:50])) == 50
+    assert low <= min(found) <= max(found) <= high
+    if low == 0.99013:
+        assert found[:3] == [0.995, 0.9926, 0.9974]
 
 
 def test_a_search_of_few_values_trains_each_once(tmp_path):

@@ -215,7 +215,8 @@ def test_ends_of_texts_that_only_the_description_of_the_model_names(exported):
     (folder / "hf" / "tokenizer_config.json").write_text("{}")
     (folder / "hf" / "generation_config.json").unlink()
     config = folder / "hf" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"bos_token_id": 10**9, "eos_token_id": [0, 9]}))
+    beyond = original.config.padded_vocab_size
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"bos_token_id": beyond, "eos_token_id": [0, 9]}))
     imported(folder)
     tokenizer = load_tokenizer(folder / "back")
     assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 0), "no model has the other"
