@@ -114,6 +114,25 @@ def test_what_an_entry_means(tmp_path, name, left_out, said, found):
     assert {key: getattr(config, key) for key in found} == found
 
 
+def test_defaults_of_transformers_5(tmp_path, monkeypatch):
+    """Its classes know rotary positions under one key."""
+    config_class = transformers.CONFIG_MAPPING["gpt_oss"]
+    theirs = config_class().to_dict()
+    rope = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+    rope |= {"original_max_position_embeddings": 4096, "rope_theta": 150000.0, "partial_rotary_factor": 1.0}
+    theirs = {key: value for key, value in theirs.items() if not key.startswith("rope_")}
+    monkeypatch.setattr(config_class, "to_dict", lambda _self: theirs | {"rope_parameters": rope})
+    content = PUBLISHED["gpt-oss-20b"][1]
+    read = []
+    for left_out in ((), ("rope_scaling", "rope_theta")):
+        file = json.dumps({key: value for key, value in content.items() if key not in left_out})
+        (tmp_path / "config.json").write_text(file)
+        read.append(read_published(tmp_path).settings)
+    assert read[0] == read[1]
+    assert read[0]["rope_base"] == 150000
+    assert read[0]["rope_adjustments"]["factor"] == 32.0
+
+
 class Refusal(Exception):
     """As transformers 5 refuses a value of another type."""
 

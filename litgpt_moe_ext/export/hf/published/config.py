@@ -94,15 +94,19 @@ def _defaults(raw: _Json, published_class: "type[PretrainedConfig]") -> _Json:
     # Some follow from sizes, such as Llama's head size.
     sizes = {key: raw[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads") if key in raw}
     try:
-        return published_class(**sizes).to_dict()
+        defaults = published_class(**sizes).to_dict()
     except Exception:  # transformers 5 has one of its own; what is wrong is said of the field that the size becomes
-        return published_class().to_dict()
+        defaults = published_class().to_dict()
+    # The classes of transformers 5 gather everything about rotary positions under one key, and so do its files.
+    if rope := dict(defaults.pop("rope_parameters", None) or {}):
+        defaults |= {key: rope.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+        defaults["rope_scaling"] = rope
+    return defaults
 
 
 def _with_defaults(raw: _Json, defaults: _Json) -> _Json:
     # Missing entries have the defaults of the class in transformers.
     hf = defaults | raw
-    # transformers 5 gathers everything about rotary positions under one key.
     rope = raw.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise SettingsError(f"hf_dir: rope_scaling: {rope!r} must be settings by name; copy config.json again")
