@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels import native
 from litgpt_moe_ext.moe.kernels.plan import Outer
+from litgpt_moe_ext.moe.kernels.routing import fused_router, router_product
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from tests.fake_cuda import CAPABILITIES, RECIPES, fake_cuda, forward_of_recipe
 from tests.models import moe_config
@@ -65,6 +66,36 @@ def test_gradients_of_wide_weights_are_torch_products_on_hopper(changed, fast):
         left, right = (torch.empty(8, case[side], dtype=case["dtype"], device="cuda") for side in ("left", "right"))
         outer = Outer(left, right, None, case["gathers_left"], not case["gathers_left"])
         assert native.sums_fast(outer) == fast
+
+
+@pytest.mark.parametrize(
+    ("changed", "ours"),
+    [
+        ({}, True),
+        ({"dtype": torch.float32}, True),
+        ({"dtype": torch.float64}, False),
+        ({"weight": torch.float64}, False),
+        ({"tokens": 1023}, False),
+        # A wide product has the more work to share.
+        ({"tokens": 4096, "width": 260}, False),
+        ({"tokens": 4096, "width": 512}, True),
+        ({"tokens": 4095, "width": 512}, False),
+        ({"experts": 65}, False),
+        ({"experts": 17, "capability": (7, 5)}, False),
+        ({"experts": 16, "capability": (7, 5)}, True),
+        ({"experts": 17, "hip": "6.4"}, False),
+        ({"experts": 16, "hip": "6.4"}, True),
+    ],
+    ids=str,
+)
+def test_small_products_of_routers_and_those_of_many_experts_are_torchs(changed, ours, monkeypatch):
+    case = {"capability": (8, 0), "dtype": torch.bfloat16, "weight": torch.float32, "hip": None} | changed
+    tokens, width, experts = (changed.get(*default) for default in (("tokens", 1024), ("width", 256), ("experts", 64)))
+    monkeypatch.setattr(torch.version, "hip", case["hip"])
+    monkeypatch.setattr(fused_router, "works_on", lambda x: True)
+    with fake_cuda(case["capability"]), torch.device("cuda"):
+        x, weight = torch.empty(tokens, width, dtype=case["dtype"]), torch.empty(experts, width, dtype=case["weight"])
+        assert router_product.works_on(x, weight) == ours
 
 
 @pytest.mark.slow

@@ -326,10 +326,11 @@ def test_activation_checkpointing(use_reentrant):
         assert torch.equal(tensor.grad, expected)
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
+def test_autocast(dtype, bias):
     """Products in the lower precision, sums over experts and all gradients in float32, as in the loop."""
-    experts = make_experts(torch.float32)
+    experts = make_experts(torch.float32, bias=bias)
     routing = make_routing(37, 2, 5)
     ours = compare(experts, routing, torch.float32, scope=lambda: torch.autocast("cpu", dtype), tolerance=EXACT[dtype])
     assert {value.dtype for value in ours.values()} == {torch.float32}
