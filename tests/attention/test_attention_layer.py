@@ -260,9 +260,12 @@ def test_bfloat16_true_and_mixed(norm_class_name: str) -> None:
         torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.05)
 
 
-def test_meta_device() -> None:
+@pytest.mark.parametrize("backend", [None, "flash_cpu"])
+def test_meta_device(backend: str | None) -> None:
+    """Which no kernel works on, nor need one that a configuration asks for."""
+    window = {"sliding_window_size": 4, "sliding_window_indices": [0, 1]}
     with torch.device("meta"):
-        model = GPT(attention_config(sliding_window_size=4, sliding_window_indices=[0, 1], rope_adjustments=YARN))
+        model = GPT(attention_config(**window, rope_adjustments=YARN, attention_backend=backend))
         out = model(torch.zeros(2, T, dtype=torch.long))
     out.sum().backward()
     assert out.shape == (2, T, 40)
