@@ -422,6 +422,27 @@ def _forget_flash_attn() -> None:
         del sys.modules[name]
 
 
+def test_one_call_computes_windows_and_documents_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a kernel can; what has neither, or no offsets, needs no such call."""
+    q, k, v = (torch.randn(1, heads, T, 8) for heads in (4, 2, 2))
+    softmax, start_BT = Softmax(torch.zeros(4), 0.4), torch.arange(T)[None] // 4 * 4
+    offsets, overflow = document_offsets(start_BT == torch.arange(T), largest_extent(1, T))
+    packed = Documents(start_BT, offsets=offsets, longest=T, overflow=overflow)
+    expected = causal_attention(q, k, v, softmax, 3), causal_attention(q, k, v, softmax)
+    result: torch.Tensor | None = torch.empty(0)
+    monkeypatch.setattr(sys.modules[causal_attention.__module__], "fused_sink_attention", lambda *_: result)
+    assert torch.equal(causal_attention(q, k, v, softmax, 3), expected[0]), "not on a CPU"
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(sys.modules[flash_attention.__module__], "_has_epilogue", lambda *_: False)
+    assert causal_attention(q, k, v, softmax, 3) is result
+    assert causal_attention(q, k, v, softmax, documents=packed) is result
+    assert causal_attention(q, k, v, softmax, T - 1, packed) is result
+    for window, documents in ((None, None), (T, None), (None, Documents(torch.zeros_like(start_BT)))):
+        torch.testing.assert_close(causal_attention(q, k, v, softmax, window, documents), expected[1])
+    result = None
+    assert torch.equal(causal_attention(q, k, v, softmax, 3), expected[0])
+
+
 def test_choice_for_tensors_of_a_card() -> None:
     choice._missing.cache_clear()
     with fake_cuda((8, 6)):

@@ -88,6 +88,7 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert used()
     assert used(cos.expand(2, 48, 64), sin.expand(2, 48, 64))
     assert used(cos[..., :2], sin[..., :2], 2)
+    assert not used(cos[..., :3], sin[..., :3], 3)
     assert not used(cos[..., :2], sin[..., :2], 1)
     assert not used(cos[..., :1], sin[..., :1], 0)
     assert not used(n_elem=32)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from litgpt_moe_ext.kernels import launch
 from litgpt_moe_ext.moe.balancing.bias import scheduled_rate, updated_bias
 from litgpt_moe_ext.moe.balancing.metrics import (
     coefficient_of_variation,
@@ -17,8 +18,10 @@ from litgpt_moe_ext.moe.balancing.metrics import (
     routers_of,
 )
 from litgpt_moe_ext.moe.balancing.tally import Tally
+from litgpt_moe_ext.moe.kernels.routing import balancing
 from litgpt_moe_ext.moe.layer import SharedExpertMoE
 from tests.models import initialized_model, moe_config, noisy_config, randomize
+from tests.moe.kernels.biases import make_moved
 from tests.moe.routers import max_violations
 
 
@@ -380,3 +383,25 @@ def test_the_tally_goes_where_its_router_goes():
     assert router.tally.take().device.type == "cpu"
     router.half()
     assert router.tally.take().dtype == torch.float64
+
+
+def test_the_kernel_moves_plain_biases_of_one_card(monkeypatch):
+    """Which torch's operators move where they are of another type, have gaps, are elsewhere or too many."""
+    moved, wide = make_moved(2, 6, {}), make_moved(2, 1025, {})
+    others = {
+        "dtype": moved._replace(biases=[bias.bfloat16() for bias in moved.biases]),
+        "class": moved._replace(biases=[torch.nn.Parameter(bias, False) for bias in moved.biases]),
+        "gaps": moved._replace(biases=[moved.biases[0], torch.zeros(6, 2)[:, 0]]),
+        "shape": moved._replace(biases=[moved.biases[0], wide.biases[1]]),
+        "place": moved._replace(biases=[moved.biases[0], moved.biases[1].to("meta")]),
+        "counts": moved._replace(records=[record.float() for record in moved.records]),
+        "updates": moved._replace(updates=[moved.updates[0], moved.updates[1].int()]),
+        "place of updates": moved._replace(updates=[moved.updates[0], moved.updates[1].to("meta")]),
+        "size": wide,
+    }
+    assert not balancing.works_on(moved)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(launch, "triton_works_on", lambda device: True)
+    assert balancing.works_on(moved)
+    assert balancing.works_on(make_moved(1, 1024))
+    assert not {name for name, other in others.items() if balancing.works_on(other)}
