@@ -6,6 +6,7 @@ its result has no place.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from litgpt_moe_ext.files.durable import is_stream, refusal
 from litgpt_moe_ext.wording import quoted
 
 # What commands call the files and folders that they make. Those of a training have checks of their own.
-_FILES, _FOLDERS = ("out", "json", "slurm"), ("out_dir",)
+_FILES, _FOLDERS = ("out", "json", "slurm", "save_filepath"), ("out_dir",)
 _OF_TRAINING = ("out_dir", "data_path", "artifacts_dir", "wandb_artifacts_dir")
+# As in $SCRATCH/data or /scratch/${USER}/data. A file that is really called like that is found before this is asked.
+_VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 
 
 def check_path(name: str, path: Path) -> None:
@@ -45,6 +48,9 @@ def _out_of_sight(name: str, path: Path) -> Iterator[str]:
     except (FileNotFoundError, NotADirectoryError):
         if path.parts and path.parts[0].startswith("~"):
             yield f"{name}: {quoted(path)} begins with ~, which only shells replace by a home directory; write that out"
+        elif (variable := _VARIABLE.search(str(path))) is not None:
+            shown = variable.group()
+            yield f"{name}: {quoted(path)} has {shown}, which only shells replace by a variable; write its value out"
         return
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = getattr(error, "strerror", None) or str(error)

@@ -7,7 +7,7 @@ that lm-eval ships. Here the LitGPT model itself answers lm-eval's requests.
 import inspect
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from litgpt_moe_ext.cli.output import write_text
+from litgpt_moe_ext.cli.paths import check_path
 from litgpt_moe_ext.config.fields import added_fields, uses_plugin
-from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.errors import SettingsError, refuse_first
 from litgpt_moe_ext.files.durable import is_stream
 from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, read_fields
-from litgpt_moe_ext.wording import quoted
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -72,6 +72,7 @@ def evaluate_checkpoint(settings: EvaluateSettings) -> None:
         SettingsError: If a setting is malformed, a task unknown, the checkpoint, a task file or its data is missing, or
             there can be no directory for the results.
     """
+    refuse_first(_wrong(settings))
     if settings.force_conversion:
         print("force_conversion: has no effect, the checkpoint is evaluated without converting it.")
     # Before importing lm-eval, which takes long: check the directory, and keep the tokenizers' threads from starting.
@@ -81,20 +82,16 @@ def evaluate_checkpoint(settings: EvaluateSettings) -> None:
     from litgpt_moe_ext.evaluation.loading import check_checkpoint_dir
 
     check_checkpoint_dir(checkpoint_dir)
+    out_dir = Path(settings.out_dir or checkpoint_dir / "evaluate")
+    if settings.save_filepath is None:
+        check_path("out_dir", out_dir)
+    else:
+        check_path("save_filepath", Path(settings.save_filepath))
 
     from litgpt_moe_ext.evaluation.harness.model import LitGPTModel
     from litgpt_moe_ext.evaluation.harness.tasks import load_tasks
 
     loaded_tasks, task_manager = load_tasks(settings.tasks)
-    out_dir = Path(settings.out_dir or checkpoint_dir / "evaluate")
-    save_filepath = Path(settings.save_filepath or out_dir / "results.json")
-    try:
-        save_filepath.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        setting = "out_dir" if settings.save_filepath is None else "save_filepath"
-        raise SettingsError(
-            f"{setting}: {quoted(save_filepath.parent)} cannot be made ({error.strerror}); name another directory"
-        ) from error
     model = LitGPTModel(checkpoint_dir, device=settings.device, dtype=settings.dtype, batch_size=settings.batch_size)
     info = model.get_model_info()
     print(
@@ -105,7 +102,15 @@ def evaluate_checkpoint(settings: EvaluateSettings) -> None:
     # lm-eval adds these only for Hugging Face models.
     results["config"].update(model=str(checkpoint_dir), **info)
     results.update(eot_token_id=model.eot_token_id, max_length=model.max_length)
-    _report(results, save_filepath)
+    _report(results, Path(settings.save_filepath or out_dir / "results.json"))
+
+
+def _wrong(settings: EvaluateSettings) -> Iterator[str]:
+    limit, examples = settings.limit, settings.num_fewshot
+    if limit is not None and not limit > 0:  # nan neither
+        yield f"limit: {limit} must be a number of documents per task, or a fraction of them; leave it out for all"
+    if examples is not None and examples < 0:
+        yield f"num_fewshot: {examples} must be an integer of at least 0; leave it out for the task's own"
 
 
 def _evaluate(

@@ -59,6 +59,22 @@ def test_no_folder_is_called_like_a_home(flag, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("flag", ["out_dir", "data.source_path", "data.data_path", "resume"])
+@pytest.mark.parametrize("variable", ["$SCRATCH", "${SCRATCH}"])
+def test_no_folder_is_called_like_a_variable(flag, variable, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    path = f"runs/{variable}/mine"
+    assert train.main(["--config", str(CONFIGS / "quickstart.yaml"), f"--{flag}", path]) == 2
+    assert f"error: {flag}: '{path}' has {variable}, which only shells replace" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_may_be_called_like_a_variable(tmp_path):
+    (tmp_path / "$HOME").write_text("text")
+    check_path("text", tmp_path / "$HOME")
+
+
 WITHOUT_UTF8 = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
 
 

@@ -153,10 +153,20 @@ def test_a_full_disk_leaves_the_old_results(moe_dir, task_file, tmp_path, monkey
 
 def test_a_directory_that_cannot_be_made_is_named(moe_dir, task_file, tmp_path):
     (tmp_path / "file").touch()
-    for setting, path in (("out_dir", "file"), ("save_filepath", "file/results.json")):
+    for setting, path, message in (
+        ("out_dir", "file", "cannot be made, because .* is a file; name another path"),
+        ("save_filepath", "file/results.json", "cannot be made, because .* is a file; name another path"),
+        ("save_filepath", ".", "is a folder; name a file"),
+    ):
         settings = EvaluateSettings(moe_dir, tasks=str(task_file), device="cpu", **{setting: tmp_path / path})
-        with pytest.raises(SettingsError, match=f"^{setting}: .* cannot be made .File exists.; name another"):
+        with pytest.raises(SettingsError, match=f"^{setting}: .* {message}"):
             evaluate_checkpoint(settings)
+
+
+@pytest.mark.parametrize(("setting", "wrong"), [("limit", 0), ("limit", -0.5), ("num_fewshot", -1)])
+def test_numbers_that_ask_for_nothing_are_refused(setting, wrong, tmp_path):
+    with pytest.raises(SettingsError, match=f"^{setting}: {wrong} must be "):
+        evaluate_checkpoint(EvaluateSettings(tmp_path, tasks="hellaswag", **{setting: wrong}))
 
 
 @pytest.mark.parametrize(
