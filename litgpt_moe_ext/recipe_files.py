@@ -8,8 +8,11 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader
 
-from litgpt_moe_ext.errors import SettingsError, did_you_mean_recipe, one_line
+from litgpt_moe_ext.errors import SettingsError, did_you_mean_recipe, nearest, one_line
 from litgpt_moe_ext.wording import quoted
+
+CLASS_KEYS = {"class_path", "init_args"}
+"""The keys of a setting that names a class."""
 
 # How deeply the nodes of a recipe may be nested, and how many it may have with every alias expanded.
 _DEEPEST, _LARGEST = 50, 100_000
@@ -94,6 +97,20 @@ def without_mark(model: dict[str, Any]) -> dict[str, Any]:
 def class_path_of(value: Any) -> Any:
     """Return the class that a setting names, by `class_path` and `init_args` or by itself; unchecked."""
     return value.get("class_path") if isinstance(value, Mapping) else value
+
+
+def beside_a_class(name: str, value: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a message for every key of a setting that names a class but `class_path` and `init_args`.
+
+    Args:
+        name: Name of the setting.
+        value: Its value.
+    """
+    for key in value:
+        if key not in CLASS_KEYS:
+            near = f"; did you mean {name}.init_args?" if nearest(key, ("init_args",)) else ""
+            inside = f", and arguments stand in its init_args: {name}.init_args.{key}"
+            yield f"{name}.{key}: has no effect beside class_path{near or inside}"
 
 
 def is_trusted(class_path: str) -> bool:

@@ -11,9 +11,7 @@ from typing import Any
 
 from litgpt_moe_ext.errors import SettingsError, undecoded
 from litgpt_moe_ext.field_types import members
-from litgpt_moe_ext.recipe_files import class_path_of, is_trusted, load_value, names_file, read_recipe
-
-CLASS_KEYS = {"class_path", "init_args"}
+from litgpt_moe_ext.recipe_files import CLASS_KEYS, class_path_of, is_trusted, load_value, names_file, read_recipe
 
 
 class Given:
@@ -139,6 +137,8 @@ def read_flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     while waiting:
         argument = waiting.pop(0)
         if not argument.startswith("--") or not all(argument[2:].partition("=")[0].split(".")):
+            if argument.startswith("-") and not argument.startswith("--") and len(argument) > 2:
+                raise SettingsError(f"{argument!r} must be a flag, --NAME VALUE; did you mean -{argument}?")
             model = "" if names_file(argument) else f", a model of LitGPT as --model_name {argument or 'NAME'}"
             raise SettingsError(
                 f"{argument!r} must be a flag, --NAME VALUE; a recipe is given as --config {argument or 'FILE'}{model}"

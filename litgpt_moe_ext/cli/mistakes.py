@@ -15,10 +15,9 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 import jsonargparse
 
 from litgpt_moe_ext.cli.elsewhere import meant_by
-from litgpt_moe_ext.cli.given import CLASS_KEYS
 from litgpt_moe_ext.errors import PERHAPS_OF_AN_EXTENSION, did_you_mean, nearest, one_line
 from litgpt_moe_ext.field_types import NUMBERS, describe, members, refusal
-from litgpt_moe_ext.recipe_files import class_path_of
+from litgpt_moe_ext.recipe_files import CLASS_KEYS, beside_a_class, class_path_of
 
 _FEW = 20
 # Options that exist only as flags.
@@ -136,6 +135,8 @@ class _Search:
         if why:
             yield f"{name}.class_path: {path!r} must be the import path of a {base.__name__}; {why}{_meant(path, base)}"
             return
+        if isinstance(value, Mapping):
+            yield from beside_a_class(name, value)
         given = {} if isinstance(value, str) else value.get("init_args") or {}
         if isinstance(given, Mapping):
             yield from self.keys(f"{name}.", given, arguments)

@@ -235,6 +235,7 @@ def test_what_is_printed_is_a_recipe(recipe, tmp_path, capsys):
         (["--wandb-artifacts-dir", "x"], "wandb_artifacts_dir: 'x' has no effect without wandb_dataset"),
         (["recipe.yaml"], "'recipe.yaml' must be a flag, --NAME VALUE; a recipe is given as --config recipe.yaml\n"),
         (["pythia-14m"], "a recipe is given as --config pythia-14m, a model of LitGPT as --model_name pythia-14m"),
+        (["-config", "recipe.yaml"], "'-config' must be a flag, --NAME VALUE; did you mean --config?"),
         (["--optimizer.lr"], "optimizer.lr: needs a value"),
         (["--config"], "config: needs the path of a YAML file"),
     ],
@@ -264,6 +265,18 @@ def test_wrong_flags_are_named(recipe, capsys, arguments, message):
             "optimizer.init_args.beta: AdamW has no such argument; did you mean betas?",
             "    beta: 1",
         ),
+        (
+            {"optimizer": {"init_args": None, "init_arg": {"lr": 0.1}}},
+            "optimizer.init_arg: has no effect beside class_path; did you mean optimizer.init_args?",
+            "  init_arg:",
+        ),
+        (
+            {"optimizer": {"weight_decay": 0.1}},
+            "optimizer.weight_decay: has no effect beside class_path, and arguments stand in its init_args: "
+            "optimizer.init_args.weight_decay",
+            "  weight_decay: 0.1",
+        ),
+        ({"data": {"init_arg": {"seed": 1}}}, "data.init_arg: has no effect beside class_path; did you", "  init_arg:"),
         ({"train": {"global_batch_size": 7}}, "train.global_batch_size: 7 is not a multiple", "  global_batch_size: 7"),
     ],
     ids=str,

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from litgpt_moe_ext.errors import SettingsError, did_you_mean
+from litgpt_moe_ext.errors import SettingsError, did_you_mean, refuse_first
 from litgpt_moe_ext.field_types import checked, members
 from litgpt_moe_ext.host.without_compiler import without_compiler
+from litgpt_moe_ext.recipe_files import beside_a_class
 
 
 def learning_rate_of(optimizer: str | dict) -> float:
@@ -108,6 +109,8 @@ def _optimizer_class(optimizer: str | dict) -> tuple[type, dict[str, Any]]:
     names = all(isinstance(name, str) for name in arguments) if isinstance(arguments, dict) else False
     if not isinstance(path, str) or not names:
         raise SettingsError(f"optimizer: {optimizer!r} must be a name, or class_path and init_args")
+    if isinstance(optimizer, dict):
+        refuse_first(beside_a_class("optimizer", optimizer))
     module, _, name = path.rpartition(".")
     wrong = f"optimizer: {path!r} must be the name of a class in torch.optim, or the full path of another"
     try:
