@@ -1,6 +1,6 @@
 """Settings of a resumed run that differ from its checkpoint's, and their effect."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,9 @@ def changed_settings(checkpoint_dir: Path, settings: dict[str, Any]) -> list[str
 
 def _differences(saved: dict[str, Any], settings: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Yield every setting that differs, with its values as text."""
-    flat_before, flat_now = _flat(saved), _flat(settings)
+    flat_before, flat_now = flat(saved), flat(settings)
     for name in dict.fromkeys([*flat_before, *flat_now]):
-        before, now = (shown(flat.get(name)) for flat in (flat_before, flat_now))
+        before, now = (shown(values.get(name)) for values in (flat_before, flat_now))
         # A setting missing on one side may not exist in that version, unless its default is null: nulls are not saved.
         comparable = (
             (name in flat_before and name in flat_now)
@@ -90,12 +90,13 @@ def _is_kept_by_the_optimizer(name: str) -> bool:
     return argument or name.startswith(f"{ParameterGroupArgs.key}.")
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as values by dotted names, without `init_args`."""
+    found: dict[str, Any] = {}
     for key, value in settings.items():
         name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name.replace(".init_args.", "."): value}
-    return flat
+        found |= flat(value, f"{name}.") if isinstance(value, dict) else {name.replace(".init_args.", "."): value}
+    return found
 
 
 def shown(value: Any) -> str:

@@ -15,6 +15,7 @@ from litgpt.utils import check_nvlink_connectivity, choose_logger, parse_devices
 from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.interruption import end_at_once_on_termination, ending_at_once
+from litgpt_moe_ext.software import software
 from litgpt_moe_ext.tokens.padding import accept_padding, accepts_padding
 from litgpt_moe_ext.training.callbacks.progress import Reporter
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
@@ -25,6 +26,7 @@ from litgpt_moe_ext.training.logs.metrics import MetricsTables
 from litgpt_moe_ext.training.parallel import topology
 from litgpt_moe_ext.training.parallel.accelerator import accelerator_here, default_precision
 from litgpt_moe_ext.training.parallel.processes import Processes, cluster_plugins, end_together, started_processes
+from litgpt_moe_ext.training.parallel.sameness import require_same
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
 from litgpt_moe_ext.training.phases.checks import check_batch, strategy_note
 from litgpt_moe_ext.wording import counted, quoted
@@ -133,6 +135,8 @@ def _connect(plan: Plan, reporter: Reporter) -> Launched:
     # To wait for the others is native code, which Ctrl-C does not reach.
     with _connection_errors(options.timeout_minutes), ending_at_once():
         fabric.launch()
+    if processes > 1:
+        require_same(fabric, plan.plain, software())
     return Launched(plan, fabric, reporter, devices, num_nodes)
 
 

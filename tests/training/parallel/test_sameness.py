@@ -1,0 +1,71 @@
+"""Processes with other settings or other code than the first one."""
+
+import pytest
+
+from litgpt_moe_ext.training.parallel.sameness import differences
+from tests.training.processes import Training, free_port
+
+CODE = "litgpt_moe_ext 0.1.0, commit 0123456789ab, torch 2.11.0"
+SETTINGS = {
+    "train": {"max_tokens": 512},
+    "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1}},
+    "data": {"class_path": "TextCorpus", "init_args": {"data_path": "data/text"}},
+    "devices": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.2}}},
+            "optimizer.lr: 0.2 on rank 3 mu",
+        ),
+        ({"train": {}}, "train.max_tokens: null on rank 3 must be 512, as on rank 0; start all nodes with the same"),
+        ({"seed": 1}, "seed: 1 on rank 3 must be null, as on rank 0"),
+        ({"initial_checkpoint_dir": "there"}, "initial_checkpoint_dir: a path on rank 3 must be null"),
+        ({"data": {"class_path": "TextCorpus", "init_args": {"data_path": "/local/text"}}}, None),
+        ({"devices": "auto", "num_nodes": 2, "resume": True, "progress": False}, None),
+    ],
+    ids=str,
+)
+def test_settings(changes, message):
+    found = list(differences((SETTINGS | changes, CODE), (SETTINGS, CODE), 3))
+    assert len(found) == (message is not None)
+    assert all(text.startswith(message) for text in found)
+
+
+@pytest.mark.parametrize(
+    ("code", "differs"),
+    [
+        (CODE, False),
+        ("litgpt_moe_ext 0.1.0, torch 2.11.0", False),  # a node without git
+        (CODE.replace("ab,", "ab+changes,"), True),
+        (CODE.replace("0123", "4567"), True),
+        ("litgpt_moe_ext 0.1.0, torch 2.10.0", True),
+        ("litgpt_moe_ext 0.2.0, torch 2.11.0", True),
+    ],
+)
+def test_code(code, differs):
+    found = list(differences((SETTINGS, code), (SETTINGS, CODE), 1))
+    assert found == (
+        [f"software: {code} on rank 1 must be {CODE}, as on rank 0; install the same on all nodes"] * differs
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train.max_tokens", "optimizer.lr"])
+def test_a_node_with_another_recipe(recipe, name):
+    """Both end with the same line: neither trains with other weights, nor waits for the other."""
+    place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = [
+        Training("--config", recipe(), "--num_nodes=2", "--devices=auto", f"--{name}={value}",
+                 environment={**place, "RANK": str(rank)})
+        for rank, value in enumerate(("1024", "512"))
+    ]  # fmt: skip
+    for process in started:
+        output, _ = process.communicate()
+        assert process.returncode == 2, output
+        assert f"error: {name}: 512" in output
+        assert " on rank 1 must be 1024" in output
+        assert "Traceback" not in output
