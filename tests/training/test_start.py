@@ -17,7 +17,7 @@ from litgpt_moe_ext.data.loader import corpora_of
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model
-from litgpt_moe_ext.training.phases import launch
+from litgpt_moe_ext.training.phases import launch, start
 from litgpt_moe_ext.training.phases.checks import check_whole_model
 from litgpt_moe_ext.training.phases.inputs import check_data
 from litgpt_moe_ext.training.phases.plan import make_plan
@@ -27,6 +27,16 @@ from tests.runs import logged, recipe_writer, train
 from tests.settings import read_settings, recipe_with
 
 SHORT = {"max_tokens": 2 * 128}
+
+
+def test_a_checkpoint_that_only_the_first_rank_sees(recipe, finished, tmp_path, monkeypatch, capsys):
+    """As where `out_dir` is on a disk of its node: the others say so, instead of failing to open the file."""
+    finished(tmp_path / "out", step=4)
+    found = tmp_path / "elsewhere" / "step-00000004" / "lit_model.pth"
+    monkeypatch.setattr(start, "choose_checkpoint", lambda *_: found)
+    assert train("--config", recipe(), "--resume", "auto") == 2
+    error = capsys.readouterr().err
+    assert f"resume: '{found.parent}' is seen by rank 0, but not by rank 0; copy it to that node" in error
 
 
 def test_weights_and_tokenizer_from_the_directory_that_is_moved_aside(recipe, finished, tmp_path, capsys):

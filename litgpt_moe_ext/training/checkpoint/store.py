@@ -59,8 +59,10 @@ def link(source: Path, target: Path) -> None:
     try:
         shutil.copytree(source, staging, copy_function=_link_or_copy)
         publish(staging, target)
-    except OSError:
+    except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, shutil.Error):  # a list of what went wrong with each file
+            raise OSError(error.args[0][0][2]) from error
         raise
 
 

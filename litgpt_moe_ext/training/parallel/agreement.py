@@ -1,11 +1,12 @@
 """Sharing what one process has seen or decided with all processes, which must act on it together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.errors import refuse_first
 from litgpt_moe_ext.training.callback import Callback
 
 
@@ -86,3 +87,18 @@ def agree(fabric: Any, decide: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     return outcome
+
+
+def refuse_together(fabric: Any, problems: Iterable[str]) -> None:
+    """Raise SettingsError on every rank if any rank has a problem, with that of the lowest one.
+
+    Args:
+        fabric: The launched fabric; every rank must call this.
+        problems: What is wrong on this rank; the first counts.
+    """
+    own = next(iter(problems), None)
+    found: list[str | None] = [own]
+    if fabric.world_size > 1:
+        found = [None] * fabric.world_size
+        torch.distributed.all_gather_object(found, own)
+    refuse_first(problem for problem in found if problem is not None)

@@ -7,10 +7,8 @@ one rank would wait for the other.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-
-from litgpt_moe_ext.errors import refuse_first
 from litgpt_moe_ext.training.checkpoint.changes import flat, shown
+from litgpt_moe_ext.training.parallel.agreement import refuse_together
 
 # The launcher decides the first two, and the first rank alone what to resume from and whether to show a bar.
 _FREE = {"devices", "num_nodes", "resume", "progress"}
@@ -26,13 +24,9 @@ def require_same(fabric: Any, settings: Mapping[str, Any], software: str) -> Non
         settings: Settings of the run, as plain data.
         software: The code of this rank, as `software.software` describes it.
     """
-    if fabric.world_size == 1:
-        return
     own = (dict(settings), software)
     first = fabric.broadcast(own)
-    found: list[str | None] = [None] * fabric.world_size
-    torch.distributed.all_gather_object(found, next(differences(own, first, fabric.global_rank), None))
-    refuse_first(problem for problem in found if problem is not None)
+    refuse_together(fabric, differences(own, first, fabric.global_rank))
 
 
 def differences(own: tuple[Mapping[str, Any], str], first: tuple[Mapping[str, Any], str], rank: int) -> Iterator[str]:

@@ -24,7 +24,7 @@ from litgpt_moe_ext.training.checkpoint.compatibility import (
 from litgpt_moe_ext.training.checkpoint.earlier import limit_earlier_runs, set_aside
 from litgpt_moe_ext.training.checkpoint.progress import next_attempt, sequences_of, step_of
 from litgpt_moe_ext.training.checkpoint.resume import damage_of, find_resume_file
-from litgpt_moe_ext.training.parallel.agreement import agree
+from litgpt_moe_ext.training.parallel.agreement import agree, refuse_together
 from litgpt_moe_ext.wording import quoted
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def find_start(launched: Launched) -> tuple[Launched, Start]:
     found = agree(fabric, lambda: choose_checkpoint(plan, fabric.print))
     if found is None:
         return launched, Start(None, plan.settings.initial_checkpoint_dir)
+    refuse_together(fabric, _out_of_sight(found, fabric.global_rank))
 
     def read() -> tuple[int, int | None, int, frozenset[str]]:
         attempt = next_attempt(plan.out_dir, found.parent)
@@ -79,6 +80,15 @@ def find_start(launched: Launched) -> tuple[Launched, Start]:
     resumed = dataclasses.replace(plan, steps_ahead=ahead)
     launched.reporter.total_steps = resumed.total_steps
     return dataclasses.replace(launched, plan=resumed), Start(found, None, sequences, corpora)
+
+
+def _out_of_sight(found: Path, rank: int) -> Iterator[str]:
+    # Every rank reads the file that the first one has chosen.
+    if not found.is_file():
+        yield (
+            f"resume: {quoted(found.parent)} is seen by rank 0, but not by rank {rank}; copy it to that node, or "
+            "let out_dir be on a disk that all nodes see"
+        )
 
 
 def choose_checkpoint(plan: Plan, say: Callable[[str], None], read_all: bool = True) -> Path | None:

@@ -189,6 +189,18 @@ def test_links_that_a_killed_run_left_are_removed(tmp_path):
     assert (tmp_path / "disk").is_dir()
 
 
+def test_a_copy_on_a_full_disk_has_one_cause(tmp_path, monkeypatch):
+    """`shutil` lists what went wrong with every file, each with both its names."""
+    (tmp_path / "step-00000001").mkdir()
+    for name in ("model_config.yaml", "tokenizer.json"):
+        (tmp_path / "step-00000001" / name).touch()
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "tokenizer.json")
+    monkeypatch.setattr(shutil, "copy2", Mock(side_effect=full))
+    with pytest.raises(OSError, match=f"^{re.escape(str(full))}$"):
+        checkpoints.link(tmp_path / "step-00000001", tmp_path / "best")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
 def test_best_between_two_checkpoints(recipe, tmp_path):
     """Validation at steps without a checkpoint saves one; a resumed run knows the best of the first."""
     still = {"model_config": {"router_bias_update_rate": 0.0}}  # which would move without learning

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from litgpt_moe_ext.training.parallel.agreement import Agreement
+from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.training.parallel.agreement import Agreement, refuse_together
 from tests.training.processes import in_ranks
 
 
@@ -39,3 +40,26 @@ def test_one_process_asks_nobody():
     agreement.on_gradients_clipped(None, None, None, False)
     seen[0] = 15
     assert agreement.reached() == (15,)
+
+
+def refusals(wrong: list[int]) -> list[str]:
+    """Return how this rank is refused if those of these numbers have a problem."""
+    rank = dist.get_rank()
+    try:
+        refuse_together(SimpleNamespace(world_size=dist.get_world_size()), [f"rank {rank}"] if rank in wrong else [])
+    except SettingsError as error:
+        return [str(error)]
+    return []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("wrong", "said"), [([], []), ([1], ["rank 1"]), ([0, 1], ["rank 0"])])
+def test_all_are_refused_for_the_problem_of_one(wrong, said):
+    assert in_ranks(refusals, 2, wrong) == [said, said]
+
+
+def test_one_process_is_refused_alone():
+    fabric = SimpleNamespace(world_size=1)
+    refuse_together(fabric, [])
+    with pytest.raises(SettingsError, match="^first$"):
+        refuse_together(fabric, ["first", "second"])
