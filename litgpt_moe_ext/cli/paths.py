@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe_ext.errors import refuse_first
-from litgpt_moe_ext.files.durable import is_stream, refusal
+from litgpt_moe_ext.files.durable import dead_link, is_stream, refusal
 from litgpt_moe_ext.wording import quoted
 
 # What commands call the files and folders that they make. Those of a training have checks of their own.
@@ -79,7 +79,8 @@ def _unwritable(name: str, path: Path) -> Iterator[str]:
     while not os.path.lexists(folder):
         folder = folder.parent
     if not folder.is_dir():
-        yield f"{name}: {quoted(path)} cannot be made, because {quoted(folder)} is a file; name another path"
+        what = "a link to what is not there" if dead_link(folder) else "a file"
+        yield f"{name}: {quoted(path)} cannot be made, because {quoted(folder)} is {what}; name another path"
     elif not os.access(folder, os.W_OK | os.X_OK):
         yield f"{name}: {quoted(path)} cannot be written ({quoted(folder)} is read-only for you); name another path"
     elif (problem := refusal(folder)) is not None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from litgpt_moe_ext.wording import quoted
+
 WRITE_TEST = ".write-test-"
 """Prefix of the names of files that test whether a directory is writable."""
 
@@ -26,6 +28,18 @@ def refusal(folder: Path) -> str | None:
             return None
     except OSError as error:
         return error.strerror or str(error)
+
+
+def reason(error: OSError, path: Path) -> str:
+    """Return why nothing can be made at a path; of a link to nothing, the system says only that it exists."""
+    if isinstance(error, FileExistsError) and (link := dead_link(path)) is not None:
+        return f"{quoted(link)} is a link to {quoted(os.readlink(link))}, which is not there"
+    return error.strerror or str(error)
+
+
+def dead_link(path: Path) -> Path | None:
+    """Return the path, or the folder on the way to it, that is a link to nothing, such as a disk that is gone."""
+    return next((place for place in (path, *path.parents) if place.is_symlink() and not place.exists()), None)
 
 
 def rename(path: Path, target: Path) -> None:

@@ -185,6 +185,24 @@ def test_a_file_system_that_takes_no_files_is_no_place(place):
         only_one(Path(place) / "0123", verbose=False).__enter__()
 
 
+def test_a_link_to_a_disk_that_is_gone_is_named(tmp_path, monkeypatch):
+    """Of which the system says only that it exists."""
+    monkeypatch.chdir(tmp_path)
+    Path("scratch").symlink_to("gone")
+    with pytest.raises(
+        SettingsError, match="^json: 'scratch/a' cannot be made, because 'scratch' is a link to what is"
+    ):
+        check_path("json", Path("scratch/a"))
+    cause = "'scratch' is a link to 'gone', which is not there"
+    for place in ("scratch", "scratch/run"):
+        with pytest.raises(SettingsError, match=f"^out_dir: '{place}' must be a directory .* \\({cause}\\); choose"):
+            check_writable(Path(place))
+    with pytest.raises(
+        SettingsError, match=f"^data_path: 'scratch' cannot be used as a cache folder \\({cause}\\); set"
+    ):
+        only_one(Path("scratch/0123"), verbose=False).__enter__()
+
+
 def test_a_file_system_without_locks_is_no_place(tmp_path, monkeypatch):
     """As NFS without its daemon; a run would end after its processes have met, or take it for one in use."""
     fcntl = pytest.importorskip("fcntl")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import litgpt_moe_ext
 from litgpt_moe_ext.errors import SettingsError, which_checkpoint
-from litgpt_moe_ext.files.durable import WRITE_TEST
+from litgpt_moe_ext.files.durable import WRITE_TEST, reason
 from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.host.checkpoints import WEIGHTS_FILE
 from litgpt_moe_ext.wording import quoted
@@ -56,7 +56,7 @@ def check_writable(out_dir: Path) -> None:
     except OSError as error:
         raise SettingsError(
             f"out_dir: {quoted(out_dir)} must be a directory in which files can be created and locked "
-            f"({error.strerror or error}); choose another --out_dir"
+            f"({reason(error, out_dir)}); choose another --out_dir"
         ) from error
 
 

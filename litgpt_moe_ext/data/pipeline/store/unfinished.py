@@ -19,7 +19,7 @@ from litgpt_moe_ext.data.pipeline.batches import Batch
 from litgpt_moe_ext.data.pipeline.sources import SIDES
 from litgpt_moe_ext.data.pipeline.store.finished import STATE
 from litgpt_moe_ext.errors import SettingsError, one_line
-from litgpt_moe_ext.files.durable import flush, replacing
+from litgpt_moe_ext.files.durable import flush, reason, replacing
 from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.wording import quoted
 
@@ -113,8 +113,8 @@ def only_one(directory: Path, verbose: bool) -> Iterator[None]:
         owner = lock.take()
     except OSError as error:
         raise SettingsError(
-            f"data_path: {quoted(root)} cannot be used as a cache folder ({error.strerror or error}); set data_path to "
-            "a folder in which files can be created and locked"
+            f"data_path: {quoted(root)} cannot be used as a cache folder ({reason(error, root)}); set data_path to a "
+            "folder in which files can be created and locked"
         ) from error
     if owner is not None:
         if verbose:
