@@ -156,21 +156,36 @@ def read_results(runs: Sequence[Run], runs_dir: Path) -> list[Result]:
     results = []
     for run in runs:
         folder = runs_dir / run.key
-        final = folder / "final"
-        if not final.is_dir():
-            raise SettingsError(f"study: {final} must exist for a finished run; remove {folder} to train it again")
-        recipe = load_recipe(final)
-        # The cost of attention depends on the sequence length.
-        model = (final / CONFIG_FILE).read_text(encoding="utf-8"), recipe.sequence_length
-        text = validated_on(recipe)
-        if model not in costs:
-            costs[model] = _cost(recipe)
-        if text not in lengths:
-            lengths[text] = bytes_per_token(recipe, final)
-        finished = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
-        where = TrainedOn.read(finished, recipe.settings.precision)
-        results.append(Result(run, load_run(folder, run.title), *costs[model], lengths[text], where))
+        try:
+            results.append(_read_result(run, folder, costs, lengths))
+        except (SettingsError, OSError) as error:
+            raise SettingsError(
+                f"study: {folder} is a finished run, but it cannot be read ({error}); remove it to train it again"
+            ) from error
     return results
+
+
+def _read_result(
+    run: Run, folder: Path, costs: dict[tuple[str, int], tuple[int, float]], lengths: dict[tuple, float]
+) -> Result:
+    final = folder / "final"
+    recipe = load_recipe(final)
+    # The cost of attention depends on the sequence length.
+    model = (final / CONFIG_FILE).read_text(encoding="utf-8"), recipe.sequence_length
+    text = validated_on(recipe)
+    if model not in costs:
+        costs[model] = _cost(recipe)
+    if text not in lengths:
+        lengths[text] = bytes_per_token(recipe, final)
+    where = _trained_on(folder / FINISHED, recipe.settings.precision)
+    return Result(run, load_run(folder, run.title), *costs[model], lengths[text], where)
+
+
+def _trained_on(file: Path, precision: str | None) -> TrainedOn | None:
+    try:
+        return TrainedOn.read(json.loads(file.read_text(encoding="utf-8")), precision)
+    except (ValueError, AttributeError, TypeError) as error:  # as an editor leaves it
+        raise SettingsError(f"{FINISHED} is damaged") from error
 
 
 def _cost(recipe: Recipe) -> tuple[int, float]:

@@ -15,6 +15,7 @@ import yaml
 from litgpt.utils import save_config
 
 from litgpt_moe_ext import __version__
+from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.inspect.runs.logs import TOKENS, RunLog
 from litgpt_moe_ext.model_size import count_flops, count_parameters
 from litgpt_moe_ext.software import code_version
@@ -202,6 +203,34 @@ def test_costs_are_those_of_the_checkpoint(tmp_path):
     for reached, length in zip(read_results(runs, tmp_path), lengths, strict=True):
         assert reached.parameters == count_parameters(config).active
         assert reached.flops_per_token == count_flops(config, length, training=True) / length
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("finished.json", "", "finished.json is damaged"),
+        ("finished.json", '{"trained_on": {"a": 1}}', "finished.json is damaged"),
+        ("final/model_config.yaml", None, "must have a model_config.yaml"),
+        ("metrics-wide.csv", None, "with metrics-wide.csv"),
+    ],
+)
+def test_a_finished_run_that_was_changed_is_named_with_its_remedy(file, content, message, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("{}")
+    run = Run("a", {}, 1, tmp_path / "recipe.yaml", {})
+    folder = tmp_path / run.key
+    (folder / "final").mkdir(parents=True)
+    save_config(moe_config(), folder / "final")
+    (folder / "finished.json").write_text("{}")
+    (folder / "metrics-wide.csv").write_text("step,total_tokens,loss\n1,100,3.0\n")
+    assert len(read_results([run], tmp_path)) == 1
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(content)
+    with pytest.raises(
+        SettingsError, match=f"^study: {folder} is a finished .*{message}.*; remove it to train it again$"
+    ):
+        read_results([run], tmp_path)
 
 
 def test_a_family_of_budgets_gives_a_multiplier(tmp_path):
