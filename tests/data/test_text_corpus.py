@@ -192,7 +192,7 @@ def test_a_full_disk_and_a_second_attempt(files, tmp_path, monkeypatch, capsys, 
     assert names(root) == [corpus.name]
 
 
-@pytest.mark.parametrize("name", ["train_00000.bin", "state.json", "counts"])
+@pytest.mark.parametrize("name", ["train_00000.bin", "state.json", "counts", "shards"])
 def test_an_unfinished_corpus_that_was_damaged_is_named(files, tmp_path, monkeypatch, name):
     settings = CorpusSettings(BPE, val_fraction=0.2, shard_tokens=1500)
     monkeypatch.setattr(batches, "_BATCH_BYTES", 1000)
@@ -201,7 +201,11 @@ def test_an_unfinished_corpus_that_was_damaged_is_named(files, tmp_path, monkeyp
         with pytest.raises(KeyboardInterrupt):
             prepare_corpus(tmp_path, sources_of(files, tmp_path), settings)
     (unfinished,) = tmp_path.glob(".*.unfinished")
-    if name == "counts":
+    if name == "shards":
+        state = json.loads((unfinished / "state.json").read_text())
+        state["shards"] = {"train": state["shards"]["train"]}
+        (unfinished / "state.json").write_text(json.dumps(state))
+    elif name == "counts":
         state = json.loads((unfinished / "state.json").read_text())
         del state["counts"]["tokens_val"]
         (unfinished / "state.json").write_text(json.dumps(state))
@@ -382,6 +386,16 @@ def test_a_changed_file_is_noticed(tmp_path):
     for damage in ("{", "[1]", json.dumps({str(path.absolute()): 5}), json.dumps({str(path.absolute()): []})):
         (tmp_path / ".file_hashes.json").write_text(damage)
         assert FileHashes(tmp_path).hash(path) == second
+
+
+def test_a_file_that_is_deleted_while_it_is_read_has_not_changed(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", ["one", "two"])
+    (source,) = file_sources([path], None, TextFormat(), FileHashes(tmp_path))
+    records = source.records()
+    assert next(records).text == "one"
+    path.unlink()
+    assert [record.text for record in records] == ["two"]
+    source.check()
 
 
 @pytest.mark.parametrize("count", [None, 2])

@@ -73,6 +73,7 @@ def test_a_moving_average_is_known_by_the_checkpoint_around_it(recipe, tmp_path,
     for directory, out, dtype in ((final, "whole", None), (Path(), "average", "bfloat16")):
         export(directory, tmp_path / out, "hf", dtype)
     whole, average = ((tmp_path / out / "README.md").read_text() for out in ("whole", "average"))
+    assert "# tiny\n" in whole
     assert "`litgpt-moe export final ... --format hf`." in whole
     assert "`litgpt-moe export final/ema ... --format hf --dtype bfloat16`." in average
     rows = [[line for line in card.splitlines() if line.startswith("| ")] for card in (whole, average)]

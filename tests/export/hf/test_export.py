@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.formats import export
 from litgpt_moe_ext.export.hf.read import import_checkpoint
+from litgpt_moe_ext.export.hf.shards import write_shards
 from litgpt_moe_ext.export.hf.write import export_checkpoint
 from litgpt_moe_ext.export.source import read_source
 from tests.export.hf.models import CASES, make_checkpoint
@@ -109,6 +110,16 @@ def test_whole_numbers_of_an_extended_context(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert not [record.message for record in caplog.records if "must be a float" in record.message]
+
+
+def test_files_are_filled_to_their_size(tmp_path):
+    """A tensor that is larger gets one of its own, also as the first."""
+    sizes = {"first": 9, "a": 2, "b": 2, "c": 3, "d": 1, "large": 9, "e": 1}
+    tensors = {name: torch.full((size,), float(size)) for name, size in sizes.items()}
+    announced = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    assert write_shards(announced, iter(tensors.items()), tmp_path, max_bytes=16) == 4 * sum(sizes.values())
+    files = [sorted(load_file(file)) for file in sorted(tmp_path.glob("*.safetensors"))]
+    assert files == [["first"], ["a", "b"], ["c", "d"], ["large"], ["e"]]
 
 
 def test_shards(tmp_path):

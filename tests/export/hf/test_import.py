@@ -18,6 +18,8 @@ from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import load_tokenizer
 from litgpt_moe_ext.export.facts import facts_of
+from litgpt_moe_ext.export.hf.published.quantized import Quantization
+from litgpt_moe_ext.export.hf.published.stored import StoredWeights
 from litgpt_moe_ext.export.hf.read import import_checkpoint
 from litgpt_moe_ext.export.hf.write import export_checkpoint
 from litgpt_moe_ext.export.source import TRAINING_ONLY, ends_of_texts
@@ -221,6 +223,10 @@ def test_ends_of_texts_that_only_the_description_of_the_model_names(exported):
     tokenizer = load_tokenizer(folder / "back")
     assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 0), "no model has the other"
     assert ends_of_texts(folder / "back", tokenizer, original.config.padded_vocab_size) == [0, 9]
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": []}))
+    (folder / "hf" / "tokenizer_config.json").write_text("[]")  # which whoever reads it will report
+    import_checkpoint(folder / "hf", folder / "none")
+    assert not (folder / "none" / "generation_config.json").exists()
 
 
 @pytest.mark.parametrize("exported", ["qwen3-moe"], indirect=True)
@@ -335,6 +341,31 @@ def test_an_index_from_before(exported):
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (folder / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
     assert torch.equal(imported(folder).lm_head.weight, original.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("[]", "index.json' cannot be read"),
+        ('{"weight_map": {"a": 3}}', "index.json' cannot be read"),
+        ('{"weight_map": {"a": "../a.safetensors"}}', "names '../a.safetensors', which is outside the directory"),
+        ('{"weight_map": {"a": "b.safetensors"}}', "b.safetensors' cannot be read"),
+    ],
+)
+def test_an_index_that_names_no_files_of_the_directory(tmp_path, index, message):
+    (tmp_path / "hf").mkdir()
+    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(SettingsError, match=f"^hf_dir: .*{message}"):
+        StoredWeights(tmp_path / "hf", Quantization(), tied=False)
+
+
+def test_files_may_be_links_as_in_the_cache_of_the_hub(tmp_path):
+    (tmp_path / "hf").mkdir()
+    save_file({"a": torch.ones(2)}, tmp_path / "0123abcd")
+    (tmp_path / "hf" / "a.safetensors").symlink_to(tmp_path / "0123abcd")
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "a.safetensors"}}')
+    assert torch.equal(StoredWeights(tmp_path / "hf", Quantization(), tied=False).get("a"), torch.ones(2))
 
 
 def test_tied_embeddings_are_stored_once(tmp_path):

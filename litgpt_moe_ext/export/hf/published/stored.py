@@ -182,14 +182,14 @@ def _files(hf_dir: Path) -> list[Path]:
         )
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        paths = [hf_dir / name for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SettingsError(f"hf_dir: {quoted(index)} cannot be read ({error}); copy it again") from error
-    for name in names:
-        path = hf_dir / name
+    for name, path in zip(names, paths, strict=True):
         # The hub's cache has links.
         if path.resolve().parent != hf_dir.resolve() and not path.is_symlink():
             raise SettingsError(f"hf_dir: {INDEX_FILE} names {name!r}, which is outside the directory")
-    return [hf_dir / name for name in names]
+    return paths
 
 
 def _expert_of(name: str) -> tuple[int, str]:
