@@ -524,11 +524,11 @@ def test_an_id_that_no_embedding_has_is_refused_before_anything_is_encoded(files
 
 def test_empty_documents_are_left_out_and_reported(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(batches, "_BATCH_BYTES", 1000)
-    path = write_lines(tmp_path / "a.jsonl", ["", *stories(30), " \n", *stories(30, 1)])
+    path = write_lines(tmp_path / "a.jsonl", ["", " ", *stories(30), " \n", *stories(30, 1)])
     corpus = prepare_corpus(tmp_path / "c", file_sources([path], None, TextFormat(), FileHashes(tmp_path)), SETTINGS)
     manifest = read_manifest(corpus)
-    assert (manifest["documents_empty"], manifest["first_empty"]) == (2, f"{path}, byte 0")
-    assert f"Skipped 2 empty documents, the first at {path}, byte 0" in capsys.readouterr().out
+    assert (manifest["documents_empty"], manifest["first_empty"]) == (3, f"{path}, byte 0")
+    assert f"Skipped 3 empty documents, the first at {path}, byte 0" in capsys.readouterr().out
 
 
 def test_files_that_nobody_chose_are_named(tmp_path, capsys):
@@ -693,13 +693,15 @@ def test_killed_at_the_very_end(files, tmp_path, monkeypatch, capsys):
 
 
 def test_only_prepared_corpora_are_no_documents(tmp_path):
-    """Many data sets have a `manifest.json` of their own."""
+    """Many data sets have a `manifest.json` of their own, and some a folder named `tokenizer`."""
     for name in ("manifest.json", "a.txt", "sub/manifest.json", "sub/b.txt", "done/manifest.json", "done/c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     (tmp_path / "done" / TOKENIZER_DIR).mkdir()
+    (tmp_path / "words" / TOKENIZER_DIR).mkdir(parents=True)
+    (tmp_path / "words" / "d.txt").write_text("{}")
     found = find_files("source_path", tmp_path, "**/*.txt")
-    assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a.txt", "sub/b.txt"]
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a.txt", "sub/b.txt", "words/d.txt"]
 
 
 def test_a_manifest_is_what_makes_it_finished(files, tmp_path):

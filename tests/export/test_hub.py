@@ -104,3 +104,11 @@ def test_a_repository_that_is_not_there(hub, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SettingsError, match=f"hf_dir: there is no directory '{name}', and no such repository"):
         downloaded(type(tmp_path)(name))
+
+
+@pytest.mark.parametrize("name", ["me", "me/model", "a/b/c"])
+def test_directories_are_not_asked_for(hub, tmp_path, monkeypatch, name):
+    """Neither one of a repository's name nor what no repository can be called."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me" / "model").mkdir(parents=True)
+    assert downloaded(type(tmp_path)(name)) == type(tmp_path)(name)

@@ -206,7 +206,9 @@ def test_a_wrong_study_is_refused(content, message, tmp_path):
 def test_settings_may_be_nested_as_in_a_recipe(tmp_path):
     data = {"class_path": "litgpt_moe_ext.data.TextCorpus", "init_args": {"data_path": "x"}}
     nested = {"train": {"max_tokens": 10}, "model_config": {"rope_adjustments": {"factor": 4.0}}, "data": data}
+    nested |= {"optimizer.betas": {"one": 1}}  # under a dotted name, one value
     named = {"train.max_tokens": 10, "model_config.rope_adjustments.factor": 4.0, "data": data}
+    named |= {"optimizer.betas": {"one": 1}}
     sizes = {"grid": {"size": {"s": {"train": {"max_norm": 1.0}}}}, "settings": {"eval": {"interval": 3}}}
     run = load_study(write(tmp_path / "s.yaml", seeds=[1], arms={"a": nested}, **sizes)).runs[0]
     assert run.settings == named | {"train.max_norm": 1.0, "eval.interval": 3}

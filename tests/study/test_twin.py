@@ -58,6 +58,14 @@ def test_moe_twin_and_back(layer):
     assert back["intermediate_size"] == pytest.approx(256, rel=0.03)
 
 
+@pytest.mark.parametrize(("experts", "active"), [(Experts(8, 2, 1), 1), (Experts(3, 3), 3)])
+def test_an_moe_twin_may_visit_one_expert_or_all(experts, active):
+    dense = BASE | {"mlp_class_name": "LLaMAMLP", "intermediate_size": 96}
+    moe = moe_twin(dense, 32, experts)
+    assert (moe["n_expert"], moe["n_expert_per_token"]) == (experts.n_expert, active)
+    assert cost(moe, 32, "flops") == pytest.approx(cost(dense, 32, "flops"), rel=0.005)
+
+
 def test_what_has_no_twin_is_refused():
     with pytest.raises(SettingsError, match="--n_expert N"):
         dense_twin(BASE | {"mlp_class_name": "LLaMAMLP"}, 32)
@@ -65,6 +73,8 @@ def test_what_has_no_twin_is_refused():
         moe_twin(MOE, 32, Experts(8))
     with pytest.raises(SettingsError, match="granularity: 1 must be above"):
         moe_twin(BASE | {"mlp_class_name": "LLaMAMLP", "intermediate_size": 96}, 32, Experts(8, 1, 1))
+    with pytest.raises(SettingsError, match="granularity: 5 must be above .* and at most"):
+        moe_twin(BASE | {"mlp_class_name": "LLaMAMLP", "intermediate_size": 96}, 32, Experts(4, 5))
     with pytest.raises(SettingsError, match="write out the model"):
         twin_settings({"model_name": "pythia-14m"}, "flops")
     with pytest.raises(SettingsError, match="^model_config.n_head: 0 must be an integer of at least 1"):
