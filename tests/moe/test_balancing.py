@@ -405,3 +405,14 @@ def test_the_kernel_moves_plain_biases_of_one_card(monkeypatch):
     assert balancing.works_on(moved)
     assert balancing.works_on(make_moved(1, 1024))
     assert not {name for name, other in others.items() if balancing.works_on(other)}
+
+
+@pytest.mark.parametrize("router_type", ["topk", "uniform"])
+def test_a_model_without_data_counts_no_tokens(router_type):
+    """Its FLOPs are counted in training; routers that no optimizer owns would come to the next step of another."""
+    losses = {"router_load_balancing_loss_coef": 0.1, "router_load_balancing_loss_scope": "global_batch"}
+    with torch.device("meta"):
+        moe = SharedExpertMoE(moe_config(router_type=router_type, **(losses if router_type == "topk" else {})))
+        moe(torch.empty(2, 5, 16, requires_grad=True)).sum().backward()
+    assert not moe.gate.tally.pending
+    assert router_type == "uniform" or not moe.gate.step_shares._pending
