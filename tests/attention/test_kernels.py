@@ -22,7 +22,7 @@ from litgpt_moe_ext.attention.kernels.calls import Call, Inputs
 from litgpt_moe_ext.attention.kernels.choice import choose, choose_kernel
 from litgpt_moe_ext.attention.kernels.kernel import Workload
 from litgpt_moe_ext.attention.kernels.registry import KERNELS, functions_of
-from litgpt_moe_ext.attention.sinks import Softmax
+from litgpt_moe_ext.attention.sinks import Softmax, fused_sink_attention
 from litgpt_moe_ext.kernels.gpu import vendor_kind
 from tests.attention.attend import sink_attention
 from tests.fake_cuda import CAPABILITIES, fake_cuda
@@ -441,6 +441,19 @@ def test_one_call_computes_windows_and_documents_on_a_card(monkeypatch: pytest.M
         torch.testing.assert_close(causal_attention(q, k, v, softmax, window, documents), expected[1])
     result = None
     assert torch.equal(causal_attention(q, k, v, softmax, 3), expected[0])
+
+
+@pytest.mark.parametrize(
+    ("backend", "window", "fuses"),
+    [(None, 3, True), ("flash", 3, True), ("flash", None, True), ("cudnn", 3, False), ("cudnn", None, True)],
+)
+def test_a_forced_kernel_without_windows_fuses_none(backend: str | None, window: int | None, fuses: bool) -> None:
+    choice._missing.cache_clear()
+    with fake_cuda((9, 0)):
+        q, k, v = (torch.empty(2, heads, T, 64, dtype=torch.bfloat16, device="cuda") for heads in (4, 2, 2))
+        out = fused_sink_attention(q, k, v, Softmax(None, 0.4, backend=backend), window, None)
+    assert (out is not None) == fuses
+    choice._missing.cache_clear()
 
 
 def test_choice_for_tensors_of_a_card() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from litgpt_moe_ext.kernels import launch
-from litgpt_moe_ext.moe.balancing.bias import scheduled_rate, updated_bias
+from litgpt_moe_ext.moe.balancing.bias import scheduled_rate, update_routers, updated_bias
 from litgpt_moe_ext.moe.balancing.metrics import (
     coefficient_of_variation,
     load_entropy,
@@ -405,6 +405,23 @@ def test_the_kernel_moves_plain_biases_of_one_card(monkeypatch):
     assert balancing.works_on(moved)
     assert balancing.works_on(make_moved(1, 1024))
     assert not {name for name, other in others.items() if balancing.works_on(other)}
+
+
+def test_the_kernel_leaves_biases_alone_that_ask_for_operators(monkeypatch):
+    moved = []
+    monkeypatch.setattr(balancing, "works_on", lambda moved: True)
+    monkeypatch.setattr(balancing, "move_biases", moved.append)
+    settings = {"router_bias_update_rate": 0.5}
+    ours, loop = (make_moe(**settings, expert_backend=backend).gate for backend in (None, "loop"))
+    for router in (ours, loop):
+        router.tally.leaf_on(torch.device("cpu")).grad = torch.arange(11, dtype=torch.float64)
+        update_routers([router])
+    (of_ours,) = moved
+    assert of_ours.biases[0] is ours.e_score_correction_bias
+    assert torch.equal(of_ours.records[0], torch.arange(11))
+    assert (of_ours.rate, of_ours.updates, of_ours.schedule) == (0.5, [], None)
+    assert not ours.e_score_correction_bias.any(), "the kernel is none"
+    assert loop.e_score_correction_bias.tolist() == [0.5] * 4 + [-0.5] * 4
 
 
 @pytest.mark.parametrize("router_type", ["topk", "uniform"])

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from litgpt_moe_ext.moe.activations import Activation, Pointwise
 from litgpt_moe_ext.moe.experts import Experts
-from litgpt_moe_ext.moe.kernels import native
+from litgpt_moe_ext.moe.kernels import cpu, native
 from litgpt_moe_ext.moe.kernels.calls import ExpertWeights, Hidden
 from litgpt_moe_ext.moe.kernels.cpu import dispatch, grouped_cpu_experts
 from litgpt_moe_ext.moe.kernels.few_rows import gather_experts
@@ -365,7 +365,10 @@ NAMES = ("x", "weights", "gate_up_proj", "gate_up_bias", "down_proj", "down_bias
 
 
 @pytest.mark.parametrize("trained", [s for n in (1, 2) for s in itertools.combinations(NAMES, n)], ids="+".join)
-def test_frozen_parts_get_no_gradient(trained):
+def test_frozen_parts_get_no_gradient(trained, monkeypatch):
+    """Nor is one computed."""
+    passes, backward = [], cpu._backward
+    monkeypatch.setattr(cpu, "_backward", lambda *args: passes.append(backward(*args)) or passes[-1])
     experts, routing = make_experts(), make_routing(9, 2, 5, torch.float64)
     tensors = {"x": torch.randn(9, 16, dtype=torch.float64), "weights": routing.weights_TK}
     tensors |= dict(experts.named_parameters())
@@ -378,6 +381,8 @@ def test_frozen_parts_get_no_gradient(trained):
         gradients[backend] = torch.autograd.grad(y.square().sum(), [tensors[name] for name in trained])
     for ours, loop in zip(gradients["grouped_cpu"], gradients["loop"], strict=True):
         torch.testing.assert_close(ours, loop, atol=1e-12, rtol=1e-12)
+    (computed,) = passes
+    assert [gradient is not None for gradient in computed] == [name in trained for name in NAMES]
 
 
 def test_second_derivatives_are_refused():
