@@ -393,6 +393,12 @@ def test_corpora_that_do_not_fit_together_are_refused(texts, tmp_path):
         opened(Mixture({"a": first, "b": PythonStdlib(data_path=tmp_path / "none")}, ones))
     with pytest.raises(SettingsError, match=r"data.corpora.b.source_path: '.*nowhere' does not exist; set it to"):
         opened(Mixture({"a": first, "b": text(texts, "nowhere")}, ones))
+    both = text(texts, 1, bpe=BPESettings(280), data_path=tmp_path / "none")
+    with pytest.raises(SettingsError, match=r"data.corpora.b.tokenizer_dir: .* and data.bpe are both set; keep"):
+        opened(Mixture({"a": first, "b": both}, ones))
+    lost = text(texts, 1, tokenizer_dir=tmp_path / "nowhere", data_path=tmp_path / "none")
+    with pytest.raises(SettingsError, match=r"data.corpora.b.tokenizer_dir: .*nowhere"):
+        opened(Mixture({"a": first, "b": lost}, ones))
     assert not (tmp_path / "none").exists()  # nothing was encoded
     train_bpe(stories(9), BPESettings(270), tmp_path / "other")
     other = text(texts, 1, tokenizer_dir=tmp_path / "other", data_path=tmp_path / "none")

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pyarrow as pa
@@ -196,6 +197,23 @@ def test_a_server_that_sends_no_parts(server, monkeypatch):
     server.ranges = False
     with pytest.raises(SettingsError, match="a.jsonl cannot be streamed.* download the file and name the local copy"):
         list(documents(f"{server.url}/a.jsonl", TextFormat()))
+
+
+URL = "hf://datasets/a/b/c.parquet"
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"size": 7, "lfs": {"sha256": "0123"}, "blob_id": "4567"}, (7, "0123")),
+        ({"size": 7, "lfs": None, "blob_id": "4567", "ETag": "89ab"}, (7, "blob 4567")),
+        ({"size": None, "etag": "89ab"}, (0, f"{URL} 89ab")),
+    ],
+)
+def test_by_what_a_file_is_known(monkeypatch, facts, expected):
+    """The same content has one identity at every address where the server says its hash."""
+    monkeypatch.setattr(remote, "_system_of", lambda url: (SimpleNamespace(info=lambda path: facts), url))
+    assert remote.remote_facts(URL) == expected
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")

@@ -80,9 +80,9 @@ class SharedTokenizer:
                     raise SettingsError(
                         f"data.corpora.{name}.{setting}: {quoted(path)} does not exist; set it to a file or a folder"
                     )
-            trains = getattr(module, "tokenizer_dir", None) is None and getattr(module, "bpe", True) is not None
+            names_one = getattr(module, "tokenizer_dir", None) is not None or getattr(module, "bpe", True) is not None
             with naming(name, module):
-                if name != first and trains and isinstance(module.choose_tokenizer(tokenizer), BPESettings):
+                if name != first and names_one and isinstance(module.choose_tokenizer(tokenizer), BPESettings):
                     raise SettingsError(
                         f"data.corpora.{name}: {type(module).__name__} trains a tokenizer of its own here, and a "
                         f"mixture has one, that of {first}; leave bpe out to use that one, or put {name} first"
@@ -123,8 +123,8 @@ class SharedTokenizer:
 
 
 def _facts(module: Any) -> dict[str, int | None]:
-    """Return what is known about a corpus' token ids."""
-    if isinstance(module, CorpusModule) and module.corpus_path is not None:
+    """Return what is known about the token ids of a prepared corpus."""
+    if isinstance(module, CorpusModule):
         ids = {"end of text": module.manifest["eos_id"], "beginning of text": module.manifest["bos_id"]}
         return {"vocabulary": module.manifest["vocab_size"], **ids}
     size = getattr(module, "vocab_size", None)
