@@ -94,12 +94,13 @@ def reason(error: Exception) -> str:
     return f"{one_line(first) or 'no message'} ({type(first).__name__})"
 
 
-def _locate_data(dataset_kwargs: dict[str, Any], path: Path) -> dict[str, Any]:
-    located = dict(dataset_kwargs)
-    for key in ("data_files", "data_dir"):
-        if located.get(key):
-            located[key] = _locate(located[key], path)
-    return located
+def _locate_data(dataset_kwargs: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(dataset_kwargs, dict):
+        raise SettingsError(f"tasks: {path}: dataset_kwargs: {dataset_kwargs!r} must be settings by name")
+    given = {key: _locate(dataset_kwargs[key], path) for key in ("data_files", "data_dir") if dataset_kwargs.get(key)}
+    if not given:  # `datasets` would take every file in and below the working directory
+        raise SettingsError(f"tasks: {path} names no data; add it as dataset_kwargs: {{data_files: FILE}}")
+    return dataset_kwargs | given
 
 
 def _locate(data: Any, path: Path) -> Any:
@@ -108,6 +109,8 @@ def _locate(data: Any, path: Path) -> Any:
         return {split: _locate(files, path) for split, files in data.items()}
     if isinstance(data, list):
         return [_locate(file, path) for file in data]
+    if not isinstance(data, str):
+        raise SettingsError(f"tasks: {path} names the data {data!r}, which must be a path, or a list of paths")
     if "://" in data:
         return data
     for folder in (path.resolve().parent, Path.cwd()):
