@@ -307,6 +307,12 @@ def test_compiles_without_graph_breaks() -> None:
         )
 
 
+def test_positions_without_a_cache_are_refused() -> None:
+    model, idx = make_model(), torch.zeros(1, T, dtype=torch.long)
+    with pytest.raises(TypeError, match=r"call `gpt.set_kv_cache\(\)` first"):
+        model(idx, input_pos=torch.arange(T))
+
+
 def test_meta_device() -> None:
     with torch.device("meta"):
         model = GPT(attention_config(attention_document_boundary="eos", attention_document_token_id=MARK))

@@ -10,7 +10,8 @@ from litgpt_moe_ext import extend
 from litgpt_moe_ext.config.fields import FIELDS
 from litgpt_moe_ext.extend import ActivationType, Field, Loss, RouterType
 from litgpt_moe_ext.field_types import PositiveFloat
-from litgpt_moe_ext.moe.registry import ACTIVATIONS, LOSSES, ROUTERS
+from litgpt_moe_ext.moe.kernels.routing import fused_router
+from litgpt_moe_ext.moe.registry import ACTIVATIONS, LOSSES, ROUTERS, load
 from litgpt_moe_ext.moe.routing.learned_routers import LearnedRouter, TopKRouter
 from litgpt_moe_ext.moe.routing.router import Choice
 from tests.models import moe_config
@@ -95,3 +96,35 @@ def test_what_is_no_loss(returned, message, monkeypatch):
         router.reset_parameters()
         with pytest.raises(ValueError, match=expected) if expected else contextlib.nullcontext():
             router(x_TD)
+
+
+@pytest.mark.parametrize("name", ["topk", "noisy_topk", "hash", "uniform"])
+def test_kernels_decide_by_the_rules_of_the_package_only(name):
+    """In float32: neither what a subclass chooses, nor by float64 gates."""
+    config, kind = moe_config(router_type=name), load(ROUTERS[name].router)
+    own = type("Own", (kind,), {"choose": lambda self, *tokens: kind.choose(self, *tokens)})
+    assert kind(config).rule().top_k == 2
+    assert own(config).rule() is None
+    if kind(config).weight is not None:
+        assert kind(config).double().rule() is None
+
+
+def test_kernels_decide_with_the_losses_of_the_package_only(monkeypatch):
+    losses = {"router_load_balancing_loss_coef": 0.1, "router_orthogonality_loss_coef": 0.1}
+    own = type("Own", (TopKRouter,), {"auxiliary_loss": lambda self, *given: TopKRouter.auxiliary_loss(self, *given)})
+    monkeypatch.setattr(fused_router, "works_on", lambda x: True)
+    monkeypatch.setattr(TopKRouter, "_decide", lambda *given: "by a kernel")
+
+    def decides(kind=TopKRouter, **changes):
+        router = kind(moe_config(**losses | changes))
+        router.reset_parameters()
+        return router(torch.randn(5, 16)) == "by a kernel"
+
+    assert decides()
+    assert decides(n_expert=1024)
+    assert not decides(n_expert=1025)
+    assert not decides(expert_backend="loop")
+    assert not decides(own)
+    monkeypatch.setitem(LOSSES, "z_loss", Loss(lambda p_TE: p_TE.square().sum(), ("probabilities_TE",), "another"))
+    assert decides()
+    assert not decides(router_z_loss_coef=0.1)
