@@ -11,7 +11,7 @@ INTERPRETED = (
     "tests/interpreted_memory.py",
     *(
         f"tests/moe/kernels/interpreted_{name}.py"
-        for name in ("triton", "router", "product", "orthogonality", "balancing", "far")
+        for name in ("triton", "router", "product", "orthogonality", "balancing", "fakes", "far")
     ),
     *(f"tests/attention/interpreted_{name}.py" for name in ("epilogue", "rotation")),
     "tests/loss/interpreted_cross_entropy.py",
