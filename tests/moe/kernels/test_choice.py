@@ -229,3 +229,27 @@ def test_a_backend_may_return_no_gradient_where_none_is_asked_for():
     register_backend(backend, Preference(("mine",)))
     with torch.no_grad():
         assert randomize(SharedExpertMoE(moe_config()))(torch.randn(1, 9, 16)).shape == (1, 9, 16)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "card", "setting", "expected"),
+    [
+        (torch.bfloat16, (8, 0), "high", ("half", "ieee")),
+        (torch.float16, None, "high", ("half", "ieee")),
+        # In the interpreter, which has no such product.
+        (torch.bfloat16, None, "high", ("half", "widened")),
+        (torch.float32, None, "high", ("tf32", "tf32")),
+        (torch.float32, (8, 0), "highest", ("ieee", "ieee")),
+        (torch.float32, (8, 0), "high", ("tf32", "tf32")),
+        (torch.float32, (9, 0), "medium", ("tf32", "tf32")),
+        (torch.float32, (7, 5), "high", ("ieee", "ieee")),
+        (torch.float32, "hip", "high", ("ieee", "ieee")),
+    ],
+    ids=str,
+)
+def test_float32_is_tf32_for_those_who_allow_it_where_there_is_one(dtype, card, setting, expected, monkeypatch):
+    common = pytest.importorskip("litgpt_moe_ext.moe.kernels.triton.common", exc_type=ImportError)
+    monkeypatch.setattr(torch.version, "hip", "6.4" if card == "hip" else None)
+    monkeypatch.setattr(common, "capability_of", lambda device: (9, 4) if card == "hip" else card)
+    torch.set_float32_matmul_precision(setting)
+    assert common.precision_for(torch.device("cuda"), dtype) == expected
