@@ -169,6 +169,14 @@ def test_numbers_that_ask_for_nothing_are_refused(setting, wrong, tmp_path):
         evaluate_checkpoint(EvaluateSettings(tmp_path, tasks="hellaswag", **{setting: wrong}))
 
 
+def test_a_cache_that_cannot_be_written_is_named(task_file, tmp_path, monkeypatch):
+    """As in a home directory that is read-only on the nodes of a cluster; the task and its data are right."""
+    (tmp_path / "home").touch()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "home" / "datasets"))
+    with pytest.raises(SettingsError, match=r"^environment: HF_HOME: '.*home.*' cannot be written .*; set HF_HOME to"):
+        load_task_file(task_file)
+
+
 @pytest.mark.parametrize(
     ("removed", "message"),
     [

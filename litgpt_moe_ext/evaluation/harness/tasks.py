@@ -1,6 +1,7 @@
 """The tasks named by `--tasks`: those that lm-eval ships, and task files."""
 
 import glob
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import load_yaml_config
 
-from litgpt_moe_ext.errors import SettingsError, did_you_mean, one_line
+from litgpt_moe_ext.errors import SettingsError, did_you_mean, one_line, refuse_first
 from litgpt_moe_ext.evaluation.harness.names import check_names
 from litgpt_moe_ext.wording import quoted
 
@@ -85,7 +86,22 @@ def load_task_file(path: Path) -> ConfigurableTask:
     except TypeError as error:
         raise SettingsError(f"tasks: {path} has a setting that lm-eval does not accept: {error}") from error
     except Exception as error:  # lm-eval and datasets have no type for what is wrong with a file or its data
+        refuse_first(_no_cache(error))
         raise SettingsError(f"tasks: {path} cannot be used: {reason(error)}; correct it or its data") from error
+
+
+def _no_cache(error: Exception) -> Iterator[str]:
+    # Also plain files are copied into the cache of `datasets`, by default in the home directory.
+    from datasets.config import HF_DATASETS_CACHE
+
+    name = getattr(error, "filename", None)
+    if isinstance(error, OSError) and isinstance(name, str):
+        place, cache = Path(name).absolute(), Path(HF_DATASETS_CACHE).absolute()
+        if place.is_relative_to(cache) or cache.is_relative_to(place):
+            yield (
+                f"environment: HF_HOME: {quoted(place)} cannot be written ({error.strerror}), where `datasets` keeps "
+                "copies of all data; set HF_HOME to a folder that you may write to"
+            )
 
 
 def reason(error: Exception) -> str:
