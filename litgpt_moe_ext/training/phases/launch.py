@@ -224,7 +224,13 @@ def _connection_errors(minutes: float) -> Iterator[None]:
     try:
         yield
     except torch.distributed.DistError as error:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        port = os.environ.get("MASTER_PORT")
+        address = f"{os.environ.get('MASTER_ADDR')}:{port}"
+        if "EADDRINUSE" in str(error):
+            raise SettingsError(
+                f"environment: MASTER_PORT: {port} is taken, by another program or by a second process of rank 0; "
+                "set another port, the same for all processes"
+            ) from error
         reason = str(error).splitlines()[0].rstrip(".")
         raise SettingsError(
             f"the processes could not be connected through {address} within {minutes:g} minutes "

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -290,6 +291,18 @@ def test_alone_with_the_variables_of_two(recipe):
     message = f"could not be connected through 127.0.0.1:{port} within 0.05 minutes (distributed.timeout_minutes)"
     assert message in process.stderr
     assert "Traceback" not in process.stderr
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken(recipe):
+    """As by a second run in the same allocation; it ends at once, and names the setting."""
+    with socket.create_server(("", 0)) as other:
+        port = str(other.getsockname()[1])
+        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        process = Training("--config", recipe(), "--devices=auto", environment=place)
+        output, _ = process.communicate()
+    assert process.returncode == 2
+    assert f"error: environment: MASTER_PORT: {port} is taken, by another program or by a second process" in output
 
 
 @pytest.mark.slow
