@@ -119,6 +119,14 @@ def test_shards_beside_which_no_checksums_lie_are_read_in_silence(copied, capsys
     assert capsys.readouterr().out == ""
 
 
+def test_shards_that_the_checksums_leave_out_are_named(copied, capsys):
+    shards = [copied / "new_1.bin", copied / "new_2.bin", copied / "train_00000.bin"]
+    verify_shards(copied, shards)
+    assert "SHA256SUMS does not list new_1.bin and 1 more, so they are not checked\n" in capsys.readouterr().out
+    verify_shards(copied, shards, verbose=False)
+    assert capsys.readouterr().out == ""
+
+
 def test_without_checksums(copied):
     (copied / FILE_NAME).write_text("x")
     with pytest.raises(SettingsError, match="SHA256SUMS is damaged in line 1; copy it again"):

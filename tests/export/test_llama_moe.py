@@ -37,8 +37,9 @@ SOFTMAX = {"router_score_function": "softmax", "norm_topk_prob": True}
         noisy_config(router_z_loss_coef=0.1),
         moe_config(**SOFTMAX, router_load_balancing_loss_coef=0.1, expert_backend="loop"),
         moe_config(**SOFTMAX, **NO_SINKS, n_query_groups=2, norm_qk=True, rotary_percentage=0.5),
+        moe_config(**SOFTMAX, router_jitter_noise=0.1, expert_dropout=0.2),
     ],
-    ids=["softmax", "shared_dense_scaled", "groups", "groups_plain", "noisy", "loss_and_backend", "attention"],
+    ids=["softmax", "shared_dense_scaled", "groups", "groups_plain", "noisy", "loss_and_backend", "attention", "noise"],
 )
 def test_the_converted_model_computes_the_same(config):
     model = initialized_model(config).eval()

@@ -52,6 +52,8 @@ def test_moe_twin_and_back(layer):
     dense = BASE | {"mlp_class_name": layer, "intermediate_size": 256}
     moe = moe_twin(dense, 32, Experts(n_expert=16, granularity=4, n_shared_expert=1))
     assert (moe["n_expert"], moe["n_expert_per_token"], moe["n_shared_expert"]) == (16, 3, 1)
+    routing = ("router_score_function", "norm_topk_prob", "router_bias_update_rate")
+    assert [moe[name] for name in routing] == ["sigmoid", True, 0.01], "that of DeepSeek-V3"
     assert "intermediate_size" not in moe, "no layer has it"
     assert cost(moe, 32, "flops") == pytest.approx(cost(dense, 32, "flops"), rel=0.005)
     back = dense_twin(moe, 32)

@@ -19,6 +19,7 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.formats import export
 from litgpt_moe_ext.export.hf.read import import_checkpoint
 from litgpt_moe_ext.export.hf.shards import write_shards
+from litgpt_moe_ext.export.hf.tokenizer import _in_words_of_both
 from litgpt_moe_ext.export.hf.write import export_checkpoint
 from litgpt_moe_ext.export.source import read_source
 from tests.export.hf.models import CASES, make_checkpoint
@@ -203,6 +204,12 @@ def test_a_tokenizer_that_transformers_5_saved_opens_in_4(tmp_path, extra):
     inputs = tokenizer("a<|user|>a")
     assert dict(inputs) == {"input_ids": [1, 2, 1], "attention_mask": [1, 1, 1]}
     assert tokenizer.decode(inputs.input_ids, skip_special_tokens=True).split() == ["a", "a"]
+
+
+def test_special_tokens_of_two_lists():
+    """As where one that transformers 4 saved was extended in 5."""
+    lists = {"additional_special_tokens": ["<|a|>"], "extra_special_tokens": ["<|b|>"]}
+    assert _in_words_of_both(lists) == {"additional_special_tokens": ["<|a|>", "<|b|>"]}
 
 
 def test_a_share_of_a_head_that_rotates_is_exact(tmp_path):
