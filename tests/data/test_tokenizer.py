@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 
 from litgpt_moe_ext.data.pipeline.encoding import Encoder
 from litgpt_moe_ext.data.tokenizer.bpe import EOS_TOKEN, BPESettings, train_bpe
+from litgpt_moe_ext.data.tokenizer.files import litgpt_tokenizer as litgpt_tokenizer_files
 from litgpt_moe_ext.data.tokenizer.files import read_tokenizer
 from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt, open_for_documents, special_token
 from litgpt_moe_ext.data.tokenizer.threads import threads_for_tokenizers
@@ -254,6 +256,12 @@ def test_a_tokenizer_without_a_class_is_opened_with_the_fix(directory, tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ValueError, match='names no class; add "tokenizer_class": "PreTrainedTokenizerFast" to it'):
         open_as_litgpt(tmp_path)
+
+
+def test_a_tokenizer_of_sentencepiece_prepares_no_corpus():
+    given = SimpleNamespace(backend="sentencepiece", model_name="llama")
+    with pytest.raises(SettingsError, match=r"^tokenizer_dir: the tokenizer 'llama' is a SentencePiece model, .*json"):
+        litgpt_tokenizer_files(given)
 
 
 def test_threads_are_used_inside_and_off_afterwards(monkeypatch):

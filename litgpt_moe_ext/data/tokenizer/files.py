@@ -58,8 +58,8 @@ def litgpt_tokenizer(tokenizer: Any) -> dict[str, bytes]:
     """
     if tokenizer.backend != "huggingface":
         raise SettingsError(
-            f"The tokenizer {tokenizer.model_name!r} is a sentencepiece model. Preparing a corpus needs a "
-            "tokenizer.json; transformers' AutoTokenizer writes one when it saves a fast tokenizer"
+            f"tokenizer_dir: the tokenizer {tokenizer.model_name!r} is a SentencePiece model, and preparing a corpus "
+            "needs a tokenizer.json; transformers' AutoTokenizer writes one when it saves a fast tokenizer"
         )
     names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     config = {name: None if id_ is None else tokenizer.processor.id_to_token(id_) for name, id_ in names.items()}
