@@ -340,6 +340,10 @@ NAN, INF = float("nan"), float("inf")
         ({"weights": {"a": 1, "b": INF}}, r"data.weights.b: inf must be a number"),
         ({"weights": {"a": 0, "b": 0}}, r"data.weights: .* must not all be 0; "),
         ({"weights": {"a": 1, "b": 0}}, r"data.weights.b: 0 means that this corpus is never read; leave it out"),
+        (
+            {"weights": {"a": 1, "b": 0}, "annealing": Annealing({"a": 1, "b": 0}, from_step=1)},
+            r"data.weights.b: 0 means that this corpus is never read; leave it out",
+        ),
         ({"weights": {"a": 1, "b": 1, "c": 1}}, r"data.weights.c: must be one of data.corpora, a, b; "),
         ({"weights": {"a": 1}}, r"data.weights: .* must have a weight for b of data.corpora; "),
         ({"annealing": Annealing({"a": 1, "b": 1})}, r"data.annealing: no beginning must be exactly one of"),
@@ -358,6 +362,12 @@ def test_impossible_settings_are_refused(texts, changes, message):
     arguments = {"corpora": {"a": text(texts, 0), "b": text(texts, 1)}, "weights": {"a": 1, "b": 1}, **changes}
     with pytest.raises(SettingsError, match=message):
         Mixture(**arguments)
+
+
+def test_a_corpus_may_be_read_in_one_phase_only(texts):
+    corpora = {"a": text(texts, 0), "b": text(texts, 1)}
+    for first, later in (({"a": 1, "b": 0}, {"a": 1, "b": 1}), ({"a": 1, "b": 1}, {"a": 1, "b": 0})):
+        assert Mixture(corpora, first, Annealing(later, from_step=1)).weights == first
 
 
 @pytest.mark.parametrize(

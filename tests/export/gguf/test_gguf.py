@@ -292,6 +292,10 @@ def test_an_attention_factor_without_a_stretch_is_refused():
     facts = facts_of(Config(**{**GRAPH_CASES["deepseek-v3"][1], "rope_adjustments": stretch}), {})
     with pytest.raises(SettingsError, match="rope_adjustments.attention_factor: 1.3 needs a factor above 1"):
         choose_graph(facts)
+    alike = {**GRAPH_CASES["deepseek-v3"][1], "rope_adjustments": stretch | {"attention_factor": 1.0}}
+    facts = facts_of(Config(**alike), {})
+    found = choose_graph(facts).config(facts)
+    assert (found["rope.scaling.attn_factor"], "rope.scaling.yarn_log_multiplier" in found) == (1.0, False)
 
 
 @pytest.mark.parametrize(("depth", "vocabulary"), [(26, 97), (27, 97), (48, 128256)])
