@@ -10,10 +10,12 @@ from typing import Any
 from litgpt_moe_ext.training.checkpoint.changes import flat, shown
 from litgpt_moe_ext.training.parallel.agreement import refuse_together
 
-# The launcher decides the first two, and the first rank alone what to resume from and whether to show a bar.
+# The launcher decides the first two, and the first rank alone what to resume from and whether to show a bar. It alone
+# logs, too, and a name in `log` may be the time at which a node was started.
 _FREE = {"devices", "num_nodes", "resume", "progress"}
+_FREE_SECTIONS = ("log.",)
 # A node may have the same files under another path.
-_PATHS = ("_dir", "_path")
+_PATHS = ("_dir", "_path", ".hellaswag", ".tasks")
 
 
 def require_same(fabric: Any, settings: Mapping[str, Any], software: str) -> None:
@@ -42,7 +44,7 @@ def differences(own: tuple[Mapping[str, Any], str], first: tuple[Mapping[str, An
         one, other = here.get(name), there.get(name)
         if name.endswith(_PATHS):
             one, other = one and "a path", other and "a path"
-        if one != other and name not in _FREE:
+        if one != other and name not in _FREE and not name.startswith(_FREE_SECTIONS):
             yield (
                 f"{name}: {shown(one)} on rank {rank} must be {shown(other)}, as on rank 0; start all nodes with "
                 "the same recipe and flags"

@@ -10,6 +10,8 @@ SETTINGS = {
     "train": {"max_tokens": 512},
     "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1}},
     "data": {"class_path": "TextCorpus", "init_args": {"data_path": "data/text"}},
+    "log": {"run": "19:05:01"},
+    "evaluate": {"hellaswag": "data/hellaswag_val.jsonl"},
     "devices": 2,
 }
 
@@ -25,6 +27,7 @@ SETTINGS = {
         ({"seed": 1}, "seed: 1 on rank 3 must be null, as on rank 0"),
         ({"initial_checkpoint_dir": "there"}, "initial_checkpoint_dir: a path on rank 3 must be null"),
         ({"data": {"class_path": "TextCorpus", "init_args": {"data_path": "/local/text"}}}, None),
+        ({"log": {"run": "19:05:02"}, "evaluate": {"hellaswag": "/local/hellaswag_val.jsonl"}}, None),
         ({"devices": "auto", "num_nodes": 2, "resume": True, "progress": False}, None),
     ],
     ids=str,
