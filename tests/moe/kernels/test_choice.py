@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.moe.activations import Activation
 from litgpt_moe_ext.moe.experts import Experts
 from litgpt_moe_ext.moe.kernels.backend import ExpertBackend, Place, Preference
 from litgpt_moe_ext.moe.kernels.choice import backend_for, choose
 from litgpt_moe_ext.moe.kernels.loop import loop_experts
+from litgpt_moe_ext.moe.kernels.plan import kind_of
 from litgpt_moe_ext.moe.kernels.registry import BACKENDS, CHOSEN, PREFERENCES, register_backend
-from litgpt_moe_ext.moe.registry import EXPERT_BACKENDS
+from litgpt_moe_ext.moe.registry import ACTIVATIONS, EXPERT_BACKENDS
 from tests.models import moe_config, randomize
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -253,3 +255,24 @@ def test_float32_is_tf32_for_those_who_allow_it_where_there_is_one(dtype, card, 
     monkeypatch.setattr(common, "capability_of", lambda device: (9, 4) if card == "hip" else card)
     torch.set_float32_matmul_precision(setting)
     assert common.precision_for(torch.device("cuda"), dtype) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "plain", "tanh"),
+    [
+        ("swiglu", "silu", "silu"),
+        ("clamped_swiglu", "clamped_silu", "clamped_silu"),
+        ("geglu", "gelu", "gelu_tanh"),
+        ("gelu", "gelu", "gelu_tanh"),
+        ("relu", "relu", "relu"),
+        ("relu2", "relu2", "relu2"),
+    ],
+)
+def test_which_activations_the_kernels_know(name, plain, tanh):
+    """As `gelu_approximate` says, which changes no other function."""
+    assert [kind_of(Activation(name, approximate)) for approximate in ("none", "tanh")] == [plain, tanh]
+
+
+def test_the_kernels_know_no_activation_of_another_package(monkeypatch):
+    monkeypatch.setitem(ACTIVATIONS, "own", ACTIVATIONS["gelu"])
+    assert kind_of(Activation("own", "tanh")) is None
