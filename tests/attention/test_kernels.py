@@ -133,11 +133,15 @@ def efficient_backward(dout, q, k, v, bias, out, lse, seed, offset, dropout, mas
 
 
 def flash_attn_package() -> types.ModuleType:
-    """A stand-in for `flash_attn.flash_attn_interface` 2.8 with its signatures."""
+    """A stand-in for `flash_attn.flash_attn_interface` 2.8 with its signatures, which takes integers only."""
+
+    def sides(left, right):
+        assert type(left) is type(right) is int, "-1 is all keys"
+        return {"window_size_left": left, "window_size_right": right}
 
     def varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, softmax_scale, causal, window_size_left=-1,
                        window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False):  # fmt: skip
-        window = {"window_size_left": window_size_left, "window_size_right": window_size_right}
+        window = sides(window_size_left, window_size_right)
         out, lse, *_ = flash_forward(
             q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, causal, False, scale=softmax_scale, **window
         )
@@ -151,8 +155,7 @@ def flash_attn_package() -> types.ModuleType:
     def backward(dout, q, k, v, out, lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
                  window_size_right, softcap, alibi_slopes, deterministic, rng_state=None):  # fmt: skip
         grads = flash_backward(dout, q, k, v, out, lse, None, None, T, T, dropout_p, causal, rng_state, None,
-                               scale=softmax_scale, window_size_left=window_size_left,
-                               window_size_right=window_size_right)  # fmt: skip
+                               scale=softmax_scale, **sides(window_size_left, window_size_right))  # fmt: skip
         for target, grad in zip((dq, dk, dv), grads, strict=True):
             target.copy_(grad)
 
@@ -160,8 +163,7 @@ def flash_attn_package() -> types.ModuleType:
                         window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
                         rng_state=None):  # fmt: skip
         grads = flash_backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout_p, causal, rng_state, None,
-                               scale=softmax_scale, window_size_left=window_size_left,
-                               window_size_right=window_size_right)  # fmt: skip
+                               scale=softmax_scale, **sides(window_size_left, window_size_right))  # fmt: skip
         for target, grad in zip((dq, dk, dv), grads, strict=True):
             target.copy_(grad)
 

@@ -104,6 +104,15 @@ def test_launches_of_a_loss_and_its_gradient(monkeypatch: pytest.MonkeyPatch) ->
     assert launches.names == []
 
 
+def test_logits_cannot_be_read_after_their_gradient_has_replaced_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "launch", lambda *_: None)
+    logits = torch.randn(3, 5, requires_grad=True) * 2.0
+    squares = logits.square()
+    cross_entropy.mean_cross_entropy(logits, torch.zeros(3, dtype=torch.long)).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squares.sum().backward()
+
+
 class Traffic(TorchDispatchMode):
     """Counts the bytes that operators of torch read and write, of tensors with a row for each token."""
 

@@ -170,3 +170,5 @@ def test_a_layer_alone_says_what_is_missing():
     moe = SharedExpertMoE(moe_config(router_type="hash"))
     with pytest.raises(ValueError, match="needs the ids of the 3 tokens; call the whole model"):
         moe(torch.randn(1, 3, 16))
+    with pytest.raises(ValueError, match="needs the ids of the 3 tokens"):
+        moe(torch.randn(1, 3, 16), ids=TokenIds(torch.arange(4)))
