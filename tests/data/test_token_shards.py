@@ -172,6 +172,14 @@ def test_only_names_of_validation(tmp_path):
         TokenShards(tmp_path).prepare_data()
 
 
+@pytest.mark.parametrize("name", ["train_1.bin", "edu_train_000001.npy"])
+def test_the_folder_above_the_shards(tmp_path, name):
+    (tmp_path / "sample").mkdir()
+    (tmp_path / "sample" / name).write_bytes(b"")
+    with pytest.raises(SettingsError, match=r"has no train shards: .*; did you mean .*sample\?$"):
+        TokenShards(tmp_path).prepare_data()
+
+
 def test_patterns(tmp_path):
     write(tmp_path, {"a0.bin": 20, "a1.bin": 20, "b.bin": 20})
     train, val = TokenShards(tmp_path, train_pattern="a*.bin", val_pattern="b*").find_shards()

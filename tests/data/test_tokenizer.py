@@ -234,6 +234,8 @@ def test_special_token_reads_both_files(tmp_path):
         ({}, {"eos_token_id": []}, "no end-of-sequence token"),
         ({"eos_token": "</s>"}, None, "names eos_token '</s>', which is not in the vocabulary"),
         ({}, {"eos_token_id": 9}, "names eos_token_id 9, outside the vocabulary"),
+        ({}, {"eos_token_id": "0"}, "names eos_token_id '0', outside the vocabulary"),
+        ({}, {"eos_token_id": True}, "names eos_token_id True, outside the vocabulary"),
     ],
 )
 def test_special_token_names_the_fix(tmp_path, config, generation, message):

@@ -112,7 +112,7 @@ class TokenShards(ShardModule):
                     remedy = f", none like {setting}: {pattern!r}; set it to a glob that names them"
                 else:
                     remedy = (
-                        did_you_mean_inside(folder, f"{split[:3]}*.bin")
+                        did_you_mean_inside(folder, f"*{split[:3]}*.[bn][ip][ny]")
                         or "; it needs two or more, of which those with val in their names validate, or else the "
                         f"first. Rename them, or set {setting}"
                     )

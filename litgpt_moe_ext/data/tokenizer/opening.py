@@ -177,7 +177,7 @@ def special_token(files: Mapping[str, bytes], kind: Literal["eos", "bos"], direc
             f'"{kind}_token": "<a token of the vocabulary>" (and "tokenizer_class": "PreTrainedTokenizerFast") to '
             f"{config_path}"
         )
-    if not isinstance(token_id, int) or not 0 <= token_id < 2**32 or tokenizer.id_to_token(token_id) is None:
+    if type(token_id) is not int or not 0 <= token_id < 2**32 or tokenizer.id_to_token(token_id) is None:
         raise SettingsError(
             f"{directory / 'generation_config.json'} names {kind}_token_id {token_id!r}, outside the "
             "vocabulary; name an id of the vocabulary"
