@@ -431,6 +431,11 @@ class TestTokenizer:
                 "pre_tokenizer",
             ),
             (lambda raw: raw.update(pre_tokenizer={"type": "Sequence", "pretokenizers": []}), "pre_tokenizer"),
+            (lambda raw: raw.update(pre_tokenizer=None), "pre_tokenizer {}"),
+            (
+                lambda raw: raw.update(model={"type": "WordLevel", "vocab": raw["model"]["vocab"], "unk_token": "a"}),
+                "WordLevel",
+            ),
             (lambda raw: raw.update(normalizer={"type": "Lowercase"}), "normalizer Lowercase"),
             (lambda raw: raw["model"].update(end_of_word_suffix="</w>"), "BPE with end_of_word_suffix"),
             (lambda raw: raw["added_tokens"][0].update(lstrip=True), "takes space or words beside it into account"),
