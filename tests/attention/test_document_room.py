@@ -1,12 +1,13 @@
 """Room for documents in passes that are captured once."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from litgpt_moe_ext.attention.document_room import DocumentRoom, document_room
 from litgpt_moe_ext.attention.documents import Extent, largest_extent, needed_extent
-from litgpt_moe_ext.tokens.rows import Rows
+from litgpt_moe_ext.tokens.rows import Rows, host_copy
 from tests.models import moe_config
 
 EOS = 1
@@ -14,7 +15,9 @@ EOS = 1
 
 def inputs(rows_BT: torch.Tensor) -> torch.Tensor:
     """Return ids that know their copy in host memory, as those of a loader on a device do."""
-    return rows_BT.as_subclass(Rows)[:, :-1]
+    ids_BT = rows_BT.as_subclass(Rows).clone()[:, :-1]
+    assert host_copy(ids_BT) is not None
+    return ids_BT
 
 
 @given(st.integers(1, 4), st.integers(1, 700), st.floats(0, 1), st.integers(0, 99))
@@ -25,6 +28,17 @@ def test_there_is_room_for_the_batch_and_little_more(B, T, share, seed):
     room = DocumentRoom("eos", EOS).needed(ids_BT)
     for size, needed, most in zip(room, exact, (B * T, T), strict=True):
         assert needed <= size <= min(most, max(needed + 15, 1.25 * needed))
+
+
+@pytest.mark.parametrize(
+    ("documents", "room"),
+    [(1, 16), (16, 16), (17, 32), (127, 128), (128, 128), (129, 160), (160, 160), (1000, 1024), (1025, 1280)],
+)
+def test_room_grows_in_quarters_of_a_power_of_two(documents, room):
+    """So that few sizes do for all batches."""
+    ids_BT = torch.zeros(1, 4001, dtype=torch.int64)
+    ids_BT[0, : documents - 1] = EOS
+    assert DocumentRoom("eos", EOS).needed(inputs(ids_BT)).documents == room
 
 
 def test_room_is_kept_with_the_very_ids():
