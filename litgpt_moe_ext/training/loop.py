@@ -35,6 +35,7 @@ import litgpt.pretrain
 from torch import Tensor
 
 from litgpt_moe_ext.attention.document_room import document_room
+from litgpt_moe_ext.data.loader import TokenLoader, corpora_of
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.perplexity import exp
 from litgpt_moe_ext.host.replaced import replaced
@@ -48,6 +49,7 @@ from litgpt_moe_ext.training.control import TrainingInterrupted
 from litgpt_moe_ext.training.optim.make import make_optimizer
 from litgpt_moe_ext.training.optim.schedules import Schedule, schedule_steps
 from litgpt_moe_ext.training.parallel.agreement import Agreement
+from litgpt_moe_ext.training.parallel.sameness import require_same_data
 from litgpt_moe_ext.training.steps.batches import StepBatches, can_pad, counts_for_loss
 from litgpt_moe_ext.training.steps.first_batches import FirstBatches
 from litgpt_moe_ext.training.steps.handover import Handover, loss_of_logits
@@ -262,6 +264,8 @@ class HookedLoop:
                     f"data: train_dataloader returns a {type(train).__name__} without state_dict and load_state_dict, "
                     "which a resumed run needs; return one that has them, such as litdata's StreamingDataLoader"
                 )
+            if isinstance(train, TokenLoader):
+                require_same_data(self.fabric, corpora_of(train.state_dict()))
             load = train.load_state_dict
 
             def load_state_dict(state: dict[str, Any]) -> None:

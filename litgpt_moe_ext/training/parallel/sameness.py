@@ -1,10 +1,10 @@
-"""Whether all processes of a run have the same settings and the same code, which those of several nodes may not.
+"""Whether all processes of a run have the same settings, code and data, which those of several nodes may not.
 
 With two learning rates, for example, the weights of the ranks would drift apart without a word, and with two lengths
 one rank would wait for the other.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from litgpt_moe_ext.training.checkpoint.changes import flat, shown
@@ -29,6 +29,22 @@ def require_same(fabric: Any, settings: Mapping[str, Any], software: str) -> Non
     own = (dict(settings), software)
     first = fabric.broadcast(own)
     refuse_together(fabric, differences(own, first, fabric.global_rank))
+
+
+def require_same_data(fabric: Any, corpora: Iterable[str]) -> None:
+    """Raise SettingsError on every rank unless all have the corpora of the first one.
+
+    Args:
+        fabric: The launched fabric; every rank must call this.
+        corpora: Keys of the corpora of this rank.
+    """
+    own = sorted(corpora)
+    first = fabric.broadcast(own)
+    problem = (
+        f"data: rank {fabric.global_rank} has the corpus {' and '.join(own)}, but rank 0 has {' and '.join(first)}; "
+        "copy the same files to all nodes, or put them on a disk that all see"
+    )
+    refuse_together(fabric, [] if own == first else [problem])
 
 
 def differences(own: tuple[Mapping[str, Any], str], first: tuple[Mapping[str, Any], str], rank: int) -> Iterator[str]:

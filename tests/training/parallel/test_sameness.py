@@ -1,5 +1,7 @@
 """Processes with other settings or other code than the first one."""
 
+import shutil
+
 import pytest
 
 from litgpt_moe_ext.training.parallel.sameness import differences
@@ -71,4 +73,23 @@ def test_a_node_with_another_recipe(recipe, name):
         assert process.returncode == 2, output
         assert f"error: {name}: 512" in output
         assert " on rank 1 must be 1024" in output
+        assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_a_node_with_other_data(recipe, corpus_settings, tmp_path):
+    """Both have text of their own under the same path, as on disks of the nodes."""
+    place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shutil.copytree(corpus_settings["source_path"], tmp_path / "source")
+    (tmp_path / "source" / "csv.py").unlink()
+    sources = (corpus_settings["source_path"], tmp_path / "source")
+    started = [
+        Training("--config", recipe(), "--num_nodes=2", "--devices=auto", f"--data.source_path={source}",
+                 environment={**place, "RANK": str(rank)})
+        for rank, source in enumerate(sources)
+    ]  # fmt: skip
+    for process in started:
+        output, _ = process.communicate()
+        assert process.returncode == 2, output
+        assert "error: data: rank 1 has the corpus " in output
         assert "Traceback" not in output
