@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from litgpt_moe_ext.moe.balancing.bias import update_routers
-from litgpt_moe_ext.moe.balancing.gradient_injection import forget_scale, inject, remember_scale
+from litgpt_moe_ext.moe.balancing.gradient_injection import forget_scale, inject, present_scale, remember_scale
 from litgpt_moe_ext.moe.balancing.losses import (
     cv_squared,
     importance_loss,
@@ -382,3 +382,12 @@ def test_an_empty_batch_has_no_losses(name):
     update_routers([gate])
     assert gate.record.isfinite().all()
     assert gate.record[:8].sum() == 12
+
+
+def test_a_loss_without_data_or_gradient_has_no_scale():
+    """FLOPs are counted before a training, whose first scale it must not be."""
+    forget_scale()
+    for loss in (torch.ones((), device="meta", requires_grad=True), torch.ones(())):
+        assert remember_scale(loss) is loss
+    remember_scale(2 * torch.ones((), device="meta", requires_grad=True)).backward()
+    assert present_scale(torch.ones(2)) == 1
