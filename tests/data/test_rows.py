@@ -36,6 +36,14 @@ def test_inputs_of_moved_rows_have_a_host_copy(kind: type[Rows], B: int, length:
         assert copy.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr()
 
 
+def test_an_input_without_a_target_is_padding() -> None:
+    """And no other: 0 is an id like all others."""
+    rows = torch.tensor([[4, 0, 3, PADDING], [0, 0, 0, 0]]).as_subclass(PaddedRows)
+    assert rows[:, :-1].tolist() == rows[:, 0:3].tolist() == [[4, 0, PADDING], [0, 0, 0]]
+    assert rows[1:, :2].tolist() == [[0, 0]]
+    assert rows[:, 1:].tolist() == [[0, 3, PADDING], [0, 0, 0]]
+
+
 def test_copies_of_moved_rows_stay_copies_of_the_first() -> None:
     rows = loaded(PaddedRows)
     copy = host_copy(as_fabric_moves(as_fabric_moves(rows.pin_memory() if torch.cuda.is_available() else rows)).clone())
