@@ -127,7 +127,7 @@ _IN_LAYER = re.compile(rf"{re.escape(LAYER)}\.(\d+)\.(.+)")
 BALANCING_BIAS = "e_score_correction_bias"
 
 
-def rules(names: Names, ours: Iterable[str], config: "Config", rotates_neighbours: bool = False) -> dict[str, Stored]:
+def rules(names: Names, ours: Iterable[str], config: "Config", rotates_neighbours: bool) -> dict[str, Stored]:
     """Return how each of our tensors is stored there, by our name.
 
     Args:
