@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
+from torch.testing._internal.two_tensor import TwoTensor
 
 from litgpt_moe_ext.moe.kernels import plan
 from litgpt_moe_ext.moe.kernels.casts import can_cast, cast_together
@@ -120,6 +121,13 @@ def test_casts_are_kept_where_nothing_is_learned():
 
 def test_who_asks_for_ordinary_operators_gets_them():
     assert "_foreach_copy_" not in passes(make_layer(expert_backend="loop"), together=True)[1]
+
+
+def test_weights_of_another_class_are_their_own_to_cast():
+    """As those of tensor parallelism and of quantisation."""
+    layer = make_layer()
+    layer.fc.weight = nn.Parameter(TwoTensor(layer.fc.weight.detach(), layer.fc.weight.detach()))
+    assert not can_cast([layer.fc, layer.proj], torch.bfloat16)
 
 
 class Other(nn.Linear):
