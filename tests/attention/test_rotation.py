@@ -98,6 +98,7 @@ def test_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not used(sin=sin.half())
     assert not used(cos.to("meta"), sin.to("meta"))
     assert not used(cos.clone().requires_grad_())
+    assert not used(sin=sin.clone().requires_grad_())
     assert not used(q=q.double(), k=k.double())
     assert not used(k=k.float())
     assert not used(k=torch.nn.Parameter(k))

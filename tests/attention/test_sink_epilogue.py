@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from litgpt_moe_ext.attention import flash
 from litgpt_moe_ext.attention.kernels.calls import Call, Inputs
 from litgpt_moe_ext.kernels import launch
-from litgpt_moe_ext.kernels.launch import triton_works_on
 
 pytest.importorskip("triton")
 
@@ -95,10 +94,3 @@ def test_where_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not flash._has_epilogue(out, lse)
     monkeypatch.setattr(launch, "triton_works_on", lambda device: False)
     assert not flash._has_epilogue(out, lse)
-
-
-@pytest.mark.parametrize(("capability", "works"), [((7, 0), False), ((7, 5), True), ((9, 0), True)], ids=str)
-def test_cards_that_have_kernels(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], works: bool) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.version, "hip", None)
-    assert triton_works_on.__wrapped__(torch.device("cuda")) == works
