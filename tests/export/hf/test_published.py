@@ -145,7 +145,8 @@ def test_a_size_that_transformers_refuses(tmp_path, monkeypatch):
             raise Refusal
         return config_class(**sizes)
 
-    monkeypatch.setattr(transformers, "CONFIG_MAPPING", {"llama": strict})
+    # By its name, as transformers replaces its own module when it loads a model.
+    monkeypatch.setattr("transformers.CONFIG_MAPPING", {"llama": strict})
     entries = PUBLISHED["llama-68m"][1] | {"hidden_size": [], "head_dim": 64}
     (tmp_path / "config.json").write_text(json.dumps(entries))
     with pytest.raises(SettingsError, match=r"^n_embd: \[\] must be an integer of at least 1"):
@@ -157,7 +158,7 @@ def test_a_transformers_that_does_not_load_is_no_fault_of_the_file(tmp_path, mon
         def __getitem__(self, name):
             raise ValueError("numpy.dtype size changed")
 
-    monkeypatch.setattr(transformers, "CONFIG_MAPPING", Broken(llama=None))
+    monkeypatch.setattr("transformers.CONFIG_MAPPING", Broken(llama=None))
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["llama-68m"][1]))
     with pytest.raises(ValueError, match="^numpy.dtype size changed$"):
         read_published(tmp_path)
