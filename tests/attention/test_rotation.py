@@ -9,7 +9,9 @@ from litgpt import GPT
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from litgpt_moe_ext.attention import layer as layers
 from litgpt_moe_ext.attention import rotation as plain
+from litgpt_moe_ext.attention.rope import build_rope_cache
 from litgpt_moe_ext.kernels import launch
 from tests.fake_cuda import fake_cuda
 from tests.models import attention_config
@@ -152,3 +154,17 @@ def test_launches_of_a_rotation_and_its_gradient(monkeypatch: pytest.MonkeyPatch
         q, k, v = (x.unflatten(-1, (-1, 16)).transpose(1, 2) for x in qkv.split((64, 32, 32), dim=-1))
         torch.autograd.grad((*plain.rotate_both(q, k, rotary), v), qkv, gradients)
         assert launches.names == ["_rotate", "_rotate", "cat"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "whole"), [({}, True), ({"clip_qkv": 1.0}, False), ({"norm_qk": True}, False)], ids=str
+)
+def test_what_is_clipped_or_normed_does_not_rotate_with_its_projection(
+    monkeypatch: pytest.MonkeyPatch, changes: dict, whole: bool
+) -> None:
+    projections: list[tuple] = []
+    monkeypatch.setattr(layers, "rotate_projection", lambda *given: projections.append(given))
+    layer = layers.SinkAttention(attention_config(**changes), 0)
+    cos, sin = build_rope_cache(layer.config, 5)
+    layer(torch.randn(1, 5, 24), cos[None], sin[None])
+    assert bool(projections) == whole
