@@ -45,6 +45,14 @@ def counts_by_row(corpora: np.ndarray, kinds: int) -> np.ndarray:
     return np.concatenate([np.zeros((1, kinds), int), np.cumsum(taken, axis=0)])
 
 
+@pytest.mark.parametrize(
+    ("shares", "order"), [((5, 3, 2, 1), "01020103210"), ((7, 5, 3, 1), "0102101020103210"), ((1, 0, 1), "02")]
+)
+def test_the_order_stays_that_of_earlier_checkpoints(shares, order):
+    """Another one that keeps all shares as well would give a resumed run some rows twice, and others never."""
+    assert "".join(map(str, Schedule(shares).look_up(np.arange(sum(shares)))[0])) == order
+
+
 @settings(max_examples=200)
 @given(shares=SHARES, rows=st.integers(1, 400))
 def test_shares_are_kept_to_less_than_a_row_at_every_moment(shares, rows):
