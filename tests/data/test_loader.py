@@ -50,6 +50,11 @@ def test_order_is_fixed_by_seed_and_epoch():
     assert first[:5] != first[5:10] != first[10:]
 
 
+def test_the_order_stays_that_of_earlier_checkpoints():
+    """They hold the seed and the epoch alone; in another order a resumed run would see some windows twice."""
+    assert Order(7).of_epoch(2, 10).tolist() == [1, 5, 3, 4, 6, 9, 0, 8, 2, 7]
+
+
 def test_training_is_shuffled_and_evaluation_is_not():
     assert window_ids(make(train=False), 4) == list(range(11))
     assert window_ids(make(), 4) != sorted(window_ids(make(), 4))

@@ -39,6 +39,12 @@ def test_another_seed_validates_on_other_files():
     assert 150 < len(first & other) < 350, "a quarter by chance"
 
 
+def test_earlier_corpora_are_found_and_divided_as_they_were(monkeypatch):
+    monkeypatch.setattr(finished, "FORMAT_VERSION", 3)
+    assert cache_key("0123", {"b": 1, "a": [None, "ü"]}) == "b926f59942929a48"
+    assert [number for number in range(30) if in_validation(f"file{number}.py", 0.2, 42)] == [7, 12, 22, 23]
+
+
 def test_keys_tell_settings_apart(monkeypatch):
     assert cache_key("x", {"a": 1, "b": 2}) == cache_key("x", {"b": 2, "a": 1}) != cache_key("x", {"a": 1, "b": 3})
     assert cache_key("x", {}) != cache_key("y", {})
