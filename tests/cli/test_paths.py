@@ -90,13 +90,11 @@ def refused_without_utf8(*words: str | Path) -> str:
 names_are_bytes = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are Unicode")
 
 
+@pytest.mark.slow
 @names_are_bytes
 @pytest.mark.parametrize(
     ("letters", "remedy"),
-    [
-        (b"d\xc3\xbc", "; set PYTHONUTF8=1"),
-        pytest.param(b"d\xfc", "; write, or rename, it in UTF-8", marks=pytest.mark.slow),
-    ],
+    [(b"d\xc3\xbc", "; set PYTHONUTF8=1"), (b"d\xfc", "; write, or rename, it in UTF-8")],
     ids=["utf8", "latin1"],
 )
 def test_letters_that_python_does_not_decode(letters, remedy, finished, tmp_path):

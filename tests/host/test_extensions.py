@@ -38,6 +38,7 @@ def installed(tmp_path):
             "import litgpt.model",
             "import probe_extension, litgpt_moe_ext; litgpt_moe_ext.register()",
             id="by a script that imports it first",
+            marks=pytest.mark.slow,
         ),
         pytest.param("", "import litgpt.config, litgpt.__main__; litgpt.LLM", id="once", marks=pytest.mark.slow),
     ],

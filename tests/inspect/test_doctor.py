@@ -373,12 +373,17 @@ def test_memory_by_command(tmp_path, capsys):
     assert "--precision bf16-mixed --train.micro_batch_size 4" in capsys.readouterr().out
     assert main(["doctor", str(recipe), "--memory", "0.5"]) == 1
     assert "Nothing fits" in capsys.readouterr().out
+    assert main(["doctor", "--memory", "6"]) == 2
+
+
+@pytest.mark.slow
+def test_memory_in_the_precision_of_the_recipe(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         yaml.safe_dump({"model_config": MODEL, "precision": "16-mixed", "train": {"global_batch_size": 4}})
     )
     assert main(["doctor", str(recipe), "--memory", "6"]) == 0
     assert "--precision 16-mixed --train.micro_batch_size 4" in capsys.readouterr().out
-    assert main(["doctor", "--memory", "6"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,7 @@ def test_short_recipes_tell_what_the_whole_ones_take(path, whole):
     assert costs(recipe.config, steps) == whole(lambda: costs(recipe.config, steps), recipe.config.n_layer)
 
 
+@pytest.mark.slow
 @settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.fixed_dictionaries(
@@ -428,7 +429,7 @@ def test_card_takes_the_settings_of_the_recipe():
         make_card(recipe_with(config, settings))
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_moving_average_takes_room(tied):
     """Once in memory and once in a checkpoint, in float32; a table with two names has two averages."""
     train = {"tie_embeddings": tied, "max_seq_length": 8}
