@@ -323,9 +323,8 @@ def test_what_is_reported(task_file, kind, answers):
     assert sorted(task.process_results(task.task_docs[0], answers)) == list(REPORTED[kind])
 
 
-@pytest.mark.parametrize(
-    "error", [ConnectionError("no hub"), pytest.param(DatasetNotFoundError("no hub"), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # lm-eval reads the files of all its tasks
+@pytest.mark.parametrize("error", [ConnectionError("no hub"), DatasetNotFoundError("no hub")])
 def test_data_of_lm_evals_own_tasks_may_be_out_of_reach(moe_dir, tmp_path, monkeypatch, error):
     def unreachable(**_):
         raise error

@@ -304,6 +304,7 @@ def test_muon_remembers_one_number_for_those_of_matrices(changes, tied):
     assert training_memory(layers.shorten(config), step).optimizer == expected
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_muon_takes_less_room():
     config = moe_config(n_embd=1024, moe_intermediate_size=2048)
     numbers = {name: parameter.numel() for name, parameter in meta_model(config).named_parameters()}
@@ -480,7 +481,7 @@ def test_card_knows_savers_and_strategies(tmp_path, capsys):
     assert "devices: 0 must be an integer of at least 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize("installed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_card_says_whose_loss_it_counts_with(tmp_path, monkeypatch, capsys, installed):
     monkeypatch.setattr("litgpt_moe_ext.inspect.cost.model_card.triton_installed", lambda: installed)
     recipe = tmp_path / "recipe.yaml"
@@ -495,6 +496,7 @@ def test_the_card_says_whose_loss_it_counts_with(tmp_path, monkeypatch, capsys, 
     )
 
 
+@pytest.mark.slow
 def test_llama_moe_can_be_carded():
     card = make_card(recipe_with(moe_config(mlp_class_name="LLaMAMoE")), micro_batch_size=1)
     ours = make_card(recipe_with(moe_config()), micro_batch_size=1)

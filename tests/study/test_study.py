@@ -239,8 +239,8 @@ def test_runs_of_the_shipped_studies_are_valid(path):
 
 @pytest.mark.parametrize(("scale", "budgets", "budget", "width"), [
     ("60m", {2**23, 2**24, 2**25}, 2**24, {512}),
-    ("200m", {2**23, 2**24, 2**25}, 2**24, {768}),
-    ("long", {2880 * 1536, 2880 * 3072}, 2880 * 1536, {64, 128}),
+    pytest.param("200m", {2**23, 2**24, 2**25}, 2**24, {768}, marks=pytest.mark.slow),
+    pytest.param("long", {2880 * 1536, 2880 * 3072}, 2880 * 1536, {64, 128}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_shipped_scales_make_every_study_but_that_of_shapes_larger(scale, budgets, budget, width):
     budget_of, widths, known = {}, set(), litgpt_types()

@@ -47,7 +47,10 @@ def test_dense_twin_of_other_layers(changed):
     assert cost(twin, 32, "flops") == pytest.approx(cost(model, 32, "flops"), rel=0.005)
 
 
-@pytest.mark.parametrize("layer", ["LLaMAMLP", "GptNeoxMLP", "FeedForward"])
+@pytest.mark.parametrize(
+    "layer",
+    ["LLaMAMLP", *(pytest.param(layer, marks=pytest.mark.slow) for layer in ("GptNeoxMLP", "FeedForward"))],
+)
 def test_moe_twin_and_back(layer):
     dense = BASE | {"mlp_class_name": layer, "intermediate_size": 256}
     moe = moe_twin(dense, 32, Experts(n_expert=16, granularity=4, n_shared_expert=1))

@@ -313,13 +313,18 @@ SOFTMAX = {"router_score_function": "softmax", "norm_topk_prob": True}
     ("before", "now", "other", "message"),
     [
         ({}, SOFTMAX, {}, "router_score_function is 'softmax' in the checkpoint and 'sigmoid' now"),
-        (
+        pytest.param(
             {"norm_topk_prob": False},
             {"mlp_class_name": "NoisyTopKMoE", "norm_topk_prob": None, "router_bias_update_rate": None},
             {**SOFTMAX, "mlp_activation": "relu"},
             "mlp_activation is 'swiglu' in the checkpoint and 'relu' now",
+            marks=pytest.mark.slow,
         ),
-        (GROUPED, GROUPED, {**GROUPED, "norm_topk_prob": True}, "norm_topk_prob is False in the checkpoint and True"),
+        pytest.param(
+            *(GROUPED, GROUPED, {**GROUPED, "norm_topk_prob": True}),
+            "norm_topk_prob is False in the checkpoint and True",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["softmax", "noisy", "grouped"],
 )

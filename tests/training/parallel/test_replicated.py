@@ -67,15 +67,13 @@ def trained(make_capture, accumulation, view, config):
     return "\n".join(said), numbers, [*model.state_dict().values(), *loads]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make_capture", "accumulation", "view", "config"),
     [
         (Recordings, 2, False, {"expert_backend": "grouped_mm", "moe_intermediate_size": 16}),
-        pytest.param(
-            *(Reruns, 1, True, {"expert_dropout": 0.1, "router_type": "hash", "router_bias_update_rate": None}),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(Failing, 2, None, {}, marks=pytest.mark.slow),
+        (Reruns, 1, True, {"expert_dropout": 0.1, "router_type": "hash", "router_bias_update_rate": None}),
+        (Failing, 2, None, {}),
     ],
     ids=["a step of two", "views of buckets", "one rank fails"],
 )
