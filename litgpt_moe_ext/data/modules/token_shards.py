@@ -111,8 +111,9 @@ class TokenShards(ShardModule):
                 if pattern is not None:
                     remedy = f", none like {setting}: {pattern!r}; set it to a glob that names them"
                 else:
+                    inside = (did_you_mean_inside(folder, f"*{split[:3]}*{suffix}") for suffix in SUFFIXES)
                     remedy = (
-                        did_you_mean_inside(folder, f"*{split[:3]}*.[bn][ip][ny]")
+                        next(filter(None, inside), None)
                         or "; it needs two or more, of which those with val in their names validate, or else the "
                         f"first. Rename them, or set {setting}"
                     )

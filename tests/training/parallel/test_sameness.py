@@ -1,4 +1,4 @@
-"""Processes with other settings or other code than the first one."""
+"""Processes with other settings, other code or other data than the first one."""
 
 import shutil
 
@@ -58,38 +58,34 @@ def test_code(code, differs):
     )
 
 
+def outputs_of_two(recipe, *flags):
+    """Return the outputs of two nodes, each with a flag of its own, once both were refused."""
+    place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = [
+        Training("--config", recipe(), "--num_nodes=2", "--devices=auto", flag,
+                 environment={**place, "RANK": str(rank)})
+        for rank, flag in enumerate(flags)
+    ]  # fmt: skip
+    outputs = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [2, 2], outputs
+    assert not any("Traceback" in output for output in outputs)
+    return outputs
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["train.max_tokens", "optimizer.lr"])
 def test_a_node_with_another_recipe(recipe, name):
     """Both end with the same line: neither trains with other weights, nor waits for the other."""
-    place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    started = [
-        Training("--config", recipe(), "--num_nodes=2", "--devices=auto", f"--{name}={value}",
-                 environment={**place, "RANK": str(rank)})
-        for rank, value in enumerate(("1024", "512"))
-    ]  # fmt: skip
-    for process in started:
-        output, _ = process.communicate()
-        assert process.returncode == 2, output
+    for output in outputs_of_two(recipe, f"--{name}=1024", f"--{name}=512"):
         assert f"error: {name}: 512" in output
         assert " on rank 1 must be 1024" in output
-        assert "Traceback" not in output
 
 
 @pytest.mark.slow
 def test_a_node_with_other_data(recipe, corpus_settings, tmp_path):
     """Both have text of their own under the same path, as on disks of the nodes."""
-    place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shutil.copytree(corpus_settings["source_path"], tmp_path / "source")
     (tmp_path / "source" / "csv.py").unlink()
     sources = (corpus_settings["source_path"], tmp_path / "source")
-    started = [
-        Training("--config", recipe(), "--num_nodes=2", "--devices=auto", f"--data.source_path={source}",
-                 environment={**place, "RANK": str(rank)})
-        for rank, source in enumerate(sources)
-    ]  # fmt: skip
-    for process in started:
-        output, _ = process.communicate()
-        assert process.returncode == 2, output
+    for output in outputs_of_two(recipe, *(f"--data.source_path={source}" for source in sources)):
         assert "error: data: rank 1 has the corpus " in output
-        assert "Traceback" not in output
