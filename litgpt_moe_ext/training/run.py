@@ -36,6 +36,7 @@ def run(settings: Settings) -> None:
     from litgpt_moe_ext.training.checkpoint.exports import export_checkpoints
     from litgpt_moe_ext.training.logs import TRANSCRIPT_FILE
     from litgpt_moe_ext.training.parallel.memory import check_memory
+    from litgpt_moe_ext.training.parallel.peers import explaining_lost_peers
     from litgpt_moe_ext.training.phases.equip import choose_equipment, equip
     from litgpt_moe_ext.training.phases.launch import launch
     from litgpt_moe_ext.training.phases.plan import make_plan
@@ -45,7 +46,7 @@ def run(settings: Settings) -> None:
     from litgpt_moe_ext.training.steps.epochs import with_epochs
 
     plan = make_plan(settings)
-    with launch(plan) as launched:
+    with launch(plan) as launched, explaining_lost_peers(launched):
         equipment = choose_equipment(launched)
         check_memory(launched)
         check_kernels(launched)

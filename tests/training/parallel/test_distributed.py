@@ -186,6 +186,9 @@ def test_one_of_two_dies(recipe, victim, stopped):
         os.kill(first.pid if victim == "first" else second[0], signal.SIGKILL)
         output, _ = first.communicate(timeout=300)
         assert first.returncode not in (0, None), output
+        if victim == "second":
+            assert f"Stopped: rank 1 (process {second[0]}) was ended by SIGKILL" in output
+            assert "Traceback" not in output
         assert wait_until_gone(second) == []
 
 
