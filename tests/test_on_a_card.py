@@ -52,6 +52,20 @@ def test_a_part_that_fails_is_in_the_exit_status(tmp_path):
     assert "| benchmark |" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.slow
+def test_what_cannot_be_measured_here_is_no_failure(tmp_path):
+    """As blocks on a card where torch computes the experts."""
+    command = [*COMMAND[:2], "--only", "blocks", "--out", tmp_path]
+    without_card = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(command, env=without_card, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0
+    report = (tmp_path / "report.md").read_text()
+    assert report.count(" | refused |") == 2
+    assert "\nblocks-code-moe-60m: " in report
+    assert "tune: needs a GPU" in report
+    assert sorted(file.name for file in tmp_path.iterdir() if file.suffix == ".json") == ["report.json"]
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     ended = subprocess.run([*COMMAND, tmp_path / "file"], capture_output=True, text=True, check=False)

@@ -1,13 +1,16 @@
-"""Runs everything that needs a card, tests first, then the benchmark, within a time limit, into one folder.
+"""Runs all that needs a card within a time limit, into one folder: tests, then the benchmark, then `litgpt-moe tune`.
 
-    python tools/on_a_card.py --minutes 13 --out card
+    python tools/on_a_card.py --minutes 20 --out card
 
 For a card that is available only for a short time. Nothing is downloaded. Each part has its own time limit, after which
 the next begins; the folder keeps everything measured by then:
 
 - `report.md`: what ran, for how long and how it ended, and all tables.
 - `report.json`: the same, with card, versions and clocks.
-- `tests.txt` and `tests.xml`, `benchmark.txt` and `benchmark.json`: what the parts wrote.
+- `tests.txt` and `tests.xml`, `benchmark.txt` and `benchmark.json`, `blocks-RECIPE.txt` and `blocks-RECIPE.json`: what
+  the parts wrote.
+
+The blocks that are found stay in the folder, so that trainings compute as before.
 """
 
 import argparse
@@ -23,16 +26,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Share of the time; the benchmark gets what the tests leave.
-TESTS_SHARE = 0.5
+# Shares of the time that is left when a part begins. Each of the last parts gets what the others leave.
+TESTS_SHARE, BENCHMARK_SHARE = 0.4, 0.7
+# Whose products are searched for faster blocks: wide experts, and few and narrow ones.
+TUNED = ("moe-200m-tinystories", "code-moe-60m")
 # Seconds between asking a part to end and killing it.
 PATIENCE = 10
 OUT_OF_TIME = "out of time"
+# Of what cannot be measured on this card, such as blocks where another backend computes the experts.
+REFUSED = "refused"
 # Result of a part until it ends in another way.
 BEGUN = {"seconds": 0, "ended": "interrupted"}
 
 
-def run(part: dict[str, object], command: list[str], seconds: float, folder: Path) -> None:
+def run(part: dict[str, object], command: list[str], seconds: float, folder: Path, **environment: str) -> None:
     """Run a part for at most `seconds`, with its output on the screen and in a file, and record in it how it ended."""
     start, name = time.monotonic(), part["part"]
     part["command"] = command
@@ -43,7 +50,7 @@ def run(part: dict[str, object], command: list[str], seconds: float, folder: Pat
     with log.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": paths},
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": paths, **environment},
         )  # fmt: skip
         try:
             code = process.wait(seconds)
@@ -71,6 +78,34 @@ def cell(value: object) -> str:
     return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def read(file: Path) -> dict:
+    """Return what a part has written by now."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def last_line(file: Path) -> str:
+    """Return the last line of a part's output."""
+    return "".join(file.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:])
+
+
+def blocks(folder: Path, recipe: str) -> dict | None:
+    """Return the table of the blocks of a recipe, as far as they have been measured."""
+    if not (figures := read(folder / f"blocks-{recipe}.json")):
+        return None
+    rows = [
+        {
+            "product": product["name"],
+            "block": "x".join(map(str, product["table"][:3])),
+            "us": product["table_us"],
+            "fastest": "x".join(map(str, product["best"][:3])),
+            "fastest, us": product["best_us"],
+        }
+        for product in figures["products"]
+    ]
+    sequences, tokens = figures["micro_batch"]
+    return {"title": f"Blocks of {recipe}, micro-batches of {sequences} x {tokens} tokens", "rows": rows, "notes": []}
+
+
 def report(parts: list[dict[str, object]], figures: dict) -> str:
     """Return everything as Markdown."""
     lines = ["# What a card said", ""]
@@ -88,13 +123,13 @@ def report(parts: list[dict[str, object]], figures: dict) -> str:
 
 
 def main() -> int:
-    """Run both parts and return the exit status: 1 if one failed, but not if time ran out."""
+    """Run all parts and return the exit status: 1 if one failed, but not if time ran out."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--minutes", type=float, default=13.0, help="for all of it")
+    parser.add_argument("--minutes", type=float, default=20.0, help="for all of it")
     parser.add_argument("--out", type=Path, default=Path("card"), help="folder for what is found")
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), help="of the tests")
-    parser.add_argument("--device", default="cuda", help="cpu tries the code at toy sizes")
-    parser.add_argument("--only", choices=["tests", "benchmark"], help="one of the parts")
+    parser.add_argument("--device", default="cuda", help="cpu tries the code at toy sizes, without blocks")
+    parser.add_argument("--only", choices=["tests", "benchmark", "blocks"], help="one of the parts")
     arguments = parser.parse_args()
     folder = arguments.out = arguments.out.resolve()
     figures_file = folder / "benchmark.json"
@@ -103,7 +138,8 @@ def main() -> int:
     parts: list[dict[str, object]] = []
 
     def save() -> None:
-        figures = json.loads(figures_file.read_text(encoding="utf-8")) if figures_file.is_file() else {}
+        figures = read(figures_file)
+        figures["tables"] = [*figures.get("tables", []), *filter(None, (blocks(folder, name) for name in TUNED))]
         (folder / "report.md").write_text(report(parts, figures), encoding="utf-8")
         (folder / "report.json").write_text(json.dumps({"parts": parts, **figures}, indent=1), encoding="utf-8")
 
@@ -121,32 +157,45 @@ def main() -> int:
     finally:
         save()
         print(f"\nWritten to {folder}: report.md and report.json")
-    return int(any(part["ended"] not in ("ok", OUT_OF_TIME) for part in parts))
+    return int(any(part["ended"] not in ("ok", OUT_OF_TIME, REFUSED) for part in parts))
 
 
 def run_parts(arguments: argparse.Namespace, parts: list[dict[str, object]], save: Callable[[], None]) -> None:
     """Run what is asked for, and add each part to `parts` when it begins."""
     end = time.monotonic() + 60 * arguments.minutes
     os.environ["GPU_TESTS_DEVICE"] = arguments.device
-    if arguments.only != "benchmark":
+
+    def share(part: float) -> float:
+        return (1.0 if arguments.only else part) * (end - time.monotonic())
+
+    if arguments.only in (None, "tests"):
         command = ["-m", "pytest", "tests/gpu", "-m", "gpu", "-p", "no:cacheprovider", "--durations=15", "-rfE"]
         # Compiling kernels is most of the work, and for a CPU. Kernels before steps, so that time runs out for these.
         command += [f"--junitxml={arguments.out / 'tests.xml'}"]
         if importlib.util.find_spec("xdist") is not None:
             command += ["-n", str(arguments.processes), "--dist", "load"]
-        share = 1.0 if arguments.only else TESTS_SHARE
         parts.append({"part": "tests", **BEGUN})
-        run(parts[-1], command, share * (end - time.monotonic()), arguments.out)
-        last = (arguments.out / "tests.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        parts[-1]["summary"] = "".join(last)
+        run(parts[-1], command, share(TESTS_SHARE), arguments.out)
+        parts[-1]["summary"] = last_line(arguments.out / "tests.txt")
         save()
-    if arguments.only != "tests":
-        left = end - time.monotonic()
+    if arguments.only in (None, "benchmark"):
+        seconds = share(1.0 if arguments.device == "cpu" else BENCHMARK_SHARE)
         figures_file = arguments.out / "benchmark.json"
-        command = ["benchmarks/gpu.py", "--out", str(figures_file), "--minutes", f"{(left - 45) / 60:.2f}"]
+        command = ["benchmarks/gpu.py", "--out", str(figures_file), "--minutes", f"{(seconds - 45) / 60:.2f}"]
         command += ["--device", "cpu", "--tiny"] if arguments.device == "cpu" else []
         parts.append({"part": "benchmark", **BEGUN})
-        run(parts[-1], command, left, arguments.out)
+        run(parts[-1], command, seconds, arguments.out)
+        save()
+    if arguments.only in (None, "blocks") and arguments.device != "cpu":
+        for i, recipe in enumerate(TUNED):
+            seconds, name = (end - time.monotonic()) / (len(TUNED) - i), f"blocks-{recipe}"
+            command = ["-m", "litgpt_moe_ext", "tune", f"configs/{recipe}.yaml"]
+            command += ["--json", str(arguments.out / f"{name}.json")]
+            parts.append({"part": name, **BEGUN})
+            run(parts[-1], command, seconds, arguments.out, XDG_CACHE_HOME=str(arguments.out / "cache"))
+            if parts[-1]["ended"] == "exit code 2":
+                parts[-1] |= {"ended": REFUSED, "summary": last_line(arguments.out / f"{name}.txt")}
+            save()
 
 
 if __name__ == "__main__":

@@ -30,9 +30,14 @@ def check_path(name: str, path: Path) -> None:
         path: Its value.
     """
     if name in _FILES or name in _FOLDERS:
-        refuse_first(_unwritable(name, path))
+        check_written(name, path)
     else:
         refuse_first(_unreadable(name, path))
+
+
+def check_written(name: str, path: Path) -> None:
+    """Raise SettingsError, with the name of what says where it is, unless a file (or `out_dir`) can be written."""
+    refuse_first(_unwritable(name, path))
 
 
 def check_paths(settings: Any) -> None:

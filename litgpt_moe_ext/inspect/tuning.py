@@ -8,7 +8,7 @@ I widths of output and input.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -61,6 +61,11 @@ class Measured(NamedTuple):
     table_us: float
     best: Tile
     best_us: float
+
+    @property
+    def tuned(self) -> Tile | None:
+        """The fastest block if it is another than that of the tables."""
+        return None if self.best == self.table else self.best
 
 
 class Pass(NamedTuple):
@@ -125,15 +130,6 @@ def measure(work: Work, device: torch.device, milliseconds: Bench = _in_a_graph)
     if best_us > (1 - _WORTHWHILE) * table_us:
         best, best_us = table, table_us
     return Measured(work, table, table_us, best, best_us)
-
-
-def worthwhile(found: Sequence[Measured]) -> TunedTiles:
-    """Return the blocks that differ from the tables'."""
-    best = {measured.work: measured.best for measured in found if measured.best != measured.table}
-    return TunedTiles(
-        {work: tile for work, tile in best.items() if isinstance(work, RowsWork)},
-        {work: tile for work, tile in best.items() if isinstance(work, WeightsWork)},
-    )
 
 
 class _Noting(dict):

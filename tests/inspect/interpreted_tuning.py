@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from litgpt_moe_ext.inspect import tuning
-from litgpt_moe_ext.inspect.tuning import Pass, measure, products_of, worthwhile
+from litgpt_moe_ext.inspect.tuning import Pass, measure, products_of
 from litgpt_moe_ext.moe.kernels.triton import rows, weights
 from litgpt_moe_ext.moe.kernels.triton.tiling.tile_choice import rows_tile, tuned_as, weights_tile
 from litgpt_moe_ext.moe.kernels.triton.tiling.tiles import RowsWork, WeightsWork
@@ -54,8 +54,10 @@ def test_the_fastest_block_is_found_and_used(work, used):
     assert found.best == found.best._replace(rows=64, out=64, inner=64, stages=2)
     assert found.best_us == 1000
     assert found.table_us > 1000
-    choice = rows_tile if isinstance(work, RowsWork) else weights_tile
-    with tuned_as(worthwhile([found]), CPU):
+    assert found.tuned == found.best
+    of_rows = isinstance(work, RowsWork)
+    choice = rows_tile if of_rows else weights_tile
+    with tuned_as(TunedTiles({work: found.best} if of_rows else {}, {} if of_rows else {work: found.best}), CPU):
         assert choice(work, CPU) == found.best
         assert choice(work._replace(n_row=10), CPU) != found.best
     assert choice(work, CPU) == found.table
@@ -70,7 +72,7 @@ def test_a_little_faster_is_chance(work, used):
 
     found = measure(work, CPU, milliseconds)
     assert found.best == found.table
-    assert worthwhile([found]) == TunedTiles({}, {})
+    assert found.tuned is None
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from tests.fake_cuda import RECIPES
 from tests.models import moe_config
 from tests.moe.test_launches import LAYERS, launches_of_layer
 from tests.runs import run_command
+from tools import on_a_card
 
 pytestmark = pytest.mark.slow
 
@@ -114,11 +115,15 @@ def test_blocks_are_measured_by_the_command(gpu, tmp_path):
     fewer = "from litgpt_moe_ext.inspect import tuning; tuning._first_tried = lambda work: []"
     program = f"{fewer}; import sys; from litgpt_moe_ext.cli.main import main; sys.exit(main(sys.argv[1:]))"
     command = ("-c", program, "tune", str(tmp_path / "recipe.yaml"))
-    figures = tmp_path / "figures.json"
+    figures = tmp_path / "blocks-quickstart.json"
     environment = null_gpu.environment(gpu, 86) | {"XDG_CACHE_HOME": str(tmp_path)}
     ended = run_command(sys.executable, *command, "--json", str(figures), timeout=None, **environment)
     assert "null GPU, micro-batches of 4 x 256 tokens" in ended.stdout
     works = [product["work"] for product in json.loads(figures.read_text("utf-8"))["products"]]
+    table = on_a_card.blocks(tmp_path, "quickstart")
+    assert table["title"] == "Blocks of quickstart, micro-batches of 4 x 256 tokens"
+    assert len(table["rows"]) == len(works)
+    assert table["rows"][0]["product"] == "4096 tokens of 128 to 128"
     assert [(work["n_in"], work["n_out"]) for work in works[:4]] == [(128, 128), (64, 128), (128, 64), (128, 128)]
     assert [work["add"] for work in works[4:]] == [False, False, True, True]
     assert {(work["n_expert"], work["n_row"], work["precision"]) for work in works} == {(16, 4096, "half")}

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class Tune:
     """Measure which block sizes are the fastest on this GPU for the experts of a recipe, and keep them for later runs.
 
-    It takes some minutes, most of them for compiling, and nothing else should use the GPU meanwhile. Runs whose
-    micro-batches have as many tokens then use these blocks. Another block adds up in another order, so tune before a
-    training, not between its parts, if you want the same bits.
+    It takes some minutes, most of them for compiling, and nothing else should use the GPU meanwhile. Each product is
+    kept as soon as it is measured. Runs whose micro-batches have as many tokens then use these blocks. Another block
+    adds up in another order, so tune before a training, not between its parts, if you want the same bits.
 
     Attributes:
         recipe: A recipe (YAML file), or a checkpoint directory.
@@ -35,37 +35,50 @@ class Tune:
     json: Path | None = None
 
     def run(self) -> None:
-        """Measure, print and keep."""
-        from litgpt_moe_ext.cli.output import progress, write_json
+        """Measure, keep and print."""
+        from litgpt_moe_ext.cli.output import progress
         from litgpt_moe_ext.inspect.recipes import load_recipe
 
         recipe = load_recipe(self.recipe)
         _require_triton(recipe, self.recipe)
         import torch
 
-        from litgpt_moe_ext.inspect.tuning import measure, worthwhile
+        from litgpt_moe_ext.cli.paths import check_written
+        from litgpt_moe_ext.inspect.tuning import measure
         from litgpt_moe_ext.moe.kernels.triton.tiling import tuned_tiles
         from litgpt_moe_ext.training.phases.checks import check_length
 
         device = torch.device("cuda", torch.cuda.current_device())
+        file = tuned_tiles.file_of(device)
+        check_written("XDG_CACHE_HOME", file)
         check_length(recipe.sequence_length, recipe.config.block_size)
         batch = (self.micro_batch_size or recipe.settings.train.micro_batch_size, recipe.sequence_length)
-        works, found = _products(recipe, batch, device), []
+        works = _products(recipe, batch, device)
+        found: list[Measured] = []
         with progress("Measuring", len(works)) as advance:
             for work in works:
                 found.append(measure(work, device))
+                tuned_tiles.keep(work, found[-1].tuned, device)
+                self._write(found, batch)
                 advance(1)
         _print_times(found, f"{torch.cuda.get_device_name()}, micro-batches of {batch[0]} x {batch[1]} tokens")
-        if self.json is not None:
-            rows = [{**measured._asdict(), "work": measured.work._asdict()} for measured in found]
-            write_json(self.json, {"card": torch.cuda.get_device_name(), "products": rows})
-        best = worthwhile(found)
-        if not any(best):
+        if not any(measured.tuned for measured in found):
             print("No other block is clearly faster than those that runs have anyway, so nothing is kept.")
             return
-        file = tuned_tiles.add(best, device)
         print(f"Kept in {file}, for every run on this kind of card with as many tokens in a micro-batch.")
         print("To go back, delete that file.")
+
+    def _write(self, found: "Sequence[Measured]", batch: tuple[int, int]) -> None:
+        if self.json is None:
+            return
+        import torch
+        import triton
+
+        from litgpt_moe_ext.cli.output import write_json
+
+        card = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+        rows = [{"name": str(m.work), **m._asdict(), "work": m.work._asdict()} for m in found]
+        write_json(self.json, {**card, "micro_batch": batch, "products": rows})
 
 
 def _require_triton(recipe: "Recipe", path: Path) -> None:

@@ -30,9 +30,16 @@ def card(monkeypatch, tmp_path):
     return torch.device("cuda", 0)
 
 
+def keep_all(tuned, card):
+    """Keep blocks of several products, and return the card's file."""
+    for work, tile in [*tuned.rows.items(), *tuned.weights.items()]:
+        file = tuned_tiles.keep(work, tile, card)
+    return file
+
+
 def test_runs_take_what_was_measured(card):
     """For exactly that product; others have the tables' blocks."""
-    file = tuned_tiles.add(TUNED, card)
+    file = keep_all(TUNED, card)
     assert file.name.startswith("tiles-NVIDIA-GeForce-RTX-3060-12-GB-")
     assert tile_choice.rows_tile(ROWS, card) == Tile(64, 64, 64, 4, 2)
     assert tile_choice.weights_tile(WEIGHTS, card) == Tile(32, 64, 128, 8, 3)
@@ -45,16 +52,26 @@ def test_runs_take_what_was_measured(card):
 
 def test_what_is_measured_later_is_kept_beside_it(card):
     other = ROWS._replace(n_row=8192)
-    tuned_tiles.add(TUNED, card)
-    tuned_tiles.add(TunedTiles({other: Tile(16, 64, 64, 4, 2), ROWS: Tile(128, 64, 64, 4, 2)}, {}), card)
+    keep_all(TUNED, card)
+    keep_all(TunedTiles({other: Tile(16, 64, 64, 4, 2), ROWS: Tile(128, 64, 64, 4, 2)}, {}), card)
     assert tuned_tiles.read(card) == TunedTiles(
         {ROWS: Tile(128, 64, 64, 4, 2), other: Tile(16, 64, 64, 4, 2)}, TUNED.weights
     )
 
 
+def test_the_tables_block_is_back_where_it_is_as_fast_now(card):
+    keep_all(TUNED, card)
+    tuned_tiles.keep(ROWS, None, card)
+    assert tuned_tiles.read(card) == TunedTiles({}, TUNED.weights)
+
+
+def test_no_file_for_what_the_tables_have(card):
+    assert not tuned_tiles.keep(ROWS, None, card).exists()
+
+
 def test_another_version_of_triton_is_another_file(card, monkeypatch):
     """Which may need more shared memory for the same block."""
-    tuned_tiles.add(TUNED, card)
+    keep_all(TUNED, card)
     monkeypatch.setattr("triton.__version__", "99.0")
     assert tuned_tiles.read(card) == TunedTiles({}, {})
 
@@ -63,7 +80,7 @@ def test_another_version_of_triton_is_another_file(card, monkeypatch):
     "text", ["", "[]", '{"rows": []}', '{"rows": [{"work": {}, "tile": {}}], "weights": []}', "\x00"]
 )
 def test_a_damaged_file_is_named(card, text):
-    file = tuned_tiles.add(TUNED, card)
+    file = keep_all(TUNED, card)
     file.write_text(text)
     with pytest.raises(SettingsError, match=r"tiles-NVIDIA.*\.json must hold the blocks.*delete it"):
         tuned_tiles.read(card)
@@ -78,8 +95,8 @@ def test_the_run_says_what_was_measured(card, monkeypatch):
 
         model = GPT(config)
     assert experts_line(model, card, False) == "experts: triton for torch.float32 on cuda (forced)"
-    tuned_tiles.add(TUNED, card)
-    tuned_tiles.add(TunedTiles({ROWS._replace(n_row=32768): Tile(64, 64, 64, 4, 2)}, {}), card)
+    keep_all(TUNED, card)
+    tuned_tiles.keep(ROWS._replace(n_row=32768), Tile(64, 64, 64, 4, 2), card)
     line = experts_line(model, card, False)
     assert line == "experts: triton for torch.float32 on cuda (forced, blocks measured for 2,048 and 16,384 tokens)"
 
@@ -95,11 +112,33 @@ def test_nothing_to_measure(monkeypatch, capsys, name, message):
     assert message in capsys.readouterr().err
 
 
-def test_other_backends_have_no_blocks(monkeypatch, capsys):
+@pytest.fixture
+def experts_by(monkeypatch):
+    """Have a card there on which another backend computes the experts."""
+
+    def computes(backend):
+        here = torch.device("cpu"), torch.float32, torch.autocast("cpu", enabled=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr("litgpt_moe_ext.inspect.doctor.run_here.computing", lambda _: here)
+        monkeypatch.setattr("litgpt_moe_ext.moe.experts.Experts.backend_for", lambda *_: backend)
+
+    return computes
+
+
+def test_other_backends_have_no_blocks(experts_by, capsys):
     """As torch's product has none, which is the choice on Blackwell for data centres."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    here = torch.device("cpu"), torch.float32, torch.autocast("cpu", enabled=False)
-    monkeypatch.setattr("litgpt_moe_ext.inspect.doctor.run_here.computing", lambda _: here)
-    monkeypatch.setattr("litgpt_moe_ext.moe.experts.Experts.backend_for", lambda *_: "grouped_mm")
+    experts_by("grouped_mm")
     assert main(["tune", str(next(file for file in RECIPES if file.name == "quickstart.yaml"))]) == 2
     assert "has its experts computed by grouped_mm here" in capsys.readouterr().err
+
+
+def test_no_room_for_what_is_measured(card, experts_by, monkeypatch, tmp_path, capsys):
+    """Said before anything is."""
+    experts_by("triton")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("litgpt_moe_ext.inspect.tuning.products_of", lambda *_: pytest.fail("measured"))
+    assert main(["tune", str(next(file for file in RECIPES if file.name == "quickstart.yaml"))]) == 2
+    assert "XDG_CACHE_HOME: " in (error := capsys.readouterr().err)
+    assert f"cannot be made, because '{tmp_path / 'file'}' is a file" in error

@@ -57,12 +57,25 @@ def read(device: torch.device) -> TunedTiles:
         ) from None
 
 
-def add(found: TunedTiles, device: torch.device) -> Path:
-    """Keep what has been measured beside what the file of the card has, and return the file."""
+def keep(work: RowsWork | WeightsWork, tile: Tile | None, device: torch.device) -> Path:
+    """Keep the fastest block of a product in the card's file instead of what it had for that, and return the file.
+
+    Args:
+        work: The product.
+        tile: The block; None if that of the tables is as fast.
+        device: The card.
+    """
     file, known = file_of(device), read(device)
+    tiles: dict[Any, Tile] = known.rows if isinstance(work, RowsWork) else known.weights
+    if tile == tiles.get(work):
+        return file
+    if tile is None:
+        del tiles[work]
+    else:
+        tiles[work] = tile
     content = {
         name: [{"work": work._asdict(), "tile": tile._asdict()} for work, tile in tiles.items()]
-        for name, tiles in TunedTiles(known.rows | found.rows, known.weights | found.weights)._asdict().items()
+        for name, tiles in known._asdict().items()
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as partial:
