@@ -348,6 +348,10 @@ def test_optimizers_are_written_as_a_run_takes_them():
 def test_amsgrad_remembers_more():
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"amsgrad": True}}
     assert state_ratio(optimizer, torch.float32) == 3
+    # Its step reads a number, which the tensors without values of the model have not.
+    short = layers.shorten(moe_config(n_layer=1))
+    usual = training_memory(short, Step("32-true", 1, LENGTH)).optimizer
+    assert 2 * training_memory(short, Step("32-true", 1, LENGTH, optimizer)).optimizer == 3 * usual
 
 
 def memory_of_a_prompt(config):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from litgpt_moe_ext.attention.kernels.own import EAGER
 from litgpt_moe_ext.inspect.cost.experts import without_values
 from litgpt_moe_ext.inspect.cost.layers import ShortModel
-from litgpt_moe_ext.inspect.cost.optimizer_state import state_of_modules
+from litgpt_moe_ext.inspect.cost.optimizer_state import state_of_modules, state_ratio
 from litgpt_moe_ext.inspect.cost.peak import PeakOverLayers
 from litgpt_moe_ext.inspect.cost.recompute import recomputed
 from litgpt_moe_ext.inspect.cost.weightless import WeightlessMemory, weightless
@@ -129,10 +129,11 @@ def training_memory(short: ShortModel, step: Step) -> TrainingMemory:
         SettingsError: If `fused_cross_entropy` needs another torch, or does not work with the configuration.
     """
     dtype, autocast = PRECISIONS[step.precision]
+    ratio = state_ratio(step.optimizer, dtype)
     with _weightless_model(short, dtype) as (model, memory):
         if step.tie_embeddings:
             model.lm_head.weight = model.get_parameter("transformer.wte.weight")  # `parameters` lists it once
-        remembered = short.total(model, state_of_modules(step.optimizer, model, dtype))
+        remembered = short.total(model, state_of_modules(step.optimizer, model, ratio))
         if step.activation_checkpointing != "none":
             ActivationCheckpointing(step.activation_checkpointing, recomputed).on_before_setup(model)
         cross_entropy = _kernel_cross_entropy if step.kernel_loss else _cross_entropy

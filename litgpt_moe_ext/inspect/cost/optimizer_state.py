@@ -17,20 +17,14 @@ _MUON = "litgpt_moe_ext.training.optim.muon.MuonAdamW"
 _STATE = {"Adam": 2, "AdamW": 2, _MUON: 2}
 
 
-def state_of_modules(
-    optimizer: str | dict[str, Any], model: nn.Module, dtype: torch.dtype
-) -> Callable[[nn.Module], int]:
+def state_of_modules(optimizer: str | dict[str, Any], model: nn.Module, ratio: int) -> Callable[[nn.Module], int]:
     """Return a function that counts the numbers which an optimizer stores for a module of a model.
 
     Args:
         optimizer: Name of the optimizer, or its `class_path` and `init_args`.
         model: The model; its parameters may have no values.
-        dtype: Type of the parameters.
-
-    Raises:
-        SettingsError: If there is no such optimizer.
+        ratio: What `state_ratio` says of the optimizer, asked where tensors have values: many steps read one.
     """
-    ratio = state_ratio(optimizer, dtype)
     matrices: set[int] = set()
     if class_path_of(optimizer) == _MUON:
         groups = group_parameters(model, ParameterGroupArgs(), split_matrices=True)

@@ -69,7 +69,7 @@ def _remedies(recipe: Recipe, cuda: bool) -> Iterator[str]:
 
 def disk(recipe: Recipe) -> Finding:
     """Return whether two training checkpoints fit on the disk."""
-    from litgpt_moe_ext.inspect.cost.optimizer_state import state_of_modules
+    from litgpt_moe_ext.inspect.cost.optimizer_state import state_of_modules, state_ratio
     from litgpt_moe_ext.meta.models import meta_model
 
     place = existing(recipe.settings.out_dir, os.path.exists)
@@ -78,9 +78,10 @@ def disk(recipe: Recipe) -> Finding:
     model = meta_model(recipe.config, recipe.tie_embeddings)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     try:
-        remembered = state_of_modules(recipe.settings.optimizer, model, dtype)(model)
+        ratio = state_ratio(recipe.settings.optimizer, dtype)
     except SettingsError:  # reported by another check
-        remembered = 2 * parameters
+        ratio = 2
+    remembered = state_of_modules(recipe.settings.optimizer, model, ratio)(model)
     # Parameters, the optimizer's state, and an average of the weights in float32.
     checkpoint = dtype.itemsize * (parameters + remembered) + (4 * parameters if recipe.averages else 0)
     text = f"a training checkpoint takes about {checkpoint / 2**30:.2f} GiB, {free / 2**30:.1f} GiB are free in {place}"
