@@ -124,7 +124,8 @@ def describe(annotation: Any) -> str:
     """Return a description of a type's values, in words that fit after "must be"."""
     kinds = members(annotation)
     if len(kinds) > 1:
-        words = list(dict.fromkeys(describe(kind) for kind in kinds))
+        # Integers are numbers.
+        words = list(dict.fromkeys(describe(kind) for kind in kinds if not (kind is int and float in kinds)))
         return " or ".join(words) if words[-1] != "null" else f"{' or '.join(words[:-1])}, or null"
     origin = get_origin(annotation)
     if origin is Annotated:

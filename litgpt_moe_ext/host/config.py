@@ -16,7 +16,7 @@ from litgpt_moe_ext.config.features import MLP_CLASS_NAMES
 from litgpt_moe_ext.config.fields import BACKEND_FIELDS, FIELDS, added_fields
 from litgpt_moe_ext.config.rules import check_derived, resolve
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.field_types import without_range
+from litgpt_moe_ext.field_types import members, without_range
 
 
 def fields_to_save(config_fields: dict[str, Any]) -> dict[str, Any]:
@@ -57,6 +57,10 @@ def _add_rules(config_class: type) -> None:
     mlp_class_names = (*get_args(annotations["mlp_class_name"]), *MLP_CLASS_NAMES)
     # Checked below instead of by type, with a message that names the choices.
     annotations["mlp_class_name"] = str
+    for name, field in FIELDS.items():
+        # LitGPT computes with any rotary base, but its parsers would take an integer only.
+        if field.of_litgpt and without_range(field.type) is float and float not in members(annotations[name]):
+            annotations[name] |= float
     original_post_init = config_class.__post_init__
 
     def __post_init__(self: Any) -> None:
