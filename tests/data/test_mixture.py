@@ -405,10 +405,13 @@ def test_corpora_that_do_not_fit_together_are_refused(texts, tmp_path):
         opened(Mixture({"a": text(texts, 0), "b": text(texts, 1, prepend_bos=True)}, ones))
     first = text(texts, 0, data_path=tmp_path / "none")
     own = text(texts, 1, tokenizer_dir=None, bpe=BPESettings(280), data_path=tmp_path / "none")
-    with pytest.raises(SettingsError, match=r"data.corpora.b: TextCorpus trains a tokenizer of its own here"):
+    with pytest.raises(SettingsError, match=r"data.corpora.b: TextCorpus trains a tokenizer of its own.* leave bpe"):
         opened(Mixture({"a": first, "b": own}, ones))
-    with pytest.raises(SettingsError, match=r"data.corpora.b: PythonStdlib trains a tokenizer of its own here"):
-        opened(Mixture({"a": first, "b": PythonStdlib(data_path=tmp_path / "none")}, ones))
+    code = PythonStdlib(data_path=tmp_path / "none")
+    with pytest.raises(SettingsError, match=r"data.corpora.b: PythonStdlib .* put b first, and leave bpe .* of a"):
+        opened(Mixture({"a": first, "b": code}, ones))
+    with pytest.raises(SettingsError, match=r"data.corpora.b: PythonStdlib .* read the files of one .* TextCorpus"):
+        opened(Mixture({"a": code, "b": PythonStdlib(data_path=tmp_path / "none", packages=True)}, ones))
     with pytest.raises(SettingsError, match=r"data.corpora.b.source_path: '.*nowhere' does not exist; set it to"):
         opened(Mixture({"a": first, "b": text(texts, "nowhere")}, ones))
     both = text(texts, 1, bpe=BPESettings(280), data_path=tmp_path / "none")

@@ -33,6 +33,10 @@ from tests.settings import read_settings, recipe_with
 
 MODEL = {"n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 16, "padded_vocab_size": 320, "vocab_size": 320}
 STDLIB = {"class_path": "litgpt_moe_ext.data.PythonStdlib", "init_args": {"vocab_size": 300}}
+TWO_STDLIBS = {
+    "class_path": "litgpt_moe_ext.data.Mixture",
+    "init_args": {"corpora": {"a": STDLIB, "b": STDLIB}, "weights": {"a": 1, "b": 1}},
+}
 
 
 def verdicts(settings: dict) -> dict[str, str]:
@@ -409,6 +413,8 @@ def test_memory_in_the_precision_of_the_recipe(tmp_path, capsys):
             {"model_config": {**MODEL, "attention_class_name": "SinkAttention", "attention_backend": "cudnn"}},
             "attention_backend: ",
         ),
+        ({"data": TWO_STDLIBS}, "data.corpora.b: PythonStdlib trains a tokenizer of its own here"),
+        ({"data": TWO_STDLIBS, "eval": {"max_iters": 1}}, "eval.max_iters: 1 must be at least 2, one batch per corpus"),
         ({"optimizer": {"class_path": "AdamW", "init_args": {"rate": 1}}}, "optimizer.init_args.rate: AdamW has no"),
         ({"optimizer": "Adamw"}, "optimizer: 'Adamw' must be the name of a class in torch.optim"),
         ({"optimizer": {"init_args": {"lr": 1}}}, "optimizer: {'init_args': {'lr': 1}} must be a name"),

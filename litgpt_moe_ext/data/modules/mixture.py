@@ -110,15 +110,16 @@ class Mixture(TokenModule):
         return f" --data.annealing.from_fraction null --data.annealing.from_step {step}"
 
     def check_sources(self) -> None:
-        """Check that the source files of the corpora exist, for corpora that have any.
+        """Check that the source files of the corpora exist, for corpora that have any, and that one tokenizer will do.
 
         Raises:
-            SettingsError: See `EncodedCorpus.check_sources`.
+            SettingsError: See `EncodedCorpus.check_sources` and `SharedTokenizer.look_ahead`.
         """
         for name, module in self.parts.items():
             with naming(name, module):
                 if isinstance(module, EncodedCorpus):
                     module.check_sources()
+        self._shared.look_ahead(self.tokenizer)
 
     def prepare_tokenizer(self) -> Path | None:
         """Prepare all corpora if needed and return the tokenizer directory; None if no corpus has a tokenizer."""

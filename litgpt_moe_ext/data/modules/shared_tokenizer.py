@@ -43,7 +43,7 @@ class SharedTokenizer:
         """
         if self._is_done:
             return
-        self._look_ahead(tokenizer)
+        self.look_ahead(tokenizer)
         for name, module in self._corpora.items():
             with naming(name, module):
                 if isinstance(module, CorpusModule):
@@ -65,8 +65,15 @@ class SharedTokenizer:
             self._compare(f"data.corpora.{name}", (directory / "tokenizer.json").read_bytes())
         return tokenizer or open_as_litgpt(directory)
 
-    def _look_ahead(self, tokenizer: Tokenizer | None) -> None:
-        """Refuse wrong settings before the first corpus is encoded, which may take hours."""
+    def look_ahead(self, tokenizer: Tokenizer | None) -> None:
+        """Refuse wrong settings before the first corpus is encoded, which may take hours.
+
+        Args:
+            tokenizer: The run's tokenizer, or None.
+
+        Raises:
+            SettingsError: A folder is missing, or a corpus other than the first trains a tokenizer.
+        """
         first = ""
         for name, module in self._corpora.items():
             if not isinstance(module, CorpusModule):
@@ -85,15 +92,24 @@ class SharedTokenizer:
                 if name != first and names_one and isinstance(module.choose_tokenizer(tokenizer), BPESettings):
                     raise SettingsError(
                         f"data.corpora.{name}: {type(module).__name__} trains a tokenizer of its own here, and a "
-                        f"mixture has one, that of {first}; leave bpe out to use that one, or put {name} first"
+                        f"mixture has one, that of {first}; {self._remedy(name, first)}"
                     )
+
+    def _remedy(self, name: str, first: str) -> str:
+        """Return how a corpus that trains a tokenizer can stand beside the first one."""
+        if hasattr(self._corpora[name], "bpe"):
+            return f"leave bpe out to use that one, or put {name} first"
+        if hasattr(self._corpora[first], "bpe"):
+            return f"put {name} first, and leave bpe and tokenizer_dir out of {first}"
+        # Neither can do without a tokenizer of its own.
+        return "read the files of one of the two with TextCorpus (pattern: '**/*.py'), which can use the other's"
 
     def _refuse_others(self, name: str, module: CorpusModule, tokenizer: Tokenizer | None) -> None:
         """Refuse a corpus whose settings name another tokenizer, before its documents are encoded."""
         if self.directory is None or module.corpus_path is not None or not hasattr(module, "choose_tokenizer"):
             return
         chosen = module.choose_tokenizer(tokenizer)
-        if not isinstance(chosen, BPESettings):  # `_look_ahead` has refused those
+        if not isinstance(chosen, BPESettings):  # `look_ahead` has refused those
             self._compare(f"data.corpora.{name}.tokenizer_dir", chosen["tokenizer.json"])
 
     def _compare(self, setting: str, content: bytes) -> None:

@@ -54,6 +54,7 @@ def _checked(recipe: Recipe, settings: "Settings") -> "Plan":
     check_whole_model(plan.settings, holds_whole_model(recipe), compiles(recipe, accelerator_here()))
     check_data(plan.settings, plan.config)
     data: Any = plan.settings.data
+    plan.tell_length(data)
     if offers(data, "check_shards") and data.data_path.is_dir():
         data.check_shards()
     source = getattr(data, "source_path", None)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from litgpt.config import Config
 
+from litgpt_moe_ext.data.mixture.settings import RunLength
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model
 from litgpt_moe_ext.training.checkpoint.exports import check_exports
@@ -17,7 +18,7 @@ from litgpt_moe_ext.training.checkpoint.progress import newest_first
 from litgpt_moe_ext.training.optim.arguments import with_module
 from litgpt_moe_ext.training.optim.schedules import count_steps
 from litgpt_moe_ext.training.phases.checks import check_settings
-from litgpt_moe_ext.training.phases.inputs import check_initial_checkpoint, check_writable
+from litgpt_moe_ext.training.phases.inputs import check_initial_checkpoint, check_writable, offers
 from litgpt_moe_ext.training.settings.model import model_of
 from litgpt_moe_ext.wording import quoted
 
@@ -65,6 +66,19 @@ class Plan:
     def total_steps(self) -> int:
         """Optimizer steps of the whole training."""
         return count_steps(self.train, self.tokens_per_step, self.steps_ahead)
+
+    def tell_length(self, data: Any) -> None:
+        """Tell a data module how long the run is, if its rows depend on that.
+
+        Args:
+            data: The data module.
+
+        Raises:
+            SettingsError: If the data need another length, or longer validations.
+        """
+        if offers(data, "plan_run"):
+            steps = self.total_steps - self.steps_ahead
+            data.plan_run(RunLength(steps, self.train.global_batch_size, self.settings.eval.max_iters))
 
 
 def make_plan(settings: Settings) -> Plan:

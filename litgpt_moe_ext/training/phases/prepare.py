@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from litgpt_moe_ext.data.mixture.settings import RunLength
 from litgpt_moe_ext.training.phases.inputs import (
     check_data,
     check_same_tokens,
@@ -53,10 +52,7 @@ def prepare_data(launched: Launched, start: Start) -> Prepared:
         from litgpt.data import TinyLlama
 
         data = TinyLlama()
-    if offers(data, "plan_run"):
-        train = launched.plan.train
-        steps = launched.plan.total_steps - launched.plan.steps_ahead
-        data.plan_run(RunLength(steps, train.global_batch_size, settings.eval.max_iters))
+    launched.plan.tell_length(data)
     if offers(data, "prepare_tokenizer") and tokenizer_dir is None:
         with same_corpora(start, launched.plan.plain), launched.fabric.rank_zero_first(local=True):
             tokenizer_dir = data.prepare_tokenizer()
