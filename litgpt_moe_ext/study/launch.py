@@ -179,7 +179,8 @@ class _Trainer:
             return ""
         if why := self._stopped():
             return f"{run.title}: stopped, {why}; the same command goes on"
-        return f"{run.title}: ended with status {status}, {_last_words(output, earlier)}; see {output}"
+        ended = f"ended with status {status}" if status >= 0 else f"was ended by {signal.Signals(-status).name}"
+        return f"{run.title}: {ended}, {_last_words(output, earlier)}; see {output}"
 
 
 def _last_words(output: Path, earlier: int) -> str:

@@ -356,7 +356,7 @@ def test_no_run_is_repeated_and_a_failed_one_is_tried_again(tmp_path, monkeypatc
         calls.append(command[-1])
         with log.open("a") as output:
             output.write(f"step 1\nerror: fault {len(calls)}\n" if len(calls) == 2 else "")
-        return 1 if len(calls) in (2, 4) else 0
+        return {2: 1, 4: -signal.SIGKILL}.get(len(calls), 0)
 
     monkeypatch.setattr(launch, "_process", process)
     runs = load_study(write(tmp_path / "s.yaml", seeds=[1, 2, 3])).runs
@@ -365,7 +365,7 @@ def test_no_run_is_repeated_and_a_failed_one_is_tried_again(tmp_path, monkeypatc
     assert "ended with status 1, saying 'error: fault 2'; see" in problem
     assert (len(calls), len(said)) == (3, 3)
     (problem,) = launch.train(runs, tmp_path, Places(), say=said.append).problems
-    assert "ended with status 1, having said nothing, with " in problem, "what it says is not the last run's"
+    assert "was ended by SIGKILL, having said nothing, with " in problem, "what it says is not the last run's"
     assert launch.train(runs, tmp_path, Places(), 3600, said.append) == ([], 0)
     assert len(calls) == 5
     late = launch.train(load_study(STUDIES[0]).runs[:1], tmp_path, Places(), 0, said.append)
