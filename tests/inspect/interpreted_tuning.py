@@ -44,13 +44,16 @@ def _noting(launch, blocks):
 @pytest.mark.parametrize("work", PRODUCTS, ids=str)
 def test_the_fastest_block_is_found_and_used(work, used):
     """Although it is none of those that are tried first; what a product is measured with is that product."""
+    written = set()
 
     def milliseconds(call):
-        call()
+        written.add(call().dtype)
         tile = used[-1]
         return 1.0 + abs(tile.rows - 64) + abs(tile.out - 64) + abs(tile.inner - 64) + 0.1 * (tile.stages != 2)
 
-    found = measure(work, CPU, milliseconds)
+    found = measure(work, CPU, torch.float16, milliseconds)
+    usual = torch.bfloat16 if work.precision == "half" else torch.float32
+    assert written == {usual if isinstance(work, RowsWork) else torch.float16}, "gradients have the weights' dtype"
     assert found.best == found.best._replace(rows=64, out=64, inner=64, stages=2)
     assert found.best_us == 1000
     assert found.table_us > 1000
@@ -70,7 +73,7 @@ def test_a_little_faster_is_chance(work, used):
         call()
         return 1.0 if used[-1].rows == 64 else 1.02
 
-    found = measure(work, CPU, milliseconds)
+    found = measure(work, CPU, milliseconds=milliseconds)
     assert found.best == found.table
     assert found.tuned is None
 
@@ -96,7 +99,7 @@ def test_a_faulty_block_is_never_the_fastest(work, fault, used, monkeypatch):
         call()
         return float(abs(used[-1].rows - 64) + 1)
 
-    found = measure(work, CPU, milliseconds)
+    found = measure(work, CPU, milliseconds=milliseconds)
     assert found.best.rows != 64
     assert found.best_us < float("inf")
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from litgpt_moe_ext.inspect.recipes import Recipe
-    from litgpt_moe_ext.inspect.tuning import Measured, Work
+    from litgpt_moe_ext.inspect.tuning import Measured, Pass, Work
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,12 @@ class Tune:
         check_written("XDG_CACHE_HOME", file)
         check_length(recipe.sequence_length, recipe.config.block_size)
         batch = (self.micro_batch_size or recipe.settings.train.micro_batch_size, recipe.sequence_length)
-        works = _products(recipe, batch, device)
+        how = _how(recipe, batch)
+        works = _products(recipe, how, device)
         found: list[Measured] = []
         with progress("Measuring", len(works)) as advance:
             for work in works:
-                found.append(measure(work, device))
+                found.append(measure(work, device, how.dtype))
                 tuned_tiles.keep(work, found[-1].tuned, device)
                 self._write(found, batch)
                 advance(1)
@@ -103,20 +104,25 @@ def _require_triton(recipe: "Recipe", path: Path) -> None:
         )
 
 
-def _products(recipe: "Recipe", batch: tuple[int, int], device: "torch.device") -> "list[Work]":
-    import torch
-
+def _how(recipe: "Recipe", batch: tuple[int, int]) -> "Pass":
     from litgpt_moe_ext.inspect.doctor.run_here import computing
-    from litgpt_moe_ext.inspect.tuning import Pass, products_of
+    from litgpt_moe_ext.inspect.tuning import Pass
 
     _, dtype, autocast = computing(recipe)
-    adds = recipe.settings.train.global_batch_size > batch[0]
+    return Pass(batch, dtype, autocast, add=recipe.settings.train.global_batch_size > batch[0])
+
+
+def _products(recipe: "Recipe", how: "Pass", device: "torch.device") -> "list[Work]":
+    import torch
+
+    from litgpt_moe_ext.inspect.tuning import products_of
+
     try:
-        return products_of(recipe.config, Pass(batch, dtype, autocast, adds), device)
+        return products_of(recipe.config, how, device)
     except torch.OutOfMemoryError as error:
         raise SettingsError(
-            f"micro_batch_size: {batch[0]} does not fit into the memory of this GPU; take a smaller one, here and in "
-            "training"
+            f"micro_batch_size: {how.batch[0]} does not fit into the memory of this GPU; take a smaller one, here and "
+            "in training"
         ) from error
 
 
