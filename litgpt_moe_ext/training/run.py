@@ -35,7 +35,7 @@ def run(settings: Settings) -> None:
     from litgpt_moe_ext.training.callbacks.kernel_report import check_kernels
     from litgpt_moe_ext.training.checkpoint.exports import export_checkpoints
     from litgpt_moe_ext.training.logs import TRANSCRIPT_FILE
-    from litgpt_moe_ext.training.parallel.memory import check_memory
+    from litgpt_moe_ext.training.parallel.memory import check_memory, choose_place
     from litgpt_moe_ext.training.parallel.peers import explaining_lost_peers
     from litgpt_moe_ext.training.phases.equip import choose_equipment, equip
     from litgpt_moe_ext.training.phases.launch import launch
@@ -49,6 +49,7 @@ def run(settings: Settings) -> None:
     with launch(plan) as launched, explaining_lost_peers(launched):
         equipment = choose_equipment(launched)
         check_memory(launched)
+        choose_place(launched)
         check_kernels(launched)
         launched, start = find_start(launched)
         prepared = prepare_data(launched, start)

@@ -71,3 +71,23 @@ def test_two_ranks_train_as_one(gpu, recipe, tmp_path, strategy, precision):
     train("gone on", 1, "--resume", str(tmp_path / "two" / "step-00000010"))
     theirs = numbers(tmp_path / "one", "loss")
     assert numbers(tmp_path / "gone on", "loss") == pytest.approx({12: theirs[12]}, rel=of_losses)
+
+
+def test_a_model_that_no_device_holds_whole(gpu, recipe, tmp_path):
+    """It is made in the memory of the CPU, from where each rank takes its shard of a block at a time."""
+    # 92 MiB of weights.
+    model = {"n_layer": 12, "n_embd": 256, "moe_intermediate_size": 256, "expert_backend": "loop"}
+    file = recipe(
+        model_config=model,
+        train={"global_batch_size": 2, "micro_batch_size": 1, "max_tokens": 64, "lr_warmup_steps": 0},
+        eval={"interval": 9, "final_validation": False},
+        strategy="fsdp2",
+        precision="32-true",
+        devices="auto",
+        cuda_graphs=False,
+        distributed={"cpu_offload": True},
+    )
+    command = ("-m", "tests.null_gpu.computed_training", "--config", file)
+    output, _ = outputs(gpu, 2, *command, NULL_GPU_MIB="92")
+    assert "it is made in the memory of the CPU" in output
+    assert len(logged(tmp_path / "out", "loss")) == 1

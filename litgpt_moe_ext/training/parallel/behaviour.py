@@ -29,12 +29,15 @@ class Behaviour(_Base):
         steps_in_parts: Whether one step calls the torch optimizer several times, each time with some of its groups, so
             that the optimizer's hooks run more than once.
         compile_obstacle: Why the model cannot be compiled under this strategy, or None.
+        made_on_cpu: Whether the model is made in the memory of the CPU and moved from there shard by shard; None for
+            strategies that need all of it on the device.
     """
 
     facts: StrategyFacts
     clips_in_step = False
     steps_in_parts = False
     compile_obstacle: str | None = None
+    made_on_cpu: bool | None = None
 
     @property
     def holds_whole_model(self) -> bool:

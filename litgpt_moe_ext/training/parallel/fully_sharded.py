@@ -7,8 +7,9 @@ torch's older FSDP is not used: Fabric has it keep all buffers in the low precis
 moving, and an optimizer or average sees its flat parameters instead of matrices.
 """
 
+import contextlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from itertools import chain
@@ -58,6 +59,7 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
             timeout=timedelta(minutes=args.timeout_minutes),
         )
         self.facts = facts
+        self.made_on_cpu = False
         self._replicas = nodes if facts.within_node else 1
         self._args = args
 
@@ -72,7 +74,8 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
         """Return the context in which a whole model is made."""
         # Sharded before they are initialised, shards on a CPU would get the same random numbers on every rank. Made
         # whole and then sharded, the weights are those of a single process.
-        return Strategy.module_init_context(self, empty_init)
+        context = Strategy.module_init_context(self, empty_init)
+        return _on_cpu(context) if self.made_on_cpu else context
 
     def _shard(self, model: Any, mesh: DeviceMesh) -> Any:
         if self._replicas > 1:
@@ -160,6 +163,12 @@ class FullyShardedStrategy(Behaviour, ModelParallelStrategy):
         """Clip as Lightning does; return the norm over all shards as a plain tensor."""
         norm = super().clip_gradients_norm(*args, **kwargs)
         return norm.full_tensor() if is_shard(norm) else norm
+
+
+@contextlib.contextmanager
+def _on_cpu(context: AbstractContextManager) -> Iterator[None]:
+    with context, torch.device("cpu"):
+        yield
 
 
 def _by_name(saved: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

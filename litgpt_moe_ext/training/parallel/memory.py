@@ -1,4 +1,4 @@
-"""Whether a model fits into the available memory for training, and the message when memory runs out.
+"""Whether a model fits into the available memory for training, where it is made, and the message when memory runs out.
 
 The model card (`litgpt-moe model-card`) shows the need in each phase. This is the minimum that no batch size or length
 can lower: weights, gradients and the optimizer's two averages.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -17,12 +17,19 @@ from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.machine import memory_bytes
 from litgpt_moe_ext.model_size import count_parameters
 from litgpt_moe_ext.training.control import TrainingStopped
+from litgpt_moe_ext.training.parallel.facts import Part
 
 if TYPE_CHECKING:
     from litgpt_moe_ext.training.phases.launch import Launched
 
 _GIB = 1024**3
-_COPIES = {"weights": 1, "weights, gradients": 2, "weights, gradients and two averages of AdamW": 4}
+_PARTS: dict[str, tuple[Part, ...]] = {
+    "weights": ("weights",),
+    "weights, gradients": ("weights", "gradients"),
+    "weights, gradients and two averages of AdamW": ("weights", "gradients", "optimizer"),
+}
+# What a whole model may take of a device: the rest is for CUDA itself, and for the shards of the first block.
+_OF_WHOLE_MODEL = 0.9
 _REMEDY = (
     "`litgpt-moe model-card RECIPE` says what takes how much. Lower train.micro_batch_size, or set "
     "activation_checkpointing: full or fused_cross_entropy: true; shard the model with strategy: fsdp2 over more "
@@ -37,13 +44,52 @@ def check_memory(launched: Launched) -> None:
         SettingsError: With the memory needed, the memory available, and what to change.
     """
     present = _present(launched)
-    needed = _needed(launched, 2)
+    needed = _needed(launched, ("weights", "gradients"))
     if present is not None and needed > present:
         raise SettingsError(
             f"model_config: {_description(launched)}; a {launched.fabric.device.type} here has "
             f"{present / _GIB:,.1f} GiB for each process. Shard the model with strategy: fsdp2 over more devices, or "
             "make it smaller; `litgpt-moe model-card RECIPE` says what takes how much"
         )
+
+
+def choose_place(launched: Launched) -> None:
+    """Have a model that is too large for a device be made in the memory of the CPU, from where it is sharded.
+
+    On a device its initial weights would be those of a single process. All processes make it in the same place, as each
+    takes its shards from a model of its own.
+
+    Raises:
+        SettingsError: If there is no room for it either, or the strategy needs the whole model on a device.
+    """
+    fabric = launched.fabric
+    if fabric.device.type == "cpu":
+        return
+    strategy = fabric.strategy
+    whole = _parameters(launched) * (2 if _is_narrow(strategy) else 4)
+    total = torch.cuda.get_device_properties(fabric.device).total_memory
+    lacks = whole > total * (1 if strategy.made_on_cpu is None else _OF_WHOLE_MODEL)
+    if not fabric.all_reduce(cast(Any, float(lacks)), reduce_op="max"):  # Fabric makes a tensor of it on the device
+        return
+    need = f"model_config: {_parameters(launched) / 1e6:,.1f} million parameters need {whole / _GIB:,.1f} GiB"
+    here = f"a {fabric.device.type} here has {total / _GIB:,.1f} GiB"
+    if strategy.made_on_cpu is None:
+        raise SettingsError(
+            f"{need} before strategy: {launched.plan.settings.strategy} could shard them, and {here}; use fsdp2 over "
+            "several devices, if need be with distributed.cpu_offload, or make the model smaller"
+        )
+    memory = memory_bytes()
+    if memory is not None and whole * launched.devices > memory:
+        raise SettingsError(
+            f"{need} for each process before they are sharded; {here}, and the CPU "
+            f"{memory / launched.devices / _GIB:,.1f} GiB for each process; start fewer processes on each node, or "
+            "make the model smaller"
+        )
+    strategy.made_on_cpu = True
+    fabric.print(
+        f"A device lacks room for the whole model: it is made in the memory of the CPU ({whole / _GIB:,.1f} GiB for "
+        "each process) and sharded from there. Its initial weights are not those that a device would draw."
+    )
 
 
 @contextlib.contextmanager
@@ -69,7 +115,7 @@ def explaining_lack_of_memory(launched: Launched) -> Iterator[None]:
 
 
 def _description(launched: Launched) -> str:
-    parts = (f"{name} {_needed(launched, copies) / _GIB:,.1f} GiB" for name, copies in _COPIES.items())
+    parts = (f"{name} {_needed(launched, parts) / _GIB:,.1f} GiB" for name, parts in _PARTS.items())
     return f"{_parameters(launched) / 1e6:,.1f} million parameters need at least, on each process: {'; '.join(parts)}"
 
 
@@ -77,12 +123,22 @@ def _parameters(launched: Launched) -> int:
     return count_parameters(launched.plan.config, bool(launched.plan.train.tie_embeddings)).total
 
 
-def _needed(launched: Launched, copies: int) -> float:
-    """Return the bytes of the model and of what has its size, on each process at least."""
-    fabric = launched.fabric
-    width = 2 if fabric.strategy.precision.precision in ("bf16-true", "16-true") else 4
-    shares = 1 if fabric.strategy.holds_whole_model else fabric.world_size
-    return _parameters(launched) * width * copies / shares
+def _needed(launched: Launched, parts: tuple[Part, ...]) -> float:
+    """Return the bytes of parts that have the size of the model, on each process at least."""
+    strategy = launched.fabric.strategy
+    shares = launched.devices if strategy.facts.within_node else launched.fabric.world_size
+    width: dict[Part, int] = dict.fromkeys(("weights", "gradients"), 2 if _is_narrow(strategy) else 4)
+    width["optimizer"] = 2 * width["weights"]
+    if strategy.facts.zero_stage is not None:
+        # It works in the low precision, and optimizes a copy in float32.
+        mixed = strategy.precision.precision.endswith("-mixed")
+        width = {"weights": 2 if mixed else 4, "gradients": 2 if mixed else 4, "optimizer": 12}
+    of_one = (width[part] / (shares if part in strategy.facts.shards else 1) for part in parts)
+    return _parameters(launched) * sum(of_one)
+
+
+def _is_narrow(strategy: Any) -> bool:
+    return strategy.precision.precision in ("bf16-true", "16-true")
 
 
 def _present(launched: Launched) -> int | None:

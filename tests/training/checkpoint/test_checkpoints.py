@@ -46,6 +46,7 @@ from litgpt_moe_ext.training.checkpoint.writer import CheckpointWriter
 from litgpt_moe_ext.training.control import TrainingStopped
 from litgpt_moe_ext.training.optim import parameter_groups
 from litgpt_moe_ext.training.parallel import memory
+from litgpt_moe_ext.training.parallel.facts import facts_of
 from litgpt_moe_ext.training.settings import CheckpointArgs, DistributedArgs, ParameterGroupArgs
 from tests.models import dense_config, moe_config
 from tests.runs import logged, small_disk, train
@@ -1020,6 +1021,18 @@ def test_attempts_to_write_are_tidied_up(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def launched_on(device: str, strategy: str, precision: str) -> SimpleNamespace:
+    """What the checks of memory know of a run on two nodes of three processes, of which this one speaks alone."""
+    plan = SimpleNamespace(config=moe_config(), train=SimpleNamespace(tie_embeddings=False))
+    plan.settings = SimpleNamespace(distributed=DistributedArgs(), strategy=strategy)
+    facts = facts_of(strategy)
+    kind = SimpleNamespace(precision=SimpleNamespace(precision=precision), facts=facts)
+    kind.made_on_cpu = None if facts.zero_stage is not None else False
+    fabric = SimpleNamespace(device=torch.device(device), world_size=6, strategy=kind, print=print)
+    fabric.all_reduce = lambda lacks, reduce_op: lacks
+    return SimpleNamespace(plan=plan, fabric=fabric, devices=3)
+
+
 class TestMemory:
     def test_a_model_that_cannot_fit(self, recipe, capsys):
         assert train("--config", recipe(model_config={"n_embd": 2**22})) == 2
@@ -1029,19 +1042,25 @@ class TestMemory:
         assert error.count("\n") == 1
 
     @pytest.mark.parametrize(
-        ("precision", "shares", "width"),
-        [("32-true", 1, 4), ("bf16-mixed", 1, 4), ("bf16-true", 1, 2), ("32-true", 4, 4)],
+        ("strategy", "precision", "least"),
+        [
+            # Bytes for each parameter, of six processes on two nodes.
+            ("ddp", "32-true", 4 + 4),
+            ("ddp", "bf16-mixed", 4 + 4),
+            ("ddp", "bf16-true", 2 + 2),
+            ("fsdp2", "32-true", (4 + 4) / 6),
+            ("fsdp", "bf16-mixed", (4 + 4) / 3),
+            ("deepspeed_stage_1", "bf16-mixed", 2 + 2),
+            ("deepspeed_stage_2", "16-mixed", 2 + 2 / 6),
+            ("deepspeed_stage_3", "32-true", (4 + 4) / 6),
+        ],
     )
     @pytest.mark.parametrize("device", ["cpu", "cuda"])
-    def test_the_least_are_weights_and_gradients(self, monkeypatch, device, precision, shares, width):
+    def test_the_least_are_weights_and_gradients(self, monkeypatch, device, strategy, precision, least):
         """Of a device that is its own; three processes share the memory of a CPU."""
-        plan = SimpleNamespace(config=moe_config(), train=SimpleNamespace(tie_embeddings=False))
-        plan.settings = SimpleNamespace(distributed=DistributedArgs())
-        strategy = SimpleNamespace(precision=SimpleNamespace(precision=precision), holds_whole_model=shares == 1)
-        fabric = SimpleNamespace(device=torch.device(device), world_size=4, strategy=strategy)
-        launched = SimpleNamespace(plan=plan, fabric=fabric, devices=3)
-        least = count_parameters(plan.config, False).total * 2 * width // shares
-        present = SimpleNamespace(total_memory=least)
+        launched = launched_on(device, strategy, precision)
+        needed = math.ceil(count_parameters(launched.plan.config, False).total * least)
+        present = SimpleNamespace(total_memory=needed)
         monkeypatch.setattr(memory, "memory_bytes", lambda: 3 * present.total_memory)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: present)
         memory.check_memory(launched)
@@ -1049,8 +1068,62 @@ class TestMemory:
         with pytest.raises(SettingsError, match=r"model_config: .* need at least"):
             memory.check_memory(launched)
         for knob in ("cpu_offload", "offload_optimizer", "offload_parameters") if device == "cuda" else ():
-            plan.settings.distributed = SimpleNamespace(**{**vars(DistributedArgs()), knob: True})
+            launched.plan.settings.distributed = SimpleNamespace(**{**vars(DistributedArgs()), knob: True})
             memory.check_memory(launched)
+
+    @pytest.mark.parametrize(
+        ("strategy", "sizes"),
+        [
+            ("ddp", (4.0, 8.0, 16.0)),
+            # ZeRO also keeps a copy of the weights in float32.
+            ("deepspeed_stage_2", (2.0, 2.3, 4.3)),
+        ],
+    )
+    def test_what_each_process_needs_in_words(self, monkeypatch, strategy, sizes):
+        parts = ("weights", "weights, gradients", "weights, gradients and two averages of AdamW")
+        said = "; ".join(f"{part} {size} GiB" for part, size in zip(parts, sizes, strict=True))
+        monkeypatch.setattr(memory, "_parameters", lambda _launched: 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(total_memory=0))
+        with pytest.raises(SettingsError, match=f"on each process: {said}; a cuda here has"):
+            memory.check_memory(launched_on("cuda", strategy, "bf16-mixed"))
+
+    @pytest.mark.parametrize("width", [2, 4])
+    def test_a_model_too_large_for_a_device_is_made_elsewhere(self, monkeypatch, width):
+        """Only to be sharded; a tenth of a device is left for CUDA and the first shards."""
+        monkeypatch.setattr(memory, "_parameters", lambda _launched: 9 * 2**20)
+        present = SimpleNamespace(total_memory=10 * 2**20 * width, host=27 * 2**20 * width)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: present)
+        monkeypatch.setattr(memory, "memory_bytes", lambda: present.host)
+        launched = launched_on("cuda", "fsdp2", "bf16-true" if width == 2 else "bf16-mixed")
+        memory.choose_place(launched)
+        assert launched.fabric.strategy.made_on_cpu is False
+        present.total_memory -= 1
+        memory.choose_place(launched)
+        assert launched.fabric.strategy.made_on_cpu is True
+        present.host -= 1
+        with pytest.raises(SettingsError, match=r"^model_config: 9.4 million .* start fewer processes on each node"):
+            memory.choose_place(launched)
+        memory.choose_place(launched_on("cpu", "fsdp2", "32-true"))
+
+    def test_zero_makes_the_model_on_the_device(self, monkeypatch):
+        monkeypatch.setattr(memory, "_parameters", lambda _launched: 2**20)
+        present = SimpleNamespace(total_memory=4 * 2**20)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: present)
+        launched = launched_on("cuda", "deepspeed_stage_3", "bf16-mixed")
+        memory.choose_place(launched)
+        present.total_memory -= 1
+        with pytest.raises(SettingsError, match="before strategy: deepspeed_stage_3 could shard them, .* use fsdp2"):
+            memory.choose_place(launched)
+
+    def test_all_processes_make_it_in_the_same_place(self, monkeypatch):
+        """Their devices may differ."""
+        monkeypatch.setattr(memory, "_parameters", lambda _launched: 1)
+        present = SimpleNamespace(total_memory=2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: present)
+        launched = launched_on("cuda", "fsdp2", "32-true")
+        launched.fabric.all_reduce = lambda lacks, reduce_op: 1.0
+        memory.choose_place(launched)
+        assert launched.fabric.strategy.made_on_cpu is True
 
     @pytest.mark.parametrize(
         "error",

@@ -179,6 +179,17 @@ def test_shards_are_kept_on_the_cpu(monkeypatch, offload, policy):
     assert seen == [policy] * 5  # gates, norms, two blocks, the rest
 
 
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_where_the_whole_model_is_made(monkeypatch, device):
+    """On the rank's own device, here meta, unless there is no room."""
+    strategy = FullyShardedStrategy(facts_of("fsdp2"), 2, 1, DistributedArgs())
+    monkeypatch.setattr(FullyShardedStrategy, "root_device", torch.device("meta"))
+    strategy._precision = Precision()
+    strategy.made_on_cpu = device == "cpu"
+    with strategy.module_init_context(empty_init=True):
+        assert nn.Linear(1, 1).weight.device.type == device
+
+
 def test_every_node_has_the_model_once(monkeypatch):
     made, mesh = [], SimpleNamespace(device_type="cpu", size=lambda _dim=0: 8)
 
