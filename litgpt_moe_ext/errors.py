@@ -198,6 +198,8 @@ def which_checkpoint(folder: Path, file: str) -> str:
         folder: The folder that was named; it need not exist.
         file: The missing file.
     """
+    if (folder / file).is_dir():
+        return f", but a folder of that name with shards; `fabric consolidate {in_shell(folder / file)}` joins FSDP's"
     if found := did_you_mean_inside(folder, file):
         return found
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
