@@ -138,7 +138,9 @@ def end_of(pid: int) -> End | None:
         if (ended := os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is None:
             return None
         if ended.si_code == os.CLD_EXITED:
-            return End(f"has ended with status {ended.si_status}, see its output", ended.si_status != 0)
+            status = ended.si_status
+            # Above 128 it was interrupted as this process is, which may have more to do: only the first one has loggers.
+            return End(f"has ended with status {status}, see its output", 0 < status <= 128)
         killed = signal.Signals(ended.si_status)
         memory = ", as by the system when memory runs out" if killed == signal.SIGKILL else ""
         return End(f"was ended by {killed.name}{memory}", True)

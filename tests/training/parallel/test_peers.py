@@ -83,7 +83,7 @@ def test_how_a_process_has_ended():
     assert peers.end_of(sleeping.pid) == ("was ended by SIGKILL, as by the system when memory runs out", True)
     assert sleeping.wait() == -signal.SIGKILL
     assert peers.end_of(sleeping.pid) == ("has ended, see its output", False)  # nobody's child any more
-    for status, failed in ((0, False), (3, True)):
+    for status, failed in ((0, False), (3, True), (130, False)):
         ended = subprocess.Popen(["sh", "-c", f"exit {status}"])
         os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
         assert peers.end_of(ended.pid) == (f"has ended with status {status}, see its output", failed)
