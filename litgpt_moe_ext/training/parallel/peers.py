@@ -139,7 +139,7 @@ def end_of(pid: int) -> End | None:
             return None
         if ended.si_code == os.CLD_EXITED:
             status = ended.si_status
-            # Above 128 it was interrupted as this process is, which may have more to do: only the first one has loggers.
+            # Above 128 it was interrupted, as this process is, which may have more to do: it alone has loggers.
             return End(f"has ended with status {status}, see its output", 0 < status <= 128)
         killed = signal.Signals(ended.si_status)
         memory = ", as by the system when memory runs out" if killed == signal.SIGKILL else ""
