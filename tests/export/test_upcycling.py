@@ -109,6 +109,7 @@ def test_the_seed_decides_about_routers():
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+    assert first.std().item() == pytest.approx((0.4 / dense.config.n_embd) ** 0.5, rel=0.2)  # as of any router
 
 
 @pytest.mark.parametrize(
