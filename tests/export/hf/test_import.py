@@ -18,6 +18,7 @@ from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.evaluation.loading import load_tokenizer
 from litgpt_moe_ext.export.facts import facts_of
+from litgpt_moe_ext.export.hf.published.config import read_published
 from litgpt_moe_ext.export.hf.published.quantized import Quantization
 from litgpt_moe_ext.export.hf.published.stored import StoredWeights
 from litgpt_moe_ext.export.hf.read import import_checkpoint
@@ -366,6 +367,14 @@ def test_files_may_be_links_as_in_the_cache_of_the_hub(tmp_path):
     (tmp_path / "hf" / "a.safetensors").symlink_to(tmp_path / "0123abcd")
     (tmp_path / "hf" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "a.safetensors"}}')
     assert torch.equal(StoredWeights(tmp_path / "hf", Quantization(), tied=False).get("a"), torch.ones(2))
+
+
+@pytest.mark.parametrize("folder", ["a-name", "models--owner--a-name/snapshots/0123abcd"])
+def test_a_model_has_the_name_of_its_repository(tmp_path, folder):
+    """In the cache of the hub it lies in a folder that is named by the commit."""
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "config.json").write_text('{"model_type": "llama"}')
+    assert read_published(tmp_path / folder).settings["name"] == "a-name"
 
 
 def test_tied_embeddings_are_stored_once(tmp_path):

@@ -81,13 +81,19 @@ def read_published(hf_dir: Path) -> Published:
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # of values of another type
         raise SettingsError(f"hf_dir: {quoted(path)} is damaged ({one_line(error)}); copy it again") from error
     left_out = re.compile(rf"model\.(?:mtp_|layers\.(?:{beyond})\.)")
-    name = hf_dir.resolve().name
+    name = _name_of(hf_dir)
     norm = settings.get("norm_class_name")
     if isinstance(norm, str) and (family := family_of_norms(norm, name)):
         # LitGPT would give the model this family's norms because of the name.
         name = name.replace(family, family.lower())
     tied = bool(whole.get("tie_word_embeddings", True))
     return Published(model_type, settings | {"name": name}, quantization, tied, entries, left_out)
+
+
+def _name_of(hf_dir: Path) -> str:
+    folder = hf_dir.resolve()
+    # The hub's cache has a folder for each commit: models--OWNER--NAME/snapshots/COMMIT.
+    return folder.name if folder.parent.name != "snapshots" else folder.parents[1].name.rpartition("--")[2]
 
 
 def _defaults(raw: _Json, published_class: "type[PretrainedConfig]") -> _Json:
