@@ -103,9 +103,10 @@ class GradientGuard(Callback):
         self.skipped += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self._args.max_consecutive:
+            skipped = "1 step was" if self._skipped_in_a_row == 1 else f"{self._skipped_in_a_row} steps in a row were"
             raise TrainingStopped(
-                f"{self._skipped_in_a_row} steps in a row were skipped (anomaly.max_consecutive), the last because in "
-                f"step {step + 1} {problem}; its batch is in {file}. "
+                f"{skipped} skipped (anomaly.max_consecutive), the last because in step {step + 1} {problem}; its "
+                f"batch is in {file}. "
                 "A lower learning rate or a longer warm-up may help."
             )
         self._say(f"  step {step + 1} is skipped: {problem}; its batch is in {file}")
