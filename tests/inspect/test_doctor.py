@@ -407,6 +407,7 @@ def test_memory_in_the_precision_of_the_recipe(tmp_path, capsys):
         ({"evaluate": {"hellaswag": "nothing"}}, "evaluate.hellaswag: 'nothing' must be a file"),
         ({"checkpoint": {"export": "gguf"}}, "checkpoint.export: gguf: "),
         ({"data": None}, "data: null means litgpt.data.TinyLlama"),
+        ({"logger_name": "mlflow"}, "logger_name: 'mlflow' needs the package mlflow, which is not installed; "),
         ({"data": {**STDLIB, "init_args": {"vocab_size": 321}}}, "vocab_size: 321 means 321 tokens"),
         ({"data": {**STDLIB, "init_args": {"val_fraction": 2}}}, "val_fraction: 2"),
         (

@@ -676,7 +676,7 @@ class TestWrongInputs:
             (["--sample.top_k", "0"], "sample.top_k: 0 must be an integer of at least 1, or null"),
             (["--model_config.n_head", "3"], "model_config.n_head: 3 must divide n_embd: 16"),
             (["--model_config.n_query_groups", "3"], "model_config.n_query_groups: 3 must divide n_head: 4"),
-            (["--logger_name", "mlflow"], "mlflow"),
+            (["--logger_name", "mlflow"], "logger_name: 'mlflow' needs the package mlflow, which is not installed; "),
             (["--tokenizer_dir", "/nope"], "tokenizer_dir: '/nope' must be a directory"),
             (["--train.max_tokens", "null"], "train.max_tokens: null must be an integer of at least 1"),
             (["--train.epochs", "0"], "train.epochs: 0 must be an integer of at least 1, or null"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -29,12 +31,20 @@ _ELEMENTWISE_OPTIMIZERS = (
     "deepspeed.ops.lion.FusedLion",
 )
 _COMMON_OPTIONS = ("timeout_minutes",)
+# What each logger imports, any of them.
+_LOGGER_PACKAGES = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+    "litlogger": ("litlogger",),
+}
 
 
 def check_settings(settings: Settings, config: Config) -> None:
     """Raise SettingsError unless the settings of a run go together; needs neither processes nor data."""
     check_model(config)
     refuse_first(_training(settings, config))
+    refuse_first(_logger(settings.logger_name))
     check_combination(settings)
 
 
@@ -87,6 +97,15 @@ def _check_installed(what: str, requirement: str) -> None:
             return
         problem = f"and {installed} is installed"
     raise SettingsError(f"{what} needs {requirement}, {problem}; `uv sync --extra {needed.name}` installs it")
+
+
+def _logger(name: str) -> Iterator[str]:
+    packages = _LOGGER_PACKAGES.get(name, ())
+    if packages and not any(package in sys.modules or importlib.util.find_spec(package) for package in packages):
+        yield (
+            f"logger_name: {name!r} needs the package {packages[0]}, which is not installed; `uv pip install "
+            f"{packages[0]}` installs it, or set csv"
+        )
 
 
 def check_batch(global_batch_size: int, micro_batch_size: int, processes: int) -> None:
