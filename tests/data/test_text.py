@@ -477,9 +477,21 @@ def test_a_prepared_corpus_elsewhere(tmp_path):
 
 def test_a_model_must_find_the_documents_of_a_corpus(tmp_path, monkeypatch):
     data = tiny_txt(tmp_path)
-    data.require_documents("eos", 7)
-    with pytest.raises(SettingsError, match=r"attention_document_token_id: 7 must be 0, the eos token of the corpus"):
+    planned = "token_id: 7 must be 0, the eos token of the corpus to be prepared"
+    with pytest.raises(SettingsError, match=planned):
+        data.require_documents("eos", 7)
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(
+        SettingsError, match=r"attention_document_token_id: 7 must be 0, the eos token of the corpus in"
+    ):
         data.prepare_data()
+    tokenizer = data.corpus_path / "tokenizer"
+    again = TinyStories(data_path=data.data_path, source_path=data.source_path, tokenizer_dir=tokenizer)
+    with pytest.raises(SettingsError, match=planned):
+        again.require_documents("eos", 7)
+    again.prepend_bos = True
+    with pytest.raises(SettingsError, match="eos must be bos for the corpus to be prepared, where token 0 both"):
+        again.require_documents("eos", 0)
     with pytest.raises(SettingsError, match=r"attention_document_token_id: 7 must be 0, the bos token of the corpus"):
         Mixture({"all": data}, {"all": 1.0}).require_documents("bos", 7)
     Mixture({"all": data}, {"all": 1.0}).require_documents("bos", 0)

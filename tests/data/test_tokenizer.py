@@ -181,6 +181,7 @@ def test_own_special_tokens_and_byte_modes(tmp_path, byte_mode):
     assert ours.get_vocab_size() <= 350
     assert len(ours.encode("def read(self, value):").ids) < 12
     assert (found(tmp_path, "bos"), found(tmp_path, "eos")) == (1, 2)
+    assert settings.borders() == (2, 1)
     theirs, litgpts = AutoTokenizer.from_pretrained(tmp_path), Tokenizer(tmp_path)
     assert (theirs.unk_token_id, theirs.bos_token_id, litgpts.eos_id) == (0, 1, 2)
     for text in ("def read(self, value):\n", "naïve 🙂 ▁ <0x41>", " a  b\t\r\n", "don't"):

@@ -55,6 +55,13 @@ class Corpus:
         """
         return None
 
+    def planned_borders(self) -> tuple[int, int | None] | None:
+        """Return the ids of the tokens that will end and begin every document; None for the latter if none will.
+
+        None if the settings do not determine them.
+        """
+        return None
+
 
 def full_docstring(corpus: type[Corpus]) -> str:
     """Return the docstring of a corpus with all its fields, inherited ones too, for jsonargparse's `--help`."""

@@ -12,7 +12,7 @@ from litgpt_moe_ext.data.pipeline.sources import Source
 from litgpt_moe_ext.data.reading.record import TextFormat
 from litgpt_moe_ext.data.tokenizer.bpe import BPESettings
 from litgpt_moe_ext.data.tokenizer.files import litgpt_tokenizer, read_tokenizer
-from litgpt_moe_ext.data.tokenizer.opening import check_tokenizer, parse_tokenizer, vocabulary_size
+from litgpt_moe_ext.data.tokenizer.opening import check_tokenizer, parse_tokenizer, special_token, vocabulary_size
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import PositiveFloat, PositiveInt, Share
 from litgpt_moe_ext.wording import quoted
@@ -67,6 +67,17 @@ class EncodedCorpus(Corpus):
         """How the settings say to read the sources; part of the corpus' key."""
         return TextFormat()
 
+    def borders_with(self, chosen: dict[str, bytes] | BPESettings) -> tuple[int, int | None]:
+        """Return what `planned_borders` does, for a result of `choose_tokenizer`."""
+        if isinstance(chosen, BPESettings):
+            end, begin = chosen.borders()
+            return end, begin if self.prepend_bos else None
+        where = Path(getattr(self, "tokenizer_dir", None) or "")
+        return (
+            special_token(chosen, "eos", where),
+            special_token(chosen, "bos", where) if self.prepend_bos else None,
+        )
+
     def prepare(self, verbose: bool = True, tokenizer: Any = None) -> Path:
         """See `Corpus.prepare`; an interrupted preparation continues."""
         chosen = self.choose_tokenizer(tokenizer)
@@ -115,6 +126,11 @@ class DocumentCorpus(EncodedCorpus):
             tokenizer = parse_tokenizer(content, f"tokenizer.json of {self.tokenizer_dir}")
             return f"data.tokenizer_dir: {quoted(self.tokenizer_dir)}", vocabulary_size(tokenizer)
         return None
+
+    def planned_borders(self) -> tuple[int, int | None] | None:
+        """See `Corpus.planned_borders`."""
+        named = self.tokenizer_dir is not None or self.bpe is not None
+        return self.borders_with(self.choose_tokenizer(None)) if named else None
 
     def _read_tokenizer(self, directory: Path) -> dict[str, bytes]:
         files = read_tokenizer(directory)

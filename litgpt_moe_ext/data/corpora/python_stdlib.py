@@ -54,6 +54,10 @@ class PythonStdlib(EncodedCorpus):
         """See `Corpus.planned_vocabulary`."""
         return f"data.vocab_size: {self.vocab_size}", self.vocab_size
 
+    def planned_borders(self) -> tuple[int, int | None]:
+        """See `Corpus.planned_borders`."""
+        return self.borders_with(self.choose_tokenizer(None))
+
     def choose_tokenizer(self, given: Any) -> BPESettings:
         """See `EncodedCorpus.choose_tokenizer`; the tokenizer always belongs to the corpus."""
         return BPESettings(self.vocab_size)

@@ -97,10 +97,12 @@ class CorpusModule(Corpus, ShardModule):
             )
 
     def require_documents(self, boundary: str, token_id: int) -> None:
-        """See `TokenModule.require_documents`; checked once the corpus is prepared."""
+        """See `TokenModule.require_documents`; checked before any preparation if the settings determine the tokens."""
         self._model_documents = (boundary, token_id)
         if self.corpus_path is not None:
             self._check_documents()
+        elif (planned := self.planned_borders()) is not None:
+            self._check_borders(*planned, "the corpus to be prepared")
 
     @property
     def corpus_id(self) -> str:
@@ -140,22 +142,24 @@ class CorpusModule(Corpus, ShardModule):
             )
 
     def _check_documents(self) -> None:
+        eos_id, bos_id = (self.manifest[name] for name in ("eos_id", "bos_id"))
+        self._check_borders(eos_id, bos_id, f"the corpus in {self.corpus_path}")
+
+    def _check_borders(self, eos_id: int, bos_id: int | None, corpus: str) -> None:
         if self._model_documents is None:
             return
         boundary, token_id = self._model_documents
-        eos_id, bos_id = (self.manifest[name] for name in ("eos_id", "bos_id"))
         # Without a BOS token, EOS may count as the beginning of the next document.
         expected = eos_id if boundary == "eos" or bos_id is None else bos_id
         if token_id != expected:
             raise SettingsError(
-                f"model_config.attention_document_token_id: {token_id} must be {expected}, the {boundary} token of the "
-                f"corpus in {self.corpus_path}"
+                f"model_config.attention_document_token_id: {token_id} must be {expected}, the {boundary} token of "
+                f"{corpus}"
             )
         if boundary == "eos" and eos_id == bos_id:
             raise SettingsError(
-                "model_config.attention_document_boundary: eos must be bos for the corpus in "
-                f"{self.corpus_path}, where token {eos_id} both begins and ends a document: each beginning would be a "
-                "document of its own"
+                f"model_config.attention_document_boundary: eos must be bos for {corpus}, where token {eos_id} both "
+                "begins and ends a document: each beginning would be a document of its own"
             )
 
     def _check_tokenizer(self) -> None:

@@ -45,6 +45,16 @@ class BPESettings:
     unk_token: str | None = None
     byte_mode: Literal["level", "fallback"] = "level"
 
+    def borders(self) -> tuple[int, int]:
+        """Return the ids of the tokens that end and begin a document.
+
+        Raises:
+            SettingsError: See `check`.
+        """
+        self.check()
+        end = self.eos_token or self.special_tokens[0]
+        return self.special_tokens.index(end), self.special_tokens.index(self.bos_token or end)
+
     def check(self) -> None:
         """Raise SettingsError unless there is room for the 256 bytes and the special tokens, and these fit together."""
         if not self.special_tokens:
