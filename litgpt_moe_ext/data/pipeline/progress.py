@@ -7,6 +7,8 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from litgpt_moe_ext.terminal import redraws
+
 _LINE_SECONDS = 30.0
 
 
@@ -20,7 +22,7 @@ class PreparationProgress:
 
     def __init__(self, total: int, show: bool = True) -> None:
         self._total = total or None
-        self._lines = show and not sys.stderr.isatty()
+        self._lines = show and not redraws(sys.stderr)
         self._bar: Progress | None = None
         if show and not self._lines:
             columns = (

@@ -16,6 +16,7 @@ from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.interruption import end_at_once_on_termination, ending_at_once
 from litgpt_moe_ext.software import software
+from litgpt_moe_ext.terminal import redraws
 from litgpt_moe_ext.tokens.padding import accept_padding, accepts_padding
 from litgpt_moe_ext.training.callbacks.progress import Reporter
 from litgpt_moe_ext.training.checkpoint import store as checkpoints
@@ -73,7 +74,7 @@ def launch(plan: Plan) -> Iterator[Launched]:
     """
     settings = plan.settings
     # Output to a file has lines and no bar, whatever the setting.
-    bar = settings.progress is not False and sys.stdout.isatty()
+    bar = settings.progress is not False and redraws(sys.stdout)
     reporter = Reporter(plan.total_steps, bar, Deadline(plan.train.max_time))
     lock = ProcessLock(plan.out_dir / ".lock")
     with contextlib.ExitStack() as stack:
