@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.fake_cuda import CAPABILITIES, RECIPES, fake_cuda, forward_of_recipe
 from tests.models import attention_config
+from tests.subsets import soon
 
 
 @pytest.fixture
@@ -35,13 +36,11 @@ def test_forward_of_a_recipe_has_no_data_dependent_operator(recipe: Path) -> Non
     assert logits_BTV.shape[:2] == (1, 64)
 
 
-# Cards without bfloat16, with it, and the newest.
-SOON = (CAPABILITIES[0], (8, 0), CAPABILITIES[-1])
+# Cards without bfloat16, and the newest.
+SOON = (CAPABILITIES[0], CAPABILITIES[-1])
 
 
-@pytest.mark.parametrize(
-    "capability", [c if c in SOON else pytest.param(c, marks=pytest.mark.slow) for c in CAPABILITIES], ids=str
-)
+@pytest.mark.parametrize("capability", soon(CAPABILITIES, SOON), ids=str)
 def test_windows_documents_and_a_cache_wait_for_nothing(capability: tuple[int, int]) -> None:
     """On every card, in training and in generation, with sinks and without."""
     documents = {"attention_document_boundary": "eos", "attention_document_token_id": 3}

@@ -112,6 +112,7 @@ def test_letters_that_python_does_not_decode(letters, remedy, finished, tmp_path
         assert line.endswith(remedy)
 
 
+@pytest.mark.slow
 @names_are_bytes
 def test_letters_of_a_recipe_that_no_file_can_have(tmp_path):
     (tmp_path / "recipe.yaml").write_text("out_dir: dü\n", encoding="utf-8")

@@ -49,6 +49,7 @@ def server(clean, corpus):
     return api
 
 
+@pytest.mark.slow
 def test_logged_offline_for_real(clean, corpus, tmp_path):
     clean.setenv("WANDB_MODE", "offline")
     with wandb.init(project="another") as mine:  # as in a notebook

@@ -32,7 +32,9 @@ def installed(tmp_path):
     ("first_lines", "code"),
     [
         pytest.param("from litgpt import GPT", "import litgpt.__main__", id="as in litgpt's commands"),
-        pytest.param("from litgpt import LLM", "import litgpt.config", id="as in commands that describe"),
+        pytest.param(
+            "from litgpt import LLM", "import litgpt.config", id="as in commands that describe", marks=pytest.mark.slow
+        ),
         pytest.param("import litgpt.pretrain", "from litgpt import Config", id="the loop", marks=pytest.mark.slow),
         pytest.param(
             "import litgpt.model",

@@ -114,7 +114,7 @@ def test_the_name_of_a_recipe_may_have_lines(tmp_path):
 
 
 # Between them, these have everything: experts and none, with comments of a user's and without.
-SOON = ("quickstart", "gpt-moe-fineweb", "gpt-dense-fineweb")
+SOON = ("quickstart", "gpt-dense-fineweb")
 RECIPES = [
     pytest.param(path, [], marks=[pytest.mark.slow] * (path.stem not in SOON), id=path.stem)
     for path in sorted((ROOT / "configs").glob("*.yaml"))

@@ -211,6 +211,8 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
         True,
     ),
 }
+# One of each family of classes: dense, routed, with biases, latent attention, and the model's own code.
+SOON = ("gpt2", "qwen3", "mixtral", "glm", "gpt-oss", "deepseek-v3", "quickstart", "nanogpt-moe")
 
 # Those whose output head is tried as one table with the embeddings besides: a class of each kind, and one without.
 TIED = ("gpt2", "llama", "qwen3", "mixtral", "qwen3-moe", "qwen2-moe", "ernie", "quickstart", "glm")

@@ -33,6 +33,7 @@ from tests.moe.routers import (
     make_gate,
     run,
 )
+from tests.subsets import soon
 
 # Between them, these have everything.
 SOON = ("sigmoid, groups", "sigmoid, sequences", "softmax, balancing", "noisy, everything")
@@ -44,7 +45,7 @@ def _no_card(monkeypatch):
     monkeypatch.setattr(router_product, "_has_tensor_cores", lambda device: True)
 
 
-@pytest.mark.parametrize("name", [n if n in SOON else pytest.param(n, marks=pytest.mark.slow) for n in RULES])
+@pytest.mark.parametrize("name", soon(RULES, SOON))
 def test_equals_the_operators(name):
     """Decision, gradients of inputs and weights, losses and statistics; several blocks, the last one not full."""
     torch.manual_seed(0)

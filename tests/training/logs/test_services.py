@@ -9,6 +9,7 @@ from litgpt_moe_ext.cli.train import main
 from litgpt_moe_ext.training.checkpoint.writer import CheckpointWriter
 from litgpt_moe_ext.training.control import TrainingStopped
 from litgpt_moe_ext.training.logs.wandb_run import options, run_of_checkpoint
+from tests.subsets import soon
 
 
 class Service:
@@ -156,7 +157,7 @@ def test_a_resumed_training_goes_on_in_its_run_of_wandb(recipe, tmp_path, runs_o
     assert first != other
 
 
-@pytest.mark.parametrize("reason", ["offline", "named", "damaged"])
+@pytest.mark.parametrize("reason", soon(["offline", "named", "damaged"], ["offline"]))
 def test_a_run_of_wandb_that_cannot_go_on(recipe, tmp_path, runs_of_wandb, monkeypatch, reason):
     """It would lose steps when it is sent, is another's choice, or was never a name."""
     import wandb

@@ -20,6 +20,7 @@ from litgpt_moe_ext.training.settings import EmaArgs, ParameterGroupArgs
 from litgpt_moe_ext.training.steps.graphs.gradient_tasks import run_now
 from litgpt_moe_ext.training.steps.losses import RunningMean
 from tests.fake_cuda import RECIPES, fake_cuda
+from tests.subsets import soon
 from tests.training.steps.graphs.passes import LOOKS
 
 # As others of the recipes, but larger, or without experts.
@@ -82,7 +83,7 @@ def trained_model(recipe):
 @pytest.mark.parametrize("muon", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "muon"])
 @pytest.mark.parametrize(
     "recipe",
-    [r if r.stem in SOON else pytest.param(r, marks=pytest.mark.slow) for r in RECIPES if r.stem not in ALIKE],
+    soon((recipe for recipe in RECIPES if recipe.stem not in ALIKE), SOON, lambda recipe: recipe.stem),
     ids=lambda r: r.stem,
 )
 def test_no_step_waits_after_its_backward_pass(recipe, muon, monkeypatch):

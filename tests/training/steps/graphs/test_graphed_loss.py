@@ -17,6 +17,7 @@ from litgpt_moe_ext.training.steps.graphs.check import Reference
 from litgpt_moe_ext.training.steps.graphs.gradient_tasks import GradientTask, run_now
 from litgpt_moe_ext.training.steps.graphs.graphed_loss import GraphedLoss, GraphOptions
 from tests.models import initialized_model, moe_config
+from tests.subsets import soon
 from tests.training.steps.graphs.passes import Recordings, Reruns
 
 VOCABULARY = 64
@@ -468,7 +469,7 @@ def changing(kind):
 
 
 @pytest.mark.parametrize("kind", ["nothing", "a setting", "a setting in every step", "states", "loaded states"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", soon([1, 2], [2]))
 def test_what_follows_the_passes_is_a_graph_as_well(kind, accumulation):
     """As long as it would be the same again."""
     data, change, captured = batches(10 * accumulation), changing(kind), []
