@@ -78,7 +78,6 @@ def _obstacle_of_device(device_type: str) -> str | None:
 def _obstacle_of(config: Any, processes: int) -> str | None:
     if config.mlp_class_name == "LLaMAMoE":
         return "LLaMAMoE waits for the device in every layer"
-    is_global = config.router_load_balancing_loss_scope == "global_batch"
-    if processes > 1 and is_global and config.router_load_balancing_loss_coef:
+    if processes > 1 and config.router_load_balancing_loss_scope == "global_batch":
         return "router_load_balancing_loss_scope: global_batch sums over the processes in every backward pass"
     return None
