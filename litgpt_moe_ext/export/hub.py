@@ -66,7 +66,7 @@ def downloaded(directory: Path) -> Path:
     try:
         return Path(
             snapshot_download(
-                str(directory),
+                directory.as_posix(),  # on Windows a path has other slashes
                 allow_patterns=["*.json", "model*.safetensors", "*.txt", "*.jinja", "tokenizer.model"],
                 # Folders, and files of other names, hold the same weights in other forms.
                 ignore_patterns=["*/*"],

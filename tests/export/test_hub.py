@@ -4,7 +4,9 @@ import base64
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path, PureWindowsPath
 
+import huggingface_hub
 import pytest
 from huggingface_hub.utils import reset_sessions
 
@@ -112,3 +114,14 @@ def test_directories_are_not_asked_for(hub, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "me" / "model").mkdir(parents=True)
     assert downloaded(type(tmp_path)(name)) == type(tmp_path)(name)
+
+
+def test_a_repository_has_slashes_on_windows_too(monkeypatch):
+    class Windows(PureWindowsPath):
+        def exists(self):
+            return False
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or "here")
+    assert downloaded(Windows("me/model")) == Path("here")
+    assert asked == ["me/model"]
