@@ -1,5 +1,6 @@
 """A model described by the properties that distinguish the classes of other libraries."""
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -183,7 +184,8 @@ def _require_exportable(config: "Config") -> None:
     for name, unused in _UNSUPPORTED.items():
         value = getattr(config, name)
         if value != unused:
-            raise SettingsError(f"model_config.{name}: {value!r} must be {unused!r} for an export; train without it")
+            needed = json.dumps(unused)
+            raise SettingsError(f"model_config.{name}: {value!r} must be {needed} for an export; train without it")
     if config.mlp_class_name not in (*MOE_CLASS_NAMES, *_DENSE):
         raise SettingsError(
             f"model_config.mlp_class_name: {config.mlp_class_name} must be one of "
