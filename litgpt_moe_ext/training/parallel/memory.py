@@ -65,12 +65,21 @@ def choose_place(launched: Launched) -> None:
     fabric = launched.fabric
     if fabric.device.type == "cpu":
         return
-    strategy = fabric.strategy
+    strategy, memory = fabric.strategy, memory_bytes()
     whole = _parameters(launched) * (2 if _is_narrow(strategy) else 4)
     total = torch.cuda.get_device_properties(fabric.device).total_memory
-    lacks = whole > total * (1 if strategy.made_on_cpu is None else _OF_WHOLE_MODEL)
-    if not fabric.all_reduce(cast(Any, float(lacks)), reduce_op="max"):  # Fabric makes a tensor of it on the device
+    if not _on_any(fabric, whole > _OF_WHOLE_MODEL * total):
         return
+    lacks_here = memory is not None and whole * launched.devices > memory
+    if strategy.made_on_cpu is not None and not _on_any(fabric, lacks_here):
+        strategy.made_on_cpu = True
+        fabric.print(
+            f"A device lacks room for the whole model: it is made in the memory of the CPU ({whole / _GIB:,.1f} GiB "
+            "for each process) and sharded from there. Its initial weights are not those that a device would draw."
+        )
+        return
+    if not _on_any(fabric, whole > total):
+        return  # it may just fit
     need = f"model_config: {_parameters(launched) / 1e6:,.1f} million parameters need {whole / _GIB:,.1f} GiB"
     here = f"a {fabric.device.type} here has {total / _GIB:,.1f} GiB"
     if strategy.made_on_cpu is None:
@@ -78,18 +87,16 @@ def choose_place(launched: Launched) -> None:
             f"{need} before strategy: {launched.plan.settings.strategy} could shard them, and {here}; use fsdp2 over "
             "several devices, if need be with distributed.cpu_offload, or make the model smaller"
         )
-    memory = memory_bytes()
-    if memory is not None and whole * launched.devices > memory:
-        raise SettingsError(
-            f"{need} for each process before they are sharded; {here}, and the CPU "
-            f"{memory / launched.devices / _GIB:,.1f} GiB for each process; start fewer processes on each node, or "
-            "make the model smaller"
-        )
-    strategy.made_on_cpu = True
-    fabric.print(
-        f"A device lacks room for the whole model: it is made in the memory of the CPU ({whole / _GIB:,.1f} GiB for "
-        "each process) and sharded from there. Its initial weights are not those that a device would draw."
+    raise SettingsError(
+        f"{need} for each process before they are sharded; {here}, and the CPU "
+        f"{(memory or 0) / launched.devices / _GIB:,.1f} GiB for each process; start fewer processes on each node, or "
+        "make the model smaller"
     )
+
+
+def _on_any(fabric: Any, here: bool) -> bool:
+    """Return whether something holds on any process."""
+    return bool(fabric.all_reduce(cast(Any, float(here)), reduce_op="max"))  # Fabric makes a tensor of the number
 
 
 @contextlib.contextmanager

@@ -1029,7 +1029,7 @@ def launched_on(device: str, strategy: str, precision: str) -> SimpleNamespace:
     kind = SimpleNamespace(precision=SimpleNamespace(precision=precision), facts=facts)
     kind.made_on_cpu = None if facts.zero_stage is not None else False
     fabric = SimpleNamespace(device=torch.device(device), world_size=6, strategy=kind, print=print)
-    fabric.all_reduce = lambda lacks, reduce_op: lacks
+    fabric.all_reduce = lambda here, reduce_op: here
     return SimpleNamespace(plan=plan, fabric=fabric, devices=3)
 
 
@@ -1098,11 +1098,15 @@ class TestMemory:
         memory.choose_place(launched)
         assert launched.fabric.strategy.made_on_cpu is False
         present.total_memory -= 1
-        memory.choose_place(launched)
-        assert launched.fabric.strategy.made_on_cpu is True
         present.host -= 1
+        memory.choose_place(launched)
+        assert launched.fabric.strategy.made_on_cpu is False, "there is no room elsewhere, and it may just fit"
+        present.total_memory = 9 * 2**20 * width - 1
         with pytest.raises(SettingsError, match=r"^model_config: 9.4 million .* start fewer processes on each node"):
             memory.choose_place(launched)
+        present.host += 1
+        memory.choose_place(launched)
+        assert launched.fabric.strategy.made_on_cpu is True
         memory.choose_place(launched_on("cpu", "fsdp2", "32-true"))
 
     def test_zero_makes_the_model_on_the_device(self, monkeypatch):
@@ -1121,7 +1125,8 @@ class TestMemory:
         present = SimpleNamespace(total_memory=2**30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: present)
         launched = launched_on("cuda", "fsdp2", "32-true")
-        launched.fabric.all_reduce = lambda lacks, reduce_op: 1.0
+        answers = [1.0, 0.0]  # of others whether a device lacks room, and whether a CPU does
+        launched.fabric.all_reduce = lambda _here, reduce_op: answers.pop(0)
         memory.choose_place(launched)
         assert launched.fabric.strategy.made_on_cpu is True
 
