@@ -441,6 +441,7 @@ def test_what_only_the_length_of_the_run_tells_is_asked_for(texts):
         by_step.train_dataloader()
     assert opened(by_step, RunLength(400, 4, 10)).train_dataloader().mixture.phases.border == 10 * 4
     assert Annealing({}, from_fraction=0.9).first_row(RunLength(25, 4, 10), 16) == 22 * 4
+    assert Annealing({}, from_fraction=0.9).first_row(RunLength(3, 4, 10, 25), 16) == 22 * 4  # ends early
     assert Annealing({}, from_fraction=0.29).first_row(RunLength(100, 4, 10), 16) == 29 * 4  # 28.999999999999996 steps
     by_tokens = Mixture(corpora, weights, Annealing({"a": 1, "b": 3}, from_tokens=170))
     by_tokens.connect(batch_size=2, max_seq_length=16)
@@ -511,7 +512,10 @@ def test_a_finished_run_says_how_to_go_on(recipe, corpus_settings, texts, capsys
     """A part of a longer run is another step, at which the rows that were read would not be those that are to be."""
     changes = {"data": mixed(corpus_settings, texts), "train": {"max_tokens": 2 * 128}, "eval": {"max_iters": 2}}
     file = str(recipe(**changes))
-    assert train("--config", file) == 0
+    assert train("--config", file, "--train.max_steps=1") == 0
+    flags = capsys.readouterr().out.splitlines()[-1].removeprefix("To continue: ").split()
+    assert flags == ["--resume", "auto", "--train.max_steps", "2"]
+    assert train("--config", file, *flags) == 0
     flags = capsys.readouterr().out.splitlines()[-1].removeprefix("To continue: ").split()
     assert train("--config", file, *flags) == 0
     assert "after step 1 code 20%, text 80%" in capsys.readouterr().out

@@ -14,6 +14,7 @@ import yaml
 from litgpt.utils import save_config
 
 from litgpt_moe_ext.data.loader import corpora_of
+from litgpt_moe_ext.data.mixture.settings import RunLength
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.training.checkpoint.compatibility import require_same_model
@@ -66,6 +67,19 @@ def test_bare_names_of_checkpoints_are_those_of_litgpt(recipe, tmp_path, monkeyp
     assert plan.settings.tokenizer_dir == Path("checkpoints/some/model")
     with pytest.raises(SettingsError, match="initial_checkpoint_dir: 'other/model' does not exist"):
         make_plan(read_settings(["--config", str(file), "--initial_checkpoint_dir", "other/model"]))
+
+
+def test_data_know_the_steps_of_the_schedule(recipe):
+    """Those before which `train.max_steps` ends the run, too: the learning rate does not fall earlier either."""
+    told = []
+
+    class Planned:
+        def plan_run(self, length):
+            told.append(length)
+
+    for flags in ([], ["--train.max_steps", "3"]):
+        make_plan(read_settings(["--config", str(recipe()), *flags])).tell_length(Planned())
+    assert told == [RunLength(12, 4, 2, 12), RunLength(3, 4, 2, 12)]
 
 
 def test_a_refused_run_leaves_no_logger_behind(recipe, tmp_path, monkeypatch, capsys):

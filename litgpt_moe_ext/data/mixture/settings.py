@@ -16,11 +16,14 @@ class RunLength(NamedTuple):
         steps: Optimizer steps of the whole training.
         rows_per_step: Sequences of a step, over all ranks.
         validation_batches: Maximum batches of a validation on each rank.
+        scheduled_steps: Steps of the learning rate schedule, before whose end `train.max_steps` may end the run; None:
+            as many.
     """
 
     steps: int
     rows_per_step: int
     validation_batches: int
+    scheduled_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Annealing:
     Attributes:
         weights: Share of each corpus from then on; every corpus is named.
         from_step: Number of optimizer steps after which they apply.
-        from_fraction: Instead, the fraction of the run's steps after which they apply, such as 0.9.
+        from_fraction: Instead, the fraction of the steps of `train.max_tokens` after which they apply, such as 0.9.
         from_tokens: Instead, the number of tokens after which they apply, rounded up to a step.
     """
 
@@ -78,7 +81,9 @@ class Annealing:
         if self.from_step is not None:
             return self.from_step * length.rows_per_step
         assert self.from_fraction is not None
-        return round(self.from_fraction * length.steps) * length.rows_per_step
+        # A run that `train.max_steps` ends early is the beginning of a longer one.
+        steps = length.steps if length.scheduled_steps is None else length.scheduled_steps
+        return round(self.from_fraction * steps) * length.rows_per_step
 
 
 def check_weights(setting: str, weights: Mapping[str, float], names: Collection[str]) -> None:

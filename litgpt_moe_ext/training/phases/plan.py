@@ -77,8 +77,9 @@ class Plan:
             SettingsError: If the data need another length, or longer validations.
         """
         if offers(data, "plan_run"):
+            scheduled = count_steps(dataclasses.replace(self.train, max_steps=None), self.tokens_per_step)
             steps = self.total_steps - self.steps_ahead
-            data.plan_run(RunLength(steps, self.train.global_batch_size, self.settings.eval.max_iters))
+            data.plan_run(RunLength(steps, self.train.global_batch_size, self.settings.eval.max_iters, scheduled))
 
 
 def make_plan(settings: Settings) -> Plan:
