@@ -35,7 +35,8 @@ FINISHED = "finished.json"
 _LOCK = ".study.lock"  # the run itself has another
 _LOOK_EVERY = 0.5  # seconds
 _LAST_BYTES = 4000  # bytes at the end of a run's output that contain its last line
-_TRAIN = "import sys; from litgpt_moe_ext.cli.main import main; sys.exit(main(['train', *sys.argv[1:]]))"
+# As a module, so that a run can start further processes as it was started.
+_TRAIN = ("-m", "litgpt_moe_ext.cli.main", "train")
 
 
 def is_finished(runs_dir: Path, run: Run) -> bool:
@@ -170,7 +171,7 @@ class _Trainer:
         output = out_dir / "output.txt"
         earlier = output.stat().st_size if output.exists() else 0
         trained_on = TrainedOn.here(self._places, place)  # now, as the code may change during the run
-        command = [sys.executable, "-c", _TRAIN, *run.flags(out_dir)]
+        command = [sys.executable, *_TRAIN, *run.flags(out_dir)]
         status = _process(command, output, self._places.environment(place), self._stopped)
         if status == 0:
             what = {"arm": run.arm, "point": run.point, "seed": run.seed, "settings": run.settings}

@@ -409,7 +409,9 @@ def test_a_signal_lets_runs_save_and_none_begins(number, tmp_path, monkeypatch):
     monkeypatch.setattr(
         launch,
         "_TRAIN",
-        f"""
+        (
+            "-c",
+            f"""
 import os, pathlib, signal, sys, time
 def save(*_):
     pathlib.Path({str(tmp_path / "saved")!r}).touch()
@@ -418,6 +420,7 @@ signal.signal(signal.SIGTERM, save)
 os.kill({os.getpid()}, {int(number)})
 time.sleep(30)
 """,
+        ),
     )
     runs = load_study(write(tmp_path / "s.yaml", seeds=[1, 2])).runs
     problems, received = launch.train(runs, tmp_path, Places(), say=lambda line: None)
@@ -711,7 +714,9 @@ def test_a_killed_study_goes_on_and_repeats_nothing(tmp_path):
         "train": {"global_batch_size": 2, "micro_batch_size": 2, "save_interval": 5, "log_interval": 3},
         "eval": {"interval": 1000, "max_iters": 2, "final_validation": True},
     }))  # fmt: skip
-    arms = {"MoE": {}, "dense": {"dense_twin": "flops"}}
+    # Runs may have several processes.
+    two = {"devices": 2, "train.micro_batch_size": 1}
+    arms = {"MoE": {}, "dense": {"dense_twin": "flops", **two}}
     compare, grid = {"moe": "MoE", "dense": "dense"}, {"train.max_tokens": [640, 1280]}
     study = write(tmp_path / "small.yaml", seeds=[1], recipe=str(recipe), arms=arms, compare=compare, grid=grid)
     out = tmp_path / "out"
