@@ -112,6 +112,8 @@ def _connect(plan: Plan, reporter: Reporter) -> Launched:
     devices, num_nodes = _size(settings, started)
     processes = devices * num_nodes
     check_batch(plan.train.global_batch_size, plan.train.micro_batch_size, processes)
+    if started is None and processes > 1:
+        _refuse_to_start_here(processes)
     strategy = make_strategy(settings.strategy, processes, num_nodes, options, accelerator)
     precision: Any = settings.precision or default_precision(accelerator)
     strategy.use_precision(precision, accelerator)
@@ -153,6 +155,22 @@ def _size(settings: Settings, started: Processes | None) -> tuple[int, int]:
             "auto, or these numbers"
         )
     return parse_devices(started.per_node), started.nodes
+
+
+def _refuse_to_start_here(processes: int) -> None:
+    # Fabric starts the others as this one was started: by its file, or its module.
+    main = sys.modules["__main__"]
+    by_file = getattr(main, "__spec__", None) is None
+    if hasattr(sys, "ps1"):
+        problem = "a notebook or an interactive Python"
+    elif by_file and not os.path.isfile(sys.argv[0]):
+        problem = "a program that is no file, as of `python -c`"
+    else:
+        return
+    raise SettingsError(
+        f"devices: {counted(processes, 'process')} cannot be started from {problem}; train with `litgpt-moe train` in "
+        "a terminal (in a notebook: !litgpt-moe train), or set devices: 1"
+    )
 
 
 def _take(lock: ProcessLock, launched: Launched) -> None:

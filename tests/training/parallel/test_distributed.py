@@ -135,6 +135,17 @@ def test_launchers(recipe, tmp_path):
         assert logged(tmp_path / name, "loss") == logged(tmp_path / "own", "loss")
 
 
+@pytest.mark.parametrize("where", ["a notebook", "a program that is no file"])
+def test_processes_that_nobody_can_start(recipe, monkeypatch, capsys, where):
+    """They would be started as this one was, which is no command line."""
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys, "argv", ["-c"])
+    if where == "a notebook":
+        monkeypatch.setattr(sys, "ps1", "In [1]: ", raising=False)
+    assert main(["--config", str(recipe(devices=2))]) == 2
+    assert f"error: devices: 2 processes cannot be started from {where}" in capsys.readouterr().err
+
+
 @contextlib.contextmanager
 def none_left(launcher: subprocess.Popen) -> Iterator[list[int]]:
     """Yield a list for the ids of its children; at the end of the scope all of them are killed, whatever happened."""
