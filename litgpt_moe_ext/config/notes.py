@@ -5,7 +5,7 @@ Imports neither torch nor LitGPT.
 
 from typing import TYPE_CHECKING
 
-from litgpt_moe_ext.config.features import LITGPT_ACTIVATIONS, routers_need
+from litgpt_moe_ext.config.features import LITGPT_ACTIVATIONS, MOE_CLASS_NAMES, has_experts, routers_need
 from litgpt_moe_ext.config.fields import FIELDS, expert_fields
 
 if TYPE_CHECKING:
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 def model_notes(config: "Config") -> list[str]:
     """Return what is surprising about a model, a line each."""
-    return [note for note in (_unlearned_routers(config), _unread_expert_fields(config)) if note is not None]
+    notes = (_unlearned_routers(config), _unread_expert_fields(config), _experts_nowhere(config))
+    return [note for note in notes if note is not None]
 
 
 def _unlearned_routers(config: "Config") -> str | None:
@@ -40,3 +41,12 @@ def _unread_expert_fields(config: "Config") -> str | None:
         return None
     settings = ", ".join(f"{name}: {getattr(config, name)}" for name in given)
     return f"mlp_class_name: {config.mlp_class_name} is a dense layer, without effect are {settings}"
+
+
+def _experts_nowhere(config: "Config") -> str | None:
+    # Each of the settings leaves an MoE layer by itself, or says openly that it leaves none; together they may not.
+    if config.mlp_class_name not in MOE_CLASS_NAMES or any(has_experts(config, n) for n in range(config.n_layer)):
+        return None
+    names = ("n_layer", "first_k_dense_replace", "decoder_sparse_step", "mlp_only_layers")
+    settings = ", ".join(f"{name}: {value}" for name in names if (value := getattr(config, name)))
+    return f"mlp_class_name: {config.mlp_class_name} makes no MoE layer here, all are dense ({settings})"

@@ -225,6 +225,17 @@ def test_experts_that_a_dense_class_of_litgpt_does_not_have(name):
         Config(**dense, first_k_dense_replace=1)
 
 
+def test_experts_that_no_layer_has():
+    """Because of settings of which each alone leaves an MoE layer."""
+    dense = {"intermediate_size": 16, "first_k_dense_replace": 1}
+    assert model_notes(moe_config(**dense, decoder_sparse_step=1)) == []
+    (note,) = model_notes(moe_config(**dense, decoder_sparse_step=2))
+    assert note == (
+        "mlp_class_name: SharedExpertMoE makes no MoE layer here, all are dense (n_layer: 2, first_k_dense_replace: 1, "
+        "decoder_sparse_step: 2)"
+    )
+
+
 def test_classes_are_found_by_name():
     assert moe_config().mlp_class is SharedExpertMoE
     assert noisy_config().mlp_class is NoisyTopKMoE

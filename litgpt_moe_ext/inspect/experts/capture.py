@@ -76,8 +76,8 @@ class RoutingRecorder:
                 self._hooks.append((mlp.get_submodule("gate"), self._hook(recording, reader)))
         if not self._hooks:
             raise SettingsError(
-                f"checkpoint_dir: its model must have MoE layers (mlp_class_name: {model.config.mlp_class_name}); "
-                f"name one with {', '.join(MOE_CLASS_NAMES)} or LLaMAMoE"
+                "checkpoint_dir: its model must have MoE layers, and all are dense (mlp_class_name: "
+                f"{model.config.mlp_class_name}); name one with layers of {', '.join(MOE_CLASS_NAMES)} or LLaMAMoE"
             )
 
     def _hook(self, recording: _Recording, reader: Callable) -> Callable:
