@@ -1130,6 +1130,25 @@ class TestMemory:
         memory.choose_place(launched)
         assert launched.fabric.strategy.made_on_cpu is True
 
+    def test_a_machine_that_does_not_say_its_memory(self, monkeypatch):
+        """As on Windows."""
+        monkeypatch.setattr(memory, "memory_bytes", lambda: None)
+        memory.check_memory(launched_on("cpu", "ddp", "32-true"))
+
+    @pytest.mark.parametrize(
+        ("error", "said"),
+        [
+            (torch.OutOfMemoryError("CUDA out of memory"), "error: process 3: out of memory: 0.0 million parameters"),
+            (RuntimeError("of another kind"), ""),
+        ],
+    )
+    def test_each_of_several_processes_explains_its_lack_of_memory_alone(self, capsys, error, said):
+        launched = launched_on("cpu", "ddp", "32-true")
+        launched.fabric.global_rank = 3
+        with pytest.raises(type(error), match=str(error)), memory.explaining_lack_of_memory(launched):
+            raise error
+        assert capsys.readouterr().err[: len(said) or None] == said
+
     @pytest.mark.parametrize(
         "error",
         [
