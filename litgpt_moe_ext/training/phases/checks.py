@@ -73,8 +73,8 @@ def check_strategy(name: str, args: DistributedArgs, accelerator: str) -> None:
         if value is not None and option not in (*_COMMON_OPTIONS, *facts.options):
             own = ", ".join(f"distributed.{option}" for option in facts.options)
             raise SettingsError(
-                f"distributed.{option}: {value} would be ignored because strategy: {name} has no such setting; it has "
-                f"{own}"
+                f"distributed.{option}: {value} would be ignored because strategy: {name} has no such setting; leave "
+                f"it out, or use what it has: {own}"
             )
     if facts.cuda_only and accelerator != "cuda":
         raise SettingsError(

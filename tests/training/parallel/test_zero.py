@@ -92,7 +92,7 @@ class TestSettings:
             ("deepspeed_stage_2", {"bucket_mb": 3}, "cuda", "distributed.bucket_mb: 3.0 would be ignored"),
             ("deepspeed_stage_2", {"offload_parameters": True}, "cuda", "distributed.offload_parameters: True would"),
             ("deepspeed_stage_3", {"allgather_bucket_size": 2}, "cuda", "distributed.allgather_bucket_size: 2 would"),
-            ("ddp", {"overlap_comm": True}, "cpu", "it has distributed.bucket_mb"),
+            ("ddp", {"overlap_comm": True}, "cpu", "leave it out, or use what it has: distributed.bucket_mb"),
         ],
         ids=str,
     )
