@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from litgpt_moe_ext.host.without_compiler import bare_step, replace_step
 from litgpt_moe_ext.training.optim.arguments import fuses_on_shards, in_full, is_muon
 from litgpt_moe_ext.training.optim.gpu_step import GpuStep
+from litgpt_moe_ext.training.optim.loaded_state import keep_types_of_numbers
 from litgpt_moe_ext.training.optim.parameter_groups import group_parameters, keep_kernel_options, scale_rates
 from litgpt_moe_ext.training.optim.shards import is_shard
 from litgpt_moe_ext.training.settings import ParameterGroupArgs
@@ -43,6 +44,7 @@ def make_optimizer(
     # A gradient scaler would leave unscaling to a fused optimizer: too late for clipping, so Fabric refuses it.
     made._step_supports_amp_scaling = False  # pyrefly: ignore[missing-attribute] torch's fused optimizers have it
     made.register_load_state_dict_pre_hook(keep_kernel_options)
+    keep_types_of_numbers(made)
     if not steps_in_parts:
         made.register_step_pre_hook(scale_rates)
     if "step" in vars(made):

@@ -318,3 +318,25 @@ def test_muon_updates_what_is_alike_together(monkeypatch):
         torch.testing.assert_close(together, expected)
     # (N, A, B): of lists with at most 200 elements; what is left over is turned where it is multiplied.
     assert batches == 3 * [(16, 2, 6), (1, 6, 2), (12, 4, 4), (8, 4, 4), (2, 3, 2)]
+
+
+@pytest.mark.parametrize("name", ["NAdam", "ASGD", "AdamW"])
+def test_a_loaded_state_is_the_saved_one_beside_16_bit_weights(name):
+    """Single numbers included, which torch would round to the type of the weights."""
+
+    def made():
+        model = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
+        return make_optimizer(name, model, ParameterGroupArgs())
+
+    first, second = made(), made()
+    for _ in range(3):
+        for group in first.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.ones_like(parameter)
+        first.step()
+    saved = first.state_dict()
+    second.load_state_dict(saved)
+    for number, state in second.state_dict()["state"].items():
+        for key, value in state.items():
+            expected = saved["state"][number][key]
+            assert (value.dtype, value.tolist()) == (expected.dtype, expected.tolist()), key
