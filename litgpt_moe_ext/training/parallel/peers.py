@@ -160,7 +160,7 @@ def _who(here: Sequence[Peer], patience: float = _PATIENCE) -> str:
     until = time.monotonic() + patience
     while True:
         ends = [(peer, end) for peer in here if (end := end_of(peer.pid)) is not None]
-        if ends or time.monotonic() >= until:
+        if ends or not here or time.monotonic() >= until:
             return _words(ends)
         time.sleep(_LOOK_EVERY)
 
