@@ -6,13 +6,14 @@ A folder ``<owner>/<name>`` is a data set of the hub at its one commit.
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.servers import answering
 
 COMMIT = "c" * 40
 _API = re.compile(
@@ -133,10 +134,7 @@ class _HTTPServer(ThreadingHTTPServer):
 @contextmanager
 def serving(folder: Path) -> Iterator[FileServer]:
     """Give a server over a folder that answers until the block ends."""
-    with _HTTPServer(("127.0.0.1", 0), _Handler) as server:
-        server.state = FileServer(f"http://127.0.0.1:{server.server_port}", folder)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield server.state
-        finally:
-            server.shutdown()
+    server = _HTTPServer(("127.0.0.1", 0), _Handler)
+    with answering(server) as address:
+        server.state = FileServer(address, folder)
+        yield server.state

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from tests.servers import answering
+
 ENTITY, PROJECT = "team", "project"
 KEY = "0123456789" * 4
 _OPERATION = re.compile(r"(?:query|mutation)\s+(\w+)")
@@ -268,11 +270,8 @@ class _HTTPServer(ThreadingHTTPServer):
 @contextmanager
 def running() -> Iterator[WandbServer]:
     """Give a server that answers until the block ends."""
-    with _HTTPServer(("127.0.0.1", 0), _Handler) as server:
-        server.state = WandbServer(f"http://127.0.0.1:{server.server_port}")
-        server.lock = threading.Lock()
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield server.state
-        finally:
-            server.shutdown()
+    server = _HTTPServer(("127.0.0.1", 0), _Handler)
+    server.lock = threading.Lock()
+    with answering(server) as address:
+        server.state = WandbServer(address)
+        yield server.state

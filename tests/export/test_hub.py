@@ -2,7 +2,6 @@
 
 import base64
 import json
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PureWindowsPath
 
@@ -14,6 +13,7 @@ from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.hub import check_repository, downloaded, upload
 from tests.export.hf.models import CASES, make_checkpoint
+from tests.servers import answering
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -62,14 +62,12 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch):
     Hub.files = {}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "right")
-    reset_sessions()
-    yield Hub.files
-    server.shutdown()
+    with answering(ThreadingHTTPServer(("127.0.0.1", 0), Hub)) as address:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", "right")
+        reset_sessions()
+        yield Hub.files
     reset_sessions()
 
 
