@@ -83,7 +83,7 @@ def strategy(recipe: Recipe) -> Finding:
     if torch.cuda.is_available() and per_node > torch.cuda.device_count():
         text = f"devices: {per_node}, but torch can use {counted(torch.cuda.device_count(), 'GPU')} here"
         return Finding("strategy", "problem", f"{text}; set devices: auto")
-    if note := strategy_note(chosen, per_node * nodes, args):
+    if note := strategy_note(chosen, per_node * nodes, args, accelerator_here()):
         return Finding("strategy", "note", note)
     name = "ddp" if chosen == "auto" and per_node * nodes > 1 else chosen
     count = counted(per_node, "process") + (f" on each of {nodes} nodes" if nodes > 1 else "")

@@ -1,5 +1,6 @@
 """The Fabric strategy for each strategy name of recipes."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ def make_strategy(name: StrategyName, processes: int, nodes: int, args: Distribu
     if "weights" in facts.shards:
         from litgpt_moe_ext.training.parallel.fully_sharded import FullyShardedStrategy
 
+        if accelerator == "cpu":  # where torch would still lock pages for copies to a GPU
+            args = dataclasses.replace(args, cpu_offload=None)
         return FullyShardedStrategy(facts, processes, nodes, args)
     return ReplicatedStrategy(accelerator, args)
 

@@ -221,12 +221,21 @@ def _full_path(optimizer: str) -> str:
     return f"torch.optim.{name}" if module in ("", f"torch.optim.{name.lower()}") else optimizer
 
 
-def strategy_note(name: str, processes: int, args: DistributedArgs) -> str | None:
-    """Return a note about a working strategy that does not do what its name says, or has a hidden cost; else None."""
+def strategy_note(name: str, processes: int, args: DistributedArgs, accelerator: str) -> str | None:
+    """Return a note about a working strategy that does not do what its name says, or has a hidden cost; else None.
+
+    Args:
+        name: Name of the strategy, as in recipes.
+        processes: Number of processes on all nodes.
+        args: Its options.
+        accelerator: Device type.
+    """
     facts = facts_of(name)
     if processes == 1 and not facts.alone and facts.shards:
         offload = ", and distributed.cpu_offload has no effect" if args.cpu_offload else ""
         return f"strategy: {name} has nothing to shard in a single process: it becomes auto{offload}"
+    if args.cpu_offload and accelerator == "cpu":
+        return "distributed.cpu_offload: true has no effect without GPUs: everything is in CPU memory already"
     if "weights" in facts.shards and facts.zero_stage is None:
         from packaging.version import Version
 

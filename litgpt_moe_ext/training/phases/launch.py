@@ -126,7 +126,7 @@ def _connect(plan: Plan, reporter: Reporter) -> Launched:
         precision=precision,
         plugins=cluster_plugins(started),
     )
-    if note := strategy_note(settings.strategy, processes, options):
+    if note := strategy_note(settings.strategy, processes, options, accelerator):
         fabric.print(note)
     if accelerator == "cpu" and torch.backends.mps.is_available():
         fabric.print("This Mac's GPU (MPS) is not used: nothing here was ever run on one. Training uses the CPU.")

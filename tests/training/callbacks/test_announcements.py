@@ -102,15 +102,20 @@ def test_a_slow_fallback_is_said_once(recipe, capsys, recwarn):
 
 
 def test_strategy_in_a_single_process():
-    assert strategy_note("ddp", 1, DistributedArgs()) is None
-    assert strategy_note("fsdp_shard_grad_op", 1, DistributedArgs()).endswith("it becomes auto")
+    assert strategy_note("ddp", 1, DistributedArgs(), "cuda") is None
+    assert strategy_note("fsdp_shard_grad_op", 1, DistributedArgs(), "cuda").endswith("it becomes auto")
+
+
+def test_offloading_without_a_gpu():
+    note = strategy_note("fsdp2", 2, DistributedArgs(cpu_offload=True), "cpu")
+    assert note.startswith("distributed.cpu_offload: true has no effect without GPUs")
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp_shard_grad_op", "fsdp2", "ddp", "deepspeed_stage_3"])
 @pytest.mark.parametrize(("torch_version", "leaks"), [("2.11.0+cu130", True), ("2.12.0", False), ("2.15.0", False)])
 def test_memory_that_torch_keeps_of_every_step(monkeypatch, strategy, torch_version, leaks):
     monkeypatch.setattr("importlib.metadata.version", lambda name: torch_version)
-    note = strategy_note(strategy, 2, DistributedArgs())
+    note = strategy_note(strategy, 2, DistributedArgs(), "cuda")
     if leaks and "fsdp" in strategy:
         assert note.startswith(f"strategy: {strategy} with torch {torch_version} keeps half a KB")
     else:

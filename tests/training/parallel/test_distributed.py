@@ -486,6 +486,10 @@ class TestMakeStrategy:
         strategy.parallel_devices, strategy.cluster_environment = [torch.device("cuda", 0)], LightningEnvironment()
         assert strategy._get_process_group_backend() == "cpu:gloo,cuda:nccl"
 
+    def test_nothing_is_offloaded_from_cpus(self):
+        """Torch would lock pages, which needs a driver of GPUs."""
+        assert not self.make("fsdp2", "cpu", cpu_offload=True)._args.cpu_offload
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

@@ -83,7 +83,7 @@ class TestSettings:
 
     def test_alone(self):
         """One process is allowed: what it optimizes can still be kept on the CPU."""
-        assert strategy_note("deepspeed_stage_2", 1, DistributedArgs(offload_optimizer=True)) is None
+        assert strategy_note("deepspeed_stage_2", 1, DistributedArgs(offload_optimizer=True), "cuda") is None
 
     @pytest.mark.parametrize(
         ("strategy", "knobs", "accelerator", "message"),
