@@ -36,7 +36,6 @@ def run(settings: Settings) -> None:
     from litgpt_moe_ext.training.checkpoint.exports import export_checkpoints
     from litgpt_moe_ext.training.logs import TRANSCRIPT_FILE
     from litgpt_moe_ext.training.parallel.memory import check_memory, choose_place
-    from litgpt_moe_ext.training.parallel.peers import explaining_lost_peers
     from litgpt_moe_ext.training.phases.equip import choose_equipment, equip
     from litgpt_moe_ext.training.phases.launch import launch
     from litgpt_moe_ext.training.phases.plan import make_plan
@@ -46,7 +45,7 @@ def run(settings: Settings) -> None:
     from litgpt_moe_ext.training.steps.epochs import with_epochs
 
     plan = make_plan(settings)
-    with launch(plan) as launched, explaining_lost_peers(launched):
+    with launch(plan) as launched:
         equipment = choose_equipment(launched)
         check_memory(launched)
         choose_place(launched)

@@ -81,13 +81,14 @@ def explaining_lost_peers(launched: Launched) -> Iterator[None]:
         yield
         return
     own = Peer(fabric.global_rank, _machine(), os.getpid())
-    everyone: list[Peer] = [own] * fabric.world_size
-    torch.distributed.all_gather_object(everyone, own)
-    here = [peer for peer in everyone if peer.machine == own.machine and peer != own]
+    here: list[Peer] = []
     over = threading.Event()
-    if children := [peer for peer in here if _is_child(peer.pid)]:
-        threading.Thread(target=_watch, args=(launched, children, over), daemon=True, name="peer-watch").start()
     try:
+        everyone: list[Peer] = [own] * fabric.world_size
+        torch.distributed.all_gather_object(everyone, own)
+        here = [peer for peer in everyone if peer.machine == own.machine and peer != own]
+        if children := [peer for peer in here if _is_child(peer.pid)]:
+            threading.Thread(target=_watch, args=(launched, children, over), daemon=True, name="peer-watch").start()
         yield
     except RuntimeError as error:
         over.set()

@@ -26,6 +26,7 @@ from litgpt_moe_ext.training.logs import TRANSCRIPT_FILE, wandb_run
 from litgpt_moe_ext.training.logs.metrics import MetricsTables
 from litgpt_moe_ext.training.parallel import topology
 from litgpt_moe_ext.training.parallel.accelerator import accelerator_here, default_precision
+from litgpt_moe_ext.training.parallel.peers import explaining_lost_peers
 from litgpt_moe_ext.training.parallel.processes import Processes, cluster_plugins, end_together, started_processes
 from litgpt_moe_ext.training.parallel.sameness import require_same
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
@@ -71,6 +72,7 @@ def launch(plan: Plan) -> Iterator[Launched]:
 
     Raises:
         SettingsError: If the processes cannot work together, or another run works in `out_dir`.
+        TrainingStopped: If another process ends or does not answer, in the scope too.
     """
     settings = plan.settings
     # Output to a file has lines and no bar, whatever the setting.
@@ -89,7 +91,10 @@ def launch(plan: Plan) -> Iterator[Launched]:
         stack.callback(_disconnect)
         launched = _connect(plan, reporter)
         stack.callback(lock.release)
-        _take(lock, launched)
+        with explaining_lost_peers(launched):
+            if launched.fabric.world_size > 1:
+                require_same(launched.fabric, plan.plain, software())
+            _take(lock, launched)
         if settings.logger_name != "csv":
             earlier = _run_of_wandb()
             logger = _make_logger(launched)
@@ -103,7 +108,8 @@ def launch(plan: Plan) -> Iterator[Launched]:
             launched.fabric.add_callback(MetricsTables(plan.out_dir, plan.tokens_per_step, wide, launched.fabric))
             launched.fabric.add_callback(reporter)
         stack.push(lambda _kind, error, _trace: reporter.close(launched.fabric.step, error))
-        yield launched
+        with explaining_lost_peers(launched):
+            yield launched
 
 
 def _connect(plan: Plan, reporter: Reporter) -> Launched:
@@ -138,8 +144,6 @@ def _connect(plan: Plan, reporter: Reporter) -> Launched:
     # To wait for the others is native code, which Ctrl-C does not reach.
     with _connection_errors(options.timeout_minutes), ending_at_once():
         fabric.launch()
-    if processes > 1:
-        require_same(fabric, plan.plain, software())
     return Launched(plan, fabric, reporter, devices, num_nodes)
 
 

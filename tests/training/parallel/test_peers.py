@@ -13,6 +13,7 @@ import torch
 
 from litgpt_moe_ext.training.control import TrainingStopped
 from litgpt_moe_ext.training.parallel import peers
+from litgpt_moe_ext.training.phases import launch
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] "
 TYPICALLY = ". This is typically caused by a remote worker hanging or bugs in the application."
@@ -62,6 +63,24 @@ def test_a_broken_connection(launched, tmp_path, text, said):
         assert fnmatch.fnmatchcase(problem, pattern), problem
         expected = f" newest checkpoint is {tmp_path / checkpoint}; --resume auto continues."
         assert remedy == (expected if checkpoint else "re is no checkpoint to continue from yet.")
+
+
+def test_a_connection_that_breaks_at_once(launched, monkeypatch):
+    """Before the processes know of each other, or have compared what they have."""
+    broken = RuntimeError(f"{GLOO}Read error [10.0.0.2]:59275: Connection reset by peer{TYPICALLY}")
+
+    def fail(*_):
+        raise broken
+
+    plan = SimpleNamespace(**vars(launched.plan), total_steps=1, train=SimpleNamespace(max_time=None), plain={})
+    plan.settings.progress, plan.settings.float32_matmul_precision = False, None
+    monkeypatch.setattr(launch, "_connect", lambda *_: launched)
+    monkeypatch.setattr(launch, "require_same", fail)
+    for _ in range(2):
+        with pytest.raises(TrainingStopped, match="the connection to another process is lost"), launch.launch(plan):
+            pass
+        monkeypatch.setattr(torch.distributed, "all_gather_object", fail)
+        monkeypatch.setattr(launch, "require_same", lambda *_: None)
 
 
 def test_other_errors_stay(launched):
