@@ -102,18 +102,15 @@ def products_of(config: Config, how: Pass, device: torch.device) -> list[Work]:
     return [*noted.rows, *weights, *([work._replace(add=True) for work in weights] if how.add else [])]
 
 
-def measure(
-    work: Work, device: torch.device, gradients: torch.dtype = torch.float32, milliseconds: Bench = _in_a_graph
-) -> Measured:
+def measure(work: Work, device: torch.device, milliseconds: Bench = _in_a_graph) -> Measured:
     """Measure a product.
 
     Args:
         work: The product.
         device: The card.
-        gradients: Dtype in which gradients are written, which is that of the weights.
         milliseconds: Returns the time of a function.
     """
-    product = _Product(work, device, gradients)
+    product = _Product(work, device)
 
     def time(tile: Tile) -> float:
         with _having(tile, work, device):
@@ -162,13 +159,12 @@ class _Product:
     Args:
         work: The product.
         device: Where.
-        gradients: Dtype of gradients.
 
     Attributes:
         call: Computes it.
     """
 
-    def __init__(self, work: Work, device: torch.device, gradients: torch.dtype) -> None:
+    def __init__(self, work: Work, device: torch.device) -> None:
         dtype = torch.float32 if work.precision != "half" else half_on(device)
         n_token, K, E = work.n_row // work.top_k, work.top_k, work.n_expert
         make = partial(torch.randn, device=device, dtype=dtype)
@@ -183,10 +179,11 @@ class _Product:
         else:
             left = make(n_token if work.gather_left else work.n_row, work.n_out)
             right = make(n_token if work.gather_right else work.n_row, work.n_in)
+            written = torch.float32 if work.float32 else dtype
             outer = Outer(left, right, plan, work.gather_left, work.gather_right)
             if work.add:
-                self._total_EOI = torch.zeros(E, work.n_out, work.n_in, device=device, dtype=gradients)
-            self.call = partial(sum_outer_products, outer, gradients, self._total_EOI)
+                self._total_EOI = torch.zeros(E, work.n_out, work.n_in, device=device, dtype=written)
+            self.call = partial(sum_outer_products, outer, written, self._total_EOI)
         with tuned_as(TunedTiles({}, {}), device):
             self._expected = self._result()
 

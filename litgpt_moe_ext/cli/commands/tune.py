@@ -58,7 +58,7 @@ class Tune:
         found: list[Measured] = []
         with progress("Measuring", len(works)) as advance:
             for work in works:
-                found.append(measure(work, device, how.dtype))
+                found.append(measure(work, device))
                 tuned_tiles.keep(work, found[-1].tuned, device)
                 self._write(found, batch)
                 advance(1)

@@ -432,7 +432,7 @@ def test_small_products_have_small_blocks():
         return tiles.for_rows(RowsWork("half", 8, n_row, n_out, 1024, 2, True, False, False), 132)
 
     def weights(n_out, add=False):
-        return tiles.for_weights(WeightsWork("half", 8, 4096, n_out, 1024, 2, False, True, add), 132)
+        return tiles.for_weights(WeightsWork("half", 8, 4096, n_out, 1024, 2, False, True, add, True), 132)
 
     by_rows = [rows(n_row, 256) for n_row in (128, 512, 4096, 2**15)]
     assert by_rows == [tiles.few, tiles.some, tiles.some, tiles.many]

@@ -15,7 +15,7 @@ from tests.fake_cuda import RECIPES
 from tests.models import moe_config
 
 ROWS = RowsWork("half", 8, 4096, 256, 128, 2, True, False, False)
-WEIGHTS = WeightsWork("half", 8, 4096, 256, 128, 2, True, False, False)  # the same numbers
+WEIGHTS = WeightsWork("half", 8, 4096, 256, 128, 2, True, False, False, True)  # the same numbers
 TUNED = TunedTiles({ROWS: Tile(64, 64, 64, 4, 2)}, {WEIGHTS: Tile(32, 64, 128, 8, 3)})
 
 
@@ -46,8 +46,8 @@ def test_runs_take_what_was_measured(card):
     tables = card_for((8, 6)).tiles["half"]
     other = ROWS._replace(scatter=True)
     assert tile_choice.rows_tile(other, card) == tables.for_rows(other, 28)
-    added = WEIGHTS._replace(add=True)
-    assert tile_choice.weights_tile(added, card) == tables.for_weights(added, 28)
+    for gradient in (WEIGHTS._replace(add=True), WEIGHTS._replace(float32=False)):
+        assert tile_choice.weights_tile(gradient, card) == tables.for_weights(gradient, 28)
 
 
 def test_what_is_measured_later_is_kept_beside_it(card):

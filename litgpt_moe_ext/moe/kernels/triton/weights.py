@@ -47,7 +47,8 @@ def sum_outer_products(outer: Outer, dtype: torch.dtype, total_EOI: Tensor | Non
     sum_EOI = total_EOI if add else left.new_empty(plan.n_expert, n_out, n_in, dtype=dtype)
     precision, how = precision_for(left.device, left.dtype)
     sizes = plan.n_expert, plan.rows.size(0), n_out, n_in, plan.top_k
-    tile = weights_tile(WeightsWork(precision, *sizes, gather_left, gather_right, add), left.device)
+    work = WeightsWork(precision, *sizes, gather_left, gather_right, add, sum_EOI.dtype == torch.float32)
+    tile = weights_tile(work, left.device)
     left_rows, right_rows = rows_of(left), rows_of(right)
     wide = max(left_rows.reach, right_rows.reach) >= 2**31
     even = n_out % tile.out == 0, n_in % tile.inner == 0

@@ -88,6 +88,7 @@ class WeightsWork(NamedTuple):
         gather_left: Whether the left operand is one of tokens.
         gather_right: Whether the right one is.
         add: Whether it is added to another gradient.
+        float32: Whether it is written in float32, whatever its operands are.
     """
 
     precision: Precision
@@ -99,6 +100,7 @@ class WeightsWork(NamedTuple):
     gather_left: bool
     gather_right: bool
     add: bool
+    float32: bool
 
     def __str__(self) -> str:
         return f"gradient of {self.n_out} x {self.n_in}, {self.n_row} rows{', added' if self.add else ''}"
