@@ -198,13 +198,23 @@ def which_checkpoint(folder: Path, file: str) -> str:
         folder: The folder that was named; it need not exist.
         file: The missing file.
     """
-    if (folder / file).is_dir():
-        return f", but a folder of that name with shards; `fabric consolidate {in_shell(folder / file)}` joins FSDP's"
-    if found := did_you_mean_inside(folder, file):
+    if found := in_shards(folder / file) or did_you_mean_inside(folder, file):
         return found
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
         return f"; `litgpt-moe import {in_shell(folder)} NEW_DIR` makes a checkpoint of Hugging Face's"
     return "; name a checkpoint (step-*, best, final)"
+
+
+def in_shards(file: Path) -> str:
+    """Return how to join the shards of a model of which there is a folder instead of a file; nothing without one."""
+    if not file.is_dir():
+        return ""
+    script = file / "zero_to_fp32.py"  # DeepSpeed puts it beside its shards
+    if script.is_file():
+        join = f"{in_shell('python', script, file, 'NEW_DIR')}` joins DeepSpeed's into NEW_DIR/pytorch_model.bin"
+    else:
+        join = f"{in_shell('fabric', 'consolidate', file)}` joins FSDP's"
+    return f", but a folder of that name with shards; `{join}"
 
 
 def did_you_mean_inside(folder: Path, pattern: str) -> str:

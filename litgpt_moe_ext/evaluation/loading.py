@@ -87,7 +87,9 @@ def read_checkpoint(path: Path, setting: str = "checkpoint_dir") -> dict[str, An
     return content
 
 
-def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype | None = None) -> GPT:
+def load_model(
+    checkpoint_dir: Path, device: torch.device, dtype: torch.dtype | None = None, setting: str = "checkpoint_dir"
+) -> GPT:
     """Build the model that `model_config.yaml` describes and give it the weights of `lit_model.pth`.
 
     Args:
@@ -95,6 +97,7 @@ def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype | 
         device: Where the model goes.
         dtype: Floating point type of its weights, by default the checkpoint's. Rotary tables stay float32, as in
             Hugging Face's models, and so do the values that the plugin's layers keep in float32.
+        setting: Name of the directory's setting, for errors.
 
     Returns:
         The model, in evaluation mode and without gradients.
@@ -102,9 +105,9 @@ def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype | 
     Raises:
         SettingsError: If the weights cannot be read, do not fit the configuration, or are not finite.
     """
-    config = read_config(checkpoint_dir)
+    config = read_config(checkpoint_dir, setting)
     weights_path = checkpoint_dir / WEIGHTS_FILE
-    checkpoint = read_checkpoint(weights_path)
+    checkpoint = read_checkpoint(weights_path, setting)
     # Not on the meta device, which routers' state besides parameters and buffers could not leave.
     with Fabric(accelerator="cpu", devices=1).init_module(empty_init=True):
         model = GPT(config)
@@ -112,7 +115,7 @@ def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype | 
         model.load_state_dict(checkpoint.get("model", checkpoint), assign=True)
     except RuntimeError as error:
         raise SettingsError(
-            f"checkpoint_dir: {weights_path} does not fit {CONFIG_FILE} beside it: {shortened(error)}"
+            f"{setting}: {weights_path} does not fit {CONFIG_FILE} beside it: {shortened(error)}"
         ) from error
     rotary_tables = model.rope_cache(device=device)
     model.cos, model.sin = rotary_tables
@@ -121,7 +124,7 @@ def load_model(checkpoint_dir: Path, device: torch.device, dtype: torch.dtype | 
     for name, weight in model.state_dict().items():
         if not weight.isfinite().all():  # every answer would be random
             raise SettingsError(
-                f"checkpoint_dir: {weights_path} has weights that are not finite in {weight.dtype} ({name}); name an "
+                f"{setting}: {weights_path} has weights that are not finite in {weight.dtype} ({name}); name an "
                 "earlier checkpoint, or a dtype of a larger range"
             )
     return model.requires_grad_(False).eval()
@@ -148,8 +151,12 @@ def choose_device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
+def load_tokenizer(checkpoint_dir: Path, setting: str = "checkpoint_dir") -> Tokenizer:
     """Open the tokenizer of a checkpoint directory that `check_checkpoint_dir` accepts.
+
+    Args:
+        checkpoint_dir: The directory.
+        setting: Name of its setting, for errors.
 
     Raises:
         SettingsError: If it cannot be opened.
@@ -157,12 +164,12 @@ def load_tokenizer(checkpoint_dir: Path) -> Tokenizer:
     from litgpt_moe_ext.data.tokenizer.opening import open_as_litgpt
 
     if remedy := undecoded(str(checkpoint_dir)):  # the tokenizers library cannot open such a path
-        raise SettingsError(f"checkpoint_dir: {quoted(checkpoint_dir)} cannot be opened: {remedy}")
+        raise SettingsError(f"{setting}: {quoted(checkpoint_dir)} cannot be opened: {remedy}")
     try:
         return open_as_litgpt(checkpoint_dir)
     except Exception as error:  # the tokenizers library raises nothing more precise
         raise SettingsError(
-            f"checkpoint_dir: the tokenizer in {checkpoint_dir} cannot be opened ({shortened(error)}); {COPY_AGAIN}"
+            f"{setting}: the tokenizer in {checkpoint_dir} cannot be opened ({shortened(error)}); {COPY_AGAIN}"
         ) from error
 
 

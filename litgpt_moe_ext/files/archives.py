@@ -27,13 +27,7 @@ def open_archive(path: Path, setting: str) -> dict[str, Any]:
         SettingsError: If the file is damaged (tensor values are not checked), or holds Python objects other than
             tensors and plain data.
     """
-    try:
-        with path.open("rb") as file:
-            is_whole = zipfile.is_zipfile(file)
-    except OSError as error:
-        raise SettingsError(f"{setting}: {path} cannot be read ({error.strerror}); {COPY_AGAIN}") from error
-    if not is_whole:
-        raise SettingsError(f"{setting}: {path} is damaged or cut off; {COPY_AGAIN}")
+    refuse_cut_off(path, setting)
     if damage := problem_with_names(path):  # before trusting names and shapes
         raise SettingsError(f"{setting}: in {quoted(path.parent)} {damage}; {COPY_AGAIN}")
     try:
@@ -51,6 +45,22 @@ def open_archive(path: Path, setting: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise SettingsError(f"{setting}: {path} holds a {type(content).__name__}; it must hold weights by name")
     return content
+
+
+def refuse_cut_off(path: Path, setting: str) -> None:
+    """Raise SettingsError if a `lit_model.pth` cannot be read, or lacks its end.
+
+    Args:
+        path: The file.
+        setting: Name of its setting, for errors.
+    """
+    try:
+        with path.open("rb") as file:
+            is_whole = zipfile.is_zipfile(file)
+    except OSError as error:
+        raise SettingsError(f"{setting}: {path} cannot be read ({error.strerror}); {COPY_AGAIN}") from error
+    if not is_whole:
+        raise SettingsError(f"{setting}: {path} is damaged or cut off; {COPY_AGAIN}")
 
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)

@@ -9,7 +9,7 @@ from typing import Any
 
 from litgpt_moe_ext.config.features import MLP_CLASS_NAMES, MOE_CLASS_NAMES
 from litgpt_moe_ext.config.fields import uses_plugin
-from litgpt_moe_ext.errors import WRONG_SETTING, SettingsError, did_you_mean_inside, one_line, refuse_first
+from litgpt_moe_ext.errors import WRONG_SETTING, SettingsError, did_you_mean_inside, in_shards, one_line, refuse_first
 from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from litgpt_moe_ext.host.replaced import wrapping
 from litgpt_moe_ext.wording import in_shell, quoted
@@ -152,6 +152,18 @@ def name_checkpoints(utils: Any) -> None:
             raise NoCheckpointError(one_line(error).replace("checkpoint_dir", "checkpoint_dir:", 1)) from error
 
 
+def refuse_cut_off_weights(utils: Any) -> None:
+    """Refuse, in one line, weights whose file lacks its end; LitGPT names neither the file nor a remedy."""
+
+    @wrapping(utils, "load_checkpoint")
+    def load_checkpoint(original: Any, fabric: Any, model: Any, checkpoint_path: Path, *args: Any, **more: Any) -> None:
+        from litgpt_moe_ext.files.archives import refuse_cut_off
+
+        if uses_plugin(model.config):
+            refuse_cut_off(Path(checkpoint_path), "checkpoint_dir")
+        original(fabric, model, checkpoint_path, *args, **more)
+
+
 def download_only_models(utils: Any) -> None:
     """Refuse, in one line, names of neither a checkpoint nor a model to download.
 
@@ -176,7 +188,7 @@ def _refuse_neighbours(checkpoint_dir: Path, weights: str) -> None:
     path = Path(checkpoint_dir)
     if path.is_file():
         raise NoCheckpointError(f"checkpoint_dir: {quoted(path)} is a file; name its folder, {quoted(path.parent)}")
-    if not (path / weights).is_file() and (hint := did_you_mean_inside(path, weights)):
+    if not (path / weights).is_file() and (hint := in_shards(path / weights) or did_you_mean_inside(path, weights)):
         raise NoCheckpointError(f"checkpoint_dir: {quoted(path)} has no {weights}{hint}")
 
 

@@ -71,6 +71,10 @@ SEAMS = (
         "LitGPT does", commands.name_checkpoints,
     ),
     Seam(
+        "litgpt.utils", "load_checkpoint", "wrap", "Ends with one line where a file of weights is cut off.",
+        "LitGPT does", commands.refuse_cut_off_weights,
+    ),
+    Seam(
         "litgpt.utils", "auto_download_checkpoint", "wrap", "Ends with one line where there is nothing to download.",
         "LitGPT does", commands.download_only_models,
     ),

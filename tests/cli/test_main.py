@@ -140,6 +140,7 @@ def test_every_setting_of_a_command_is_explained(command, capsys):
             "has no lit_model.pth; `litgpt-moe import theirs NEW_DIR` makes",
         ),
         (["chat", "shards"], "has no lit_model.pth, but a folder of that name with shards; `fabric consolidate"),
+        (["chat", "zero"], "`python zero/lit_model.pth/zero_to_fp32.py zero/lit_model.pth NEW_DIR` joins DeepSpeed's"),
         (["chat", "theirs"], "and no model_config.yaml; `litgpt-moe import theirs NEW_DIR` makes a checkpoint of"),
         (["model-card", "theirs"], "must have a model_config.yaml; `litgpt-moe import theirs NEW_DIR` makes"),
         (["doctor", "run"], "must have a model_config.yaml; did you mean run/final?"),
@@ -158,12 +159,14 @@ def test_wrong_settings_are_one_line_and_status_2(arguments, message, capsys, tm
     (tmp_path / "quickstart.yaml").write_text("model_name: pythia-14m\n")
     (tmp_path / "typo.yaml").write_text("model_config: {n_embed: 8}\n")
     (tmp_path / "extended.yaml").write_text("model_config: {own_sharpness: 8}\n")
-    for folder in ("extended", "run/final", "run/step-00000002", "shards/lit_model.pth"):
+    for folder in ("extended", "run/final", "run/step-00000002", "shards/lit_model.pth", "zero/lit_model.pth"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "theirs").mkdir()
     for file in ("theirs/config.json", "theirs/model-00001-of-00002.safetensors"):
         (tmp_path / file).touch()
     for file in (
+        "zero/model_config.yaml",
+        "zero/lit_model.pth/zero_to_fp32.py",
         "run/metrics-wide.csv",
         "run/final/lit_model.pth",
         "run/final/model_config.yaml",

@@ -80,6 +80,18 @@ def test_a_path_to_nothing_is_refused_in_a_line(name: str, path: str):
     assert sorted(found.name for found in Path().iterdir()) == ["runs"]
 
 
+def test_a_folder_of_shards_is_named():
+    Path("shards/lit_model.pth").mkdir(parents=True)
+    with pytest.raises(SettingsError, match=r"but a folder of that name with shards; `fabric consolidate shards/lit"):
+        litgpt.generate.base.main(Path("shards"))
+
+
+def test_weights_that_are_cut_off_are_named():
+    file = Path("runs/mine/final/lit_model.pth")
+    with pytest.raises(SettingsError, match=rf"^checkpoint_dir: {file} is damaged or cut off; copy it again"):
+        litgpt.generate.base.load_checkpoint(None, SimpleNamespace(config=moe_config()), file)
+
+
 @pytest.mark.parametrize("command", [litgpt.generate.tp.main, litgpt.generate.sequentially.main])
 def test_a_training_checkpoint_is_no_weights_alone(command: Callable):
     Path("the final").mkdir()

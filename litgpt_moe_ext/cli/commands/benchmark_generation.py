@@ -79,8 +79,8 @@ class BenchmarkGeneration:
             )
         self._check_memory(config.n_embd * dtype.itemsize, device)
         if self.model.is_dir():
-            check_checkpoint_dir(self.model)
-            return load_model(self.model, device, dtype)
+            check_checkpoint_dir(self.model, "model")
+            return load_model(self.model, device, dtype, "model")
         torch.manual_seed(0)
         return initialized(config).to(device=device, dtype=dtype)
 

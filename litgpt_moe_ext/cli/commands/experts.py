@@ -54,21 +54,21 @@ class Experts:
         from litgpt_moe_ext.inspect.experts import analysis as expert_analysis
         from litgpt_moe_ext.inspect.experts.capture import record_routing
 
-        directories = [self.checkpoint_dir]
-        check_checkpoint_dir(self.checkpoint_dir)
+        directories = {"checkpoint_dir": self.checkpoint_dir}
         if self.compare_with is not None:
-            check_checkpoint_dir(self.compare_with, "compare_with")
-            directories.append(self.compare_with)
+            directories["compare_with"] = self.compare_with
+        for name, directory in directories.items():
+            check_checkpoint_dir(directory, name)
         check_path("out_dir", self._pages())
-        tokenizers = [load_tokenizer(directory) for directory in directories]
-        expert_analysis.require_same_tokenizer(directories, tokenizers)
+        tokenizers = [load_tokenizer(directory, name) for name, directory in directories.items()]
+        expert_analysis.require_same_tokenizer([*directories.values()], tokenizers)
         documents, source = self._documents(tokenizers[0])
         language, classified = expert_analysis.classify(documents, self.language)
         target = choose_device(self.device)
         layers = []
         with progress("Routing", len(classified.ids_N) * len(directories)) as advance:
-            for directory in directories:
-                model = load_model(directory, target)
+            for name, directory in directories.items():
+                model = load_model(directory, target, setting=name)
                 layers.append(record_routing(model, [d.ids for d in documents], self.batch_size, advance))
         analysis: dict[str, Any] = {
             "checkpoint": str(self.checkpoint_dir),
