@@ -33,8 +33,8 @@ _PATIENCE = 2.0  # seconds from a broken connection to the end of the process be
 _ENDED = "has ended, see its output"
 _LOOK_EVERY = 0.2  # seconds
 _HEARS_ITSELF = 0.3  # seconds in which a broken connection reaches a process that waits for another
-# Of gloo, of NCCL, and of the store where the processes meet. Their other errors, as of two messages that differ in
-# length, are faults of the program.
+# Of gloo, of NCCL, and of the store where the processes meet, unless torch has a type for it. Their other errors, as of
+# two messages that differ in length, are faults of the program.
 _BROKEN = re.compile(
     "gloo.*(connection (reset|closed|refused)|broken pipe|socket closed)|ncclRemoteError|"
     "connection was likely closed|failed on SocketImpl.*(connection reset|broken pipe)",
@@ -93,7 +93,7 @@ def explaining_lost_peers(launched: Launched) -> Iterator[None]:
     except RuntimeError as error:
         over.set()
         text = str(error)
-        if _BROKEN.search(text):
+        if isinstance(error, torch.distributed.DistNetworkError) or _BROKEN.search(text):
             problem = _who(here) or f"the connection to another process is lost ({_reason(text)}); see its output"
         elif _SILENT.search(text):
             minutes = launched.plan.settings.distributed.timeout_minutes

@@ -35,7 +35,7 @@ def launched(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("error", "said"),
     [
         (
             f"{GLOO}Read error [10.0.0.2]:59275: Connection reset by peer{TYPICALLY}",
@@ -48,16 +48,17 @@ def launched(tmp_path, monkeypatch):
         (f"{GLOO}writev [10.0.0.2]:1: Broken pipe", "*lost (*Broken pipe)*"),
         ("NCCL error\nncclRemoteError: A call failed possibly due to a network error", "*lost (*network error)*"),
         ("sendBytes failed on SocketImpl(fd=69): Connection reset by peer", "*lost (*"),
+        (torch.distributed.DistNetworkError("Broken pipe"), "*lost (Broken pipe)*"),  # of the store, for a new group
         (f"{GLOO}Timed out waiting 420000ms for recv operation", "*not answered for 7 minutes (distributed.timeout*"),
     ],
 )
-def test_a_broken_connection(launched, tmp_path, text, said):
+def test_a_broken_connection(launched, tmp_path, error, said):
     for checkpoint in ("", "step-00000004"):
         if checkpoint:
             (tmp_path / checkpoint).mkdir()
             (tmp_path / checkpoint / "lit_model.pth").touch()
         with pytest.raises(TrainingStopped) as stopped, peers.explaining_lost_peers(launched):
-            raise RuntimeError(text)
+            raise error if isinstance(error, RuntimeError) else RuntimeError(error)
         problem, _, remedy = str(stopped.value).rpartition(". The")
         pattern = said.replace("[", "[[]")
         assert fnmatch.fnmatchcase(problem, pattern), problem
