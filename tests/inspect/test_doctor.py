@@ -144,7 +144,7 @@ def test_memory_of_gpus(monkeypatch):
     monkeypatch.setattr("litgpt_moe_ext.kernels.launch.triton_works_on", lambda device: True)
 
     def text(**settings):
-        (found,) = room.memory(recipe_with(config, {"precision": "32-true", **settings}))
+        found, *_ = room.memory(recipe_with(config, {"precision": "32-true", **settings}))
         assert found.verdict == "problem"
         return found.text
 
@@ -160,6 +160,35 @@ def test_memory_of_gpus(monkeypatch):
     ]
     optimizer = 12 * count_parameters(config).total / 2 / 2**30
     assert held[0] - held[1] == pytest.approx(optimizer, abs=0.011)
+
+
+def test_the_room_in_which_a_model_is_made(monkeypatch):
+    """Before it is sharded; stages of ZeRO that do not shard weights hold all of them anyway."""
+    config = moe_config(n_layer=1, n_embd=512)
+    whole = 4 * count_parameters(config).total
+    sizes = {"gpu": whole, "cpu": 2 * whole}
+    for name, value in (("is_available", True), ("current_device", 0), ("device_count", 1)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**40, sizes["gpu"]))
+    monkeypatch.setattr("litgpt_moe_ext.machine.memory_bytes", lambda: sizes["cpu"])
+    monkeypatch.setattr("litgpt_moe_ext.kernels.launch.triton_works_on", lambda device: True)
+
+    def made(strategy):
+        recipe = recipe_with(config, {"precision": "bf16-mixed", "strategy": strategy, "devices": 2})
+        return [(found.verdict, found.text.partition(", ")[2]) for found in list(room.memory(recipe))[1:]]
+
+    has = f"and a GPU here has {whole / 2**30:.1f}"
+    assert made("deepspeed_stage_3") == made("deepspeed_stage_2") == made("ddp") == []
+    assert made("fsdp2") == [("good", f"{has}: it is made in the memory of the CPU and sharded from there")]
+    sizes["gpu"] -= 1
+    remedy = "use fsdp2 over several devices, if need be with distributed.cpu_offload"
+    assert made("deepspeed_stage_3") == [
+        ("problem", f"{has}, where deepspeed_stage_3 needs it before sharding; {remedy}")
+    ]
+    sizes["cpu"] -= 1
+    ((verdict, text),) = made("fsdp2")
+    assert verdict == "problem"
+    assert "for each process, where fsdp2 needs it before sharding; start fewer processes on each node" in text
 
 
 @pytest.mark.parametrize(

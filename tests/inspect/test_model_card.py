@@ -319,6 +319,21 @@ def test_a_checkpoint_of_muon_takes_less_room():
         assert make_card(recipe).checkpoint_training["32-true"] == pytest.approx(4 * (total + remembered), rel=1e-4)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_adafactor_remembers_rows_and_columns(tied):
+    config = moe_config(n_layer=1)
+    model = GPT(config)
+    if tied:
+        model.lm_head.weight = model.transformer.wte.weight
+    optimizer = torch.optim.Adafactor(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    held = [v for state in optimizer.state.values() for name, v in state.items() if name != "step"]
+    step = Step("32-true", 1, LENGTH, "Adafactor", tie_embeddings=tied)
+    assert training_memory(layers.shorten(config), step).optimizer == sum(value.nbytes for value in held)
+
+
 @pytest.mark.parametrize(("optimizer", "numbers"), [("AdamW", 2), ("Adam", 2), ("SGD", 0), ("Adagrad", 1)])
 def test_state_of_optimizers(optimizer, numbers):
     assert state_ratio(optimizer, torch.float32) == measure_state_ratio(optimizer, torch.float32) == numbers

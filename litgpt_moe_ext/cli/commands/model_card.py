@@ -88,6 +88,10 @@ def _print_processes(card: "Card") -> None:
     keys = ("weights", "gradients", "optimizer", "communication", "activations", "total")
     rows = {name: {key: memory[key] for key in keys} for name, memory in card.processes.items()}
     _print_memory(f"Each of {counted(card.devices, 'process')}{nodes}, {card.precision}", columns, rows)
+    print(
+        "Strategies that shard weights make all of them first: deepspeed_stage_3 on the GPU, the others there or, "
+        "where it lacks room, in the memory of the CPU."
+    )
 
 
 def _print_activations(card: "Card") -> None:

@@ -13,8 +13,10 @@ from litgpt_moe_ext.training.optim.parameter_groups import MATRIX_PARTS, group_p
 from litgpt_moe_ext.training.settings import ParameterGroupArgs
 
 _MUON = "litgpt_moe_ext.training.optim.muon.MuonAdamW"
-# Numbers that optimizers store per parameter, by name without torch's prefix; MuonAdamW for what is not a matrix.
-_STATE = {"Adam": 2, "AdamW": 2, _MUON: 2}
+_FACTORED = "Adafactor"
+# Numbers that optimizers store per parameter, by name without torch's prefix; those of MuonAdamW and Adafactor for what
+# is not a matrix.
+_STATE = {"Adam": 2, "AdamW": 2, _MUON: 2, _FACTORED: 1}
 
 
 def state_of_modules(optimizer: str | dict[str, Any], model: nn.Module, ratio: int) -> Callable[[nn.Module], int]:
@@ -30,11 +32,17 @@ def state_of_modules(optimizer: str | dict[str, Any], model: nn.Module, ratio: i
         groups = group_parameters(model, ParameterGroupArgs(), split_matrices=True)
         matrices = {id(parameter) for group in groups if MATRIX_PARTS in group for parameter in group["params"]}
 
-    def count(module: nn.Module) -> int:
-        # Muon remembers one average for a matrix.
-        return sum(parameter.numel() * (1 if id(parameter) in matrices else ratio) for parameter in module.parameters())
+    factored = _name_of(optimizer) == _FACTORED
 
-    return count
+    def numbers(parameter: nn.Parameter) -> int:
+        size = parameter.numel()
+        if id(parameter) in matrices:
+            return size  # Muon remembers one average
+        if factored and parameter.dim() > 1:
+            return size // parameter.size(-1) + size // parameter.size(-2)  # one for each row, and for each column
+        return size * ratio
+
+    return lambda module: sum(map(numbers, module.parameters()))
 
 
 def state_ratio(optimizer: str | dict[str, Any], dtype: torch.dtype) -> int:
@@ -49,11 +57,15 @@ def state_ratio(optimizer: str | dict[str, Any], dtype: torch.dtype) -> int:
     Raises:
         SettingsError: If there is no such optimizer.
     """
-    name = str(class_path_of(optimizer)).removeprefix("torch.optim.")
+    name = _name_of(optimizer)
     arguments = {} if isinstance(optimizer, str) else optimizer.get("init_args") or {}
     if name in _STATE and isinstance(arguments, dict) and not arguments.get("amsgrad"):
         return _STATE[name]
     return measure_state_ratio(optimizer, dtype)
+
+
+def _name_of(optimizer: str | dict[str, Any]) -> str:
+    return str(class_path_of(optimizer)).removeprefix("torch.optim.")
 
 
 def measure_state_ratio(optimizer: str | dict[str, Any], dtype: torch.dtype) -> int:

@@ -1,5 +1,6 @@
 """Checks of memory and disk space for a run."""
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -51,6 +52,34 @@ def memory(recipe: Recipe) -> Iterator[Finding]:
         yield Finding("memory", "problem", f"{text}; {'; '.join(_remedies(recipe, cuda))}")
     else:
         yield Finding("memory", "good", text)
+    if cuda and not holds_whole_model(recipe):
+        yield from _making(recipe, PRECISIONS[precision][0].itemsize, per_node)
+
+
+def _making(recipe: Recipe, width: int, per_node: int) -> Iterator[Finding]:
+    """Yield where a model is made that is sharded afterwards, unless every GPU has room for the whole of it."""
+    import torch
+
+    from litgpt_moe_ext.machine import memory_bytes
+    from litgpt_moe_ext.model_size import count_parameters
+    from litgpt_moe_ext.training.parallel.facts import facts_of
+    from litgpt_moe_ext.training.parallel.memory import place_of_whole
+
+    strategy, host = recipe.settings.strategy, memory_bytes()
+    needs_device = facts_of(strategy).zero_stage is not None
+    whole = count_parameters(recipe.config, recipe.tie_embeddings).total * width
+    total = torch.cuda.mem_get_info()[1]
+    each = math.inf if host is None else host / per_node
+    text = f"the whole model takes {whole / 2**30:.2f} GiB, and a GPU here has {total / 2**30:.1f}"
+    match place_of_whole(whole, total, None if needs_device else each):
+        case "cpu":
+            yield Finding("memory", "good", f"{text}: it is made in the memory of the CPU and sharded from there")
+        case None if needs_device:
+            remedy = "use fsdp2 over several devices, if need be with distributed.cpu_offload"
+            yield Finding("memory", "problem", f"{text}, where {strategy} needs it before sharding; {remedy}")
+        case None:
+            text += f", the CPU {each / 2**30:.1f} for each process, where {strategy} needs it before sharding"
+            yield Finding("memory", "problem", f"{text}; start fewer processes on each node")
 
 
 def _remedies(recipe: Recipe, cuda: bool) -> Iterator[str]:

@@ -7,9 +7,10 @@ can lower: weights, gradients and the optimizer's two averages.
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
@@ -66,20 +67,19 @@ def choose_place(launched: Launched) -> None:
     if fabric.device.type == "cpu":
         return
     strategy, memory = fabric.strategy, memory_bytes()
-    whole = _parameters(launched) * (2 if _is_narrow(strategy) else 4)
-    total = torch.cuda.get_device_properties(fabric.device).total_memory
-    if not _on_any(fabric, whole > _OF_WHOLE_MODEL * total):
+    whole = _parameters(launched) * _width(strategy)
+    total = _least(fabric, torch.cuda.get_device_properties(fabric.device).total_memory)
+    host = _least(fabric, math.inf if memory is None else memory / launched.devices)
+    place = place_of_whole(whole, total, None if strategy.made_on_cpu is None else host)
+    if place == "device":
         return
-    lacks_here = memory is not None and whole * launched.devices > memory
-    if strategy.made_on_cpu is not None and not _on_any(fabric, lacks_here):
+    if place == "cpu":
         strategy.made_on_cpu = True
         fabric.print(
             f"A device lacks room for the whole model: it is made in the memory of the CPU ({whole / _GIB:,.1f} GiB "
             "for each process) and sharded from there. Its initial weights are not those that a device would draw."
         )
         return
-    if not _on_any(fabric, whole > total):
-        return  # it may just fit
     need = f"model_config: {_parameters(launched) / 1e6:,.1f} million parameters need {whole / _GIB:,.1f} GiB"
     here = f"a {fabric.device.type} here has {total / _GIB:,.1f} GiB"
     if strategy.made_on_cpu is None:
@@ -89,14 +89,29 @@ def choose_place(launched: Launched) -> None:
         )
     raise SettingsError(
         f"{need} for each process before they are sharded; {here}, and the CPU "
-        f"{(memory or 0) / launched.devices / _GIB:,.1f} GiB for each process; start fewer processes on each node, or "
+        f"{host / _GIB:,.1f} GiB for each process; start fewer processes on each node, or "
         "make the model smaller"
     )
 
 
-def _on_any(fabric: Any, here: bool) -> bool:
-    """Return whether something holds on any process."""
-    return bool(fabric.all_reduce(cast(Any, float(here)), reduce_op="max"))  # Fabric makes a tensor of the number
+def place_of_whole(whole: float, device: float, host: float | None) -> Literal["device", "cpu"] | None:
+    """Return where a model is made before it is sharded, or None if no place has room for it.
+
+    Args:
+        whole: Bytes of the model.
+        device: Bytes of a device.
+        host: Bytes of the CPU's memory for each process; None if the strategy needs the model on a device.
+    """
+    if whole <= _OF_WHOLE_MODEL * device:
+        return "device"
+    if host is not None and whole <= host:
+        return "cpu"
+    return "device" if whole <= device else None  # it may just fit
+
+
+def _least(fabric: Any, here: float) -> float:
+    """Return the least of the processes' numbers."""
+    return float(fabric.all_reduce(cast(Any, float(here)), reduce_op="min"))  # Fabric makes a tensor of the number
 
 
 @contextlib.contextmanager
@@ -134,7 +149,7 @@ def _needed(launched: Launched, parts: tuple[Part, ...]) -> float:
     """Return the bytes of parts that have the size of the model, on each process at least."""
     strategy = launched.fabric.strategy
     shares = launched.devices if strategy.facts.within_node else launched.fabric.world_size
-    width: dict[Part, int] = dict.fromkeys(("weights", "gradients"), 2 if _is_narrow(strategy) else 4)
+    width: dict[Part, int] = dict.fromkeys(("weights", "gradients"), _width(strategy))
     width["optimizer"] = 2 * width["weights"]
     if strategy.facts.zero_stage is not None:
         # It works in the low precision, and optimizes a copy in float32.
@@ -144,8 +159,9 @@ def _needed(launched: Launched, parts: tuple[Part, ...]) -> float:
     return _parameters(launched) * sum(of_one)
 
 
-def _is_narrow(strategy: Any) -> bool:
-    return strategy.precision.precision in ("bf16-true", "16-true")
+def _width(strategy: Any) -> int:
+    """Return the bytes of a weight when it is made."""
+    return 2 if strategy.precision.precision in ("bf16-true", "16-true") else 4
 
 
 def _present(launched: Launched) -> int | None:

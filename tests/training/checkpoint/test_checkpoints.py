@@ -1125,7 +1125,7 @@ class TestMemory:
         present = SimpleNamespace(total_memory=2**30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: present)
         launched = launched_on("cuda", "fsdp2", "32-true")
-        answers = [1.0, 0.0]  # of others whether a device lacks room, and whether a CPU does
+        answers = [1.0, 4.0]  # the least room of a device of others, and of a CPU
         launched.fabric.all_reduce = lambda _here, reduce_op: answers.pop(0)
         memory.choose_place(launched)
         assert launched.fabric.strategy.made_on_cpu is True
