@@ -9,7 +9,15 @@ from typing import Any
 
 from litgpt_moe_ext.config.features import MLP_CLASS_NAMES, MOE_CLASS_NAMES
 from litgpt_moe_ext.config.fields import uses_plugin
-from litgpt_moe_ext.errors import WRONG_SETTING, SettingsError, did_you_mean_inside, in_shards, one_line, refuse_first
+from litgpt_moe_ext.errors import (
+    WRONG_SETTING,
+    SettingsError,
+    did_you_mean_inside,
+    in_shards,
+    one_line,
+    refuse_first,
+    undecoded,
+)
 from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from litgpt_moe_ext.host.replaced import wrapping
 from litgpt_moe_ext.wording import in_shell, quoted
@@ -47,7 +55,7 @@ def refuse_division_first(module: Any) -> None:
 
     @wrapping(module, "main")
     def main(original: Any, checkpoint_dir: Path, *args: Any, **kwargs: Any) -> None:
-        config = _config_in(checkpoint_dir)
+        config = config_in(checkpoint_dir)
         if config is not None and uses_plugin(config):
             from litgpt_moe_ext.meta.models import meta_model
 
@@ -192,12 +200,25 @@ def _refuse_neighbours(checkpoint_dir: Path, weights: str) -> None:
         raise NoCheckpointError(f"checkpoint_dir: {quoted(path)} has no {weights}{hint}")
 
 
+def refuse_undecoded_text(module: Any) -> None:
+    """Refuse, in one line, a text with bytes that are no letters; the tokenizers library speaks of its own types."""
+
+    @wrapping(module.Tokenizer, "encode")
+    def encode(original: Any, self: Any, string: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, string, *args, **kwargs)
+        except (TypeError, UnicodeEncodeError) as error:
+            if isinstance(string, str) and (remedy := undecoded(string)):
+                raise SettingsError(f"prompt: {string[:40]!r} cannot be read: {remedy}") from error
+            raise
+
+
 def refuse_conversion(module: Any) -> None:
     """Say which command converts checkpoints with the plugin's layers; LitGPT's does not know them."""
 
     @wrapping(module, "convert_lit_checkpoint")
     def convert_lit_checkpoint(original: Any, checkpoint_dir: Path, output_dir: Path) -> None:
-        config = _config_in(checkpoint_dir)
+        config = config_in(checkpoint_dir)
         if config is not None and uses_plugin(config):
             raise SettingsError(
                 f"checkpoint_dir: {quoted(checkpoint_dir)} holds a model with layers of litgpt_moe_ext "
@@ -209,8 +230,8 @@ def refuse_conversion(module: Any) -> None:
         original(checkpoint_dir, output_dir)
 
 
-def _config_in(checkpoint_dir: Path) -> Any:
-    # The model's configuration, or None if there is none.
+def config_in(checkpoint_dir: Path) -> Any:
+    """Return the model's configuration in a directory that a command of LitGPT was given; None if there is none."""
     from litgpt.config import Config
     from litgpt.utils import extend_checkpoint_dir
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
-from litgpt_moe_ext.host import checkpoints, commands, compile, flops, model, padding, token_rate
+from litgpt_moe_ext.host import checkpoints, commands, compile, flops, model, padding, serving, token_rate
 
 TESTED_LITGPT = "0.5.13"
 
@@ -183,6 +183,18 @@ SEAMS = (
             "LitGPT finds the weights in one", commands.require_weights_alone,
         )
         for module in ("litgpt.generate.tp", "litgpt.generate.sequentially")
+    ),
+    Seam(
+        "litgpt.tokenizer", "Tokenizer.encode", "wrap", "Ends with one line at a text that is not Unicode.",
+        "LitGPT does", commands.refuse_undecoded_text,
+    ),
+    Seam(
+        "litgpt.deploy.serve", "BaseLitAPI.setup", "wrap", "Answers what it refuses with a reason.",
+        "LitGPT does", serving.answer_refusals,
+    ),
+    Seam(
+        "litgpt.deploy.serve", "run_server", "wrap", "Ends all its processes at SIGTERM.",
+        "LitServe does", serving.end_with_its_processes,
     ),
     Seam(
         "litgpt.generate.base", "generate_fn", "wrap", "Ends with one line where there is nothing to generate.",

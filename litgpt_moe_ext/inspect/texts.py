@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from litgpt_moe_ext.data.modules.token_shards import TokenShards
 from litgpt_moe_ext.data.pipeline.shards import open_shard
 from litgpt_moe_ext.data.pipeline.store.finished import TOKENIZER_DIR
 from litgpt_moe_ext.data.tokenizer.opening import parse_tokenizer
@@ -62,14 +63,17 @@ def read_files(paths: Sequence[Path]) -> Iterator[Document]:
         try:
             yield Document(str(path), path.read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:
-            raise SettingsError(f"text: {quoted(path)} must be UTF-8: {error}") from error
+            raise SettingsError(
+                f"text: {quoted(path)} must be plain text in UTF-8: {error}; of other data, name the folder that a "
+                "training has prepared with --data"
+            ) from error
 
 
 def open_tokens(data: Path, tokenizer: "Tokenizer") -> np.ndarray:
     """Open a token shard, or the validation shards of a folder, such as a prepared corpus.
 
     Args:
-        data: A shard file, or a folder with `val*.bin`.
+        data: A shard file, or a folder with `val*.bin`, or with shards of which a training would validate on some.
         tokenizer: The model's tokenizer, which a prepared corpus must use; other shards do not record theirs.
 
     Returns:
@@ -79,13 +83,20 @@ def open_tokens(data: Path, tokenizer: "Tokenizer") -> np.ndarray:
         SettingsError: If there is no such file, the folder has none, it is not a shard, or its tokens are another
             tokenizer's.
     """
-    paths = sorted(data.glob(VALIDATION_SHARDS)) if data.is_dir() else [data]
+    paths = [data] if data.is_file() else sorted(data.glob(VALIDATION_SHARDS)) or _to_validate(data)
     if not (paths and paths[0].is_file()):
         hint = did_you_mean_inside(data, VALIDATION_SHARDS) or ", as of a prepared corpus"
         raise SettingsError(f"data: {quoted(data)} must be a token shard, or a folder with {VALIDATION_SHARDS}{hint}")
     _require_tokenizer(paths[0].parent / TOKENIZER_DIR / "tokenizer.json", tokenizer)
     shards = [open_shard(path) for path in paths]
     return shards[0] if len(shards) == 1 else np.concatenate(shards)
+
+
+def _to_validate(folder: Path) -> list[Path]:
+    try:
+        return TokenShards(data_path=folder).find_shards()[1]
+    except SettingsError:  # about settings of a training
+        return []
 
 
 def _require_tokenizer(file: Path, tokenizer: "Tokenizer") -> None:

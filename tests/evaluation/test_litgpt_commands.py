@@ -19,6 +19,7 @@ from unittest.mock import Mock
 import litgpt.chat.base
 import litgpt.generate.base
 import litgpt.generate.speculative_decoding
+import psutil
 import pytest
 import torch
 from litgpt import GPT, LLM
@@ -326,6 +327,11 @@ def test_real_processes(endless_dir):
         assert f">> Reply: {expected}\n" in chatted
         assert ask_server(port, server, {"prompt": PROMPT}) == {"output": expected}
         assert ask_server(port, server, {"prompt": PROMPT}) == {"output": expected}
+        children = psutil.Process(server.pid).children(recursive=True)
+        assert children
+        server.terminate()
+        assert server.wait(PATIENCE) == 128 + signal.SIGTERM
+        assert all(not child.is_running() or child.status() == psutil.STATUS_ZOMBIE for child in children)
     finally:
         for process in (server, *others):
             if process.poll() is None:

@@ -100,6 +100,11 @@ def test_shards_are_read_by_document(moe_dir, tmp_path):
     assert [document.ids for document in encoded] == [ids[0], ids[1][:1]]
     with pytest.raises(SettingsError, match="token shard"):
         open_tokens(tmp_path / "nothing", tokenizer)
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name, there in (("web_train_1.bin", tokens[:3]), ("web_val_0.bin", tokens)):
+        write_shard(shards / name, there, VOCABULARY_SIZE)
+    assert (open_tokens(shards, tokenizer) == tokens).all()
     (tmp_path / "tokenizer").mkdir()
     file = tmp_path / "tokenizer" / "tokenizer.json"
     tokenizer.processor.save(str(file))
@@ -119,7 +124,7 @@ def test_texts_that_cannot_be_read_are_named(moe_dir, tmp_path):
         list(read_files([tmp_path / "nothing.txt"]))
     latin = tmp_path / "latin.txt"
     latin.write_bytes("né".encode("latin-1"))
-    with pytest.raises(SettingsError, match=r"text: '.*latin.txt' must be UTF-8"):
+    with pytest.raises(SettingsError, match=r"text: '.*latin.txt' must be plain text in UTF-8: .* with --data"):
         list(read_files([latin]))
     with pytest.raises(SettingsError, match="at least one token of text"):
         encode([Document("a", "")], load_tokenizer(moe_dir), 10)

@@ -21,7 +21,7 @@ class Experts:
     Attributes:
         checkpoint_dir: A checkpoint with MoE layers, this package's or LitGPT's LLaMAMoE.
         text: Text files to read.
-        data: In place of text: a token shard, or the folder of a prepared corpus, whose validation part is read.
+        data: In place of text: a token shard, or a folder of them (a prepared corpus), whose validation part is read.
         compare_with: Another checkpoint with the same tokenizer and layers, to compare their routing.
         out_dir: Where the results go. Default: `experts` in the checkpoint's directory.
         language: How tokens are classified; auto is python where most of the text is Python.

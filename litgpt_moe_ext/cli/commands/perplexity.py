@@ -20,7 +20,7 @@ class Perplexity:
     Attributes:
         checkpoint_dir: A LitGPT checkpoint.
         text: Text files to read.
-        data: In place of text: a token shard, or the folder of a prepared corpus, whose validation part is read.
+        data: In place of text: a token shard, or a folder of them (a prepared corpus), whose validation part is read.
         max_tokens: Maximum number of tokens to read.
         batch_size: Windows of the model's block size per forward pass.
         device: Where to run, for example cuda. Default: a GPU if there is one.
