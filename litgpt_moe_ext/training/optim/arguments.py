@@ -3,6 +3,7 @@
 import copy
 import importlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from litgpt_moe_ext.errors import SettingsError, did_you_mean, refuse_first
 from litgpt_moe_ext.field_types import checked, members
 from litgpt_moe_ext.host.without_compiler import without_compiler
 from litgpt_moe_ext.recipe_files import beside_a_class
+from litgpt_moe_ext.training.parallel.accelerator import accelerator_here
 
 
 def learning_rate_of(optimizer: str | dict) -> float:
@@ -28,6 +30,7 @@ def learning_rate_of(optimizer: str | dict) -> float:
             hint = did_you_mean(name, known) or f"; it has {', '.join(known)}"
             raise SettingsError(f"optimizer.init_args.{name}: {cls.__name__} has no such argument{hint}")
         _check_argument(f"optimizer.init_args.{name}", value, known[name])
+    refuse_first(_fails_in_a_step(arguments))
     try:
         with without_compiler():
             made = cls([torch.nn.Parameter(torch.zeros(1))], **copy.deepcopy(arguments))
@@ -87,6 +90,16 @@ def _obstacle(optimizer: type) -> str | None:
     if optimizer is torch.optim.SparseAdam:
         return "takes sparse gradients only, and these are dense; use another, such as AdamW"
     return None
+
+
+def _fails_in_a_step(arguments: dict[str, Any]) -> Iterator[str]:
+    if arguments.get("differentiable"):
+        yield (
+            "optimizer.init_args.differentiable: true is for gradients of a step itself, which a training never takes; "
+            "leave it out"
+        )
+    if arguments.get("capturable") and accelerator_here() == "cpu":
+        yield "optimizer.init_args.capturable: true needs a GPU; leave it out: steps in CUDA graphs set it themselves"
 
 
 def _check_argument(name: str, value: Any, parameter: inspect.Parameter) -> None:

@@ -27,6 +27,8 @@ def test_what_is_no_optimizer_is_refused(name):
         ({"betas": [0.9, None]}, "betas.1: null must be a number"),
         ({"fused": "yes"}, "fused: 'yes' must be true or false"),
         ({"amsgrad": 1}, "amsgrad: 1 must be true or false"),
+        ({"differentiable": True}, "differentiable: true is for gradients of a step itself"),
+        ({"capturable": True}, "capturable: true needs a GPU"),
         ({"params": []}, "params: AdamW has no such argument; it has lr, betas, "),
     ],
 )
