@@ -117,6 +117,7 @@ class HookedLoop:
         self._first_batches = FirstBatches(self._plan.sequence_length, self._plan.config.padded_vocab_size or 0)
         self._validation = StoppableValidation(fabric, self._on_signal_in_validation, self._first_batches)
         self._validated_step: int | None = None
+        self._resumed_at: dict[str, Any] | None = None  # position in the data, until the first batch
         self._means = TokenMeans(fabric.world_size)
         self._handover = Handover(equipment.graphs, fabric.print, document_room(launched.plan.config))
         fabric.run_task = self._handover.run_task
@@ -236,6 +237,7 @@ class HookedLoop:
 
             def _fetch(self) -> Any:
                 batch = super().__next__()
+                loop._resumed_at = None
                 loop._first_batches.check("train_dataloader", batch)
                 return batch
 
@@ -266,12 +268,17 @@ class HookedLoop:
                 )
             if isinstance(train, TokenLoader):
                 require_same_data(self.fabric, corpora_of(train.state_dict()))
-            load = train.load_state_dict
+            load, position = train.load_state_dict, train.state_dict
 
             def load_state_dict(state: dict[str, Any]) -> None:
-                load(convert_position(state, self.train.micro_batch_size, self.fabric.world_size))
+                self._resumed_at = convert_position(state, self.train.micro_batch_size, self.fabric.world_size)
+                load(self._resumed_at)
 
-            train.load_state_dict = load_state_dict
+            def state_dict() -> dict[str, Any]:
+                # Before its first batch litdata's loader returns another one than it has loaded, with the next worker.
+                return position() if self._resumed_at is None else self._resumed_at
+
+            train.load_state_dict, train.state_dict = load_state_dict, state_dict
             return train, val
 
         return get_adaptable_dataloaders
