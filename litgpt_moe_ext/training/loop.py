@@ -51,6 +51,7 @@ from litgpt_moe_ext.training.optim.schedules import Schedule, schedule_steps
 from litgpt_moe_ext.training.parallel.agreement import Agreement
 from litgpt_moe_ext.training.parallel.sameness import require_same_data
 from litgpt_moe_ext.training.steps.batches import StepBatches, can_pad, counts_for_loss
+from litgpt_moe_ext.training.steps.epochs import epoch_of
 from litgpt_moe_ext.training.steps.first_batches import FirstBatches
 from litgpt_moe_ext.training.steps.handover import Handover, loss_of_logits
 from litgpt_moe_ext.training.steps.losses import RunningMean, TokenMeans
@@ -266,6 +267,8 @@ class HookedLoop:
                     f"data: train_dataloader returns a {type(train).__name__} without state_dict and load_state_dict, "
                     "which a resumed run needs; return one that has them, such as litdata's StreamingDataLoader"
                 )
+            if fraction := self.train.lr_warmup_fraction:
+                epoch_of(train, f"train.lr_warmup_fraction: {fraction}", "train.lr_warmup_steps")
             if isinstance(train, TokenLoader):
                 require_same_data(self.fabric, corpora_of(train.state_dict()))
             load, position = train.load_state_dict, train.state_dict

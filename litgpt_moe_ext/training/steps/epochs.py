@@ -36,13 +36,7 @@ def with_epochs(launched: Launched, prepared: Prepared) -> Launched:
     with launched.fabric.rank_zero_first(local=True):
         data.prepare_data()
     data.setup()
-    try:
-        micro_batches = len(data.train_dataloader())
-    except TypeError as error:  # the loader has no length
-        raise SettingsError(
-            f"train.epochs: {epochs} needs data that says how long an epoch is; set it to null and give "
-            "train.max_tokens"
-        ) from error
+    micro_batches = epoch_of(data.train_dataloader(), f"train.epochs: {epochs}", "train.max_tokens")
     steps = epochs * micro_batches // launched.accumulation
     if not steps:
         raise SettingsError(
@@ -55,6 +49,25 @@ def with_epochs(launched: Launched, prepared: Prepared) -> Launched:
         f"train.epochs: {epochs} means {counted(steps, 'step')}, train.max_tokens: {planned.settings.train.max_tokens}"
     )
     return dataclasses.replace(launched, plan=planned)
+
+
+def epoch_of(loader: Any, setting: str, instead: str) -> int:
+    """Return the number of micro-batches of an epoch on each process.
+
+    Args:
+        loader: The training loader.
+        setting: What needs the length of an epoch, and its value.
+        instead: What to set instead.
+
+    Raises:
+        SettingsError: If the loader does not know it.
+    """
+    try:
+        return len(loader)
+    except TypeError as error:
+        raise SettingsError(
+            f"{setting} needs data that says how long an epoch is; set it to null and give {instead}"
+        ) from error
 
 
 def with_tokens(plan: Plan, max_tokens: int) -> Plan:

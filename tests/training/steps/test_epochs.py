@@ -6,9 +6,10 @@ import re
 import pytest
 import yaml
 
+from litgpt_moe_ext.data.loader import TokenLoader
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.training.steps.epochs import Epochs
-from tests.runs import train
+from tests.runs import refused, train
 
 
 def test_data_without_epochs_are_refused():
@@ -28,6 +29,19 @@ def small_data(tmp_path, corpus_settings):
         (source / f"{number}.py").write_text(f"def add_{number}(value):\n    return value + {number}\n" * 12)
     small = {**corpus_settings, "data_path": str(tmp_path / "data"), "source_path": str(source)}
     return {"class_path": "litgpt_moe_ext.data.PythonStdlib", "init_args": small}
+
+
+@pytest.mark.slow
+def test_epochs_of_unknown_length(recipe, monkeypatch, capsys):
+    """As those of litdata's mixtures."""
+
+    def unknown(_loader):
+        raise TypeError
+
+    monkeypatch.setattr(TokenLoader, "__len__", unknown)
+    for setting in ({"lr_warmup_fraction": 0.5, "lr_warmup_steps": 0}, {"epochs": 1}):
+        error = refused(capsys, "--config", recipe(train=setting))
+        assert f"error: train.{next(iter(setting))}: {next(iter(setting.values()))} needs data that says how" in error
 
 
 def test_two_epochs_with_a_checkpoint_each(recipe, tmp_path, small_data, capsys):
