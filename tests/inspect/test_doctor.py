@@ -575,6 +575,22 @@ def test_shards_are_opened_and_not_read(tmp_path, capsys):
     (tmp_path / "train.bin").write_bytes((tmp_path / "train.bin").read_bytes()[:-2])
     assert main(["doctor", str(recipe)]) == 1
     assert "train.bin is truncated" in capsys.readouterr().out
+    write_shard(tmp_path / "train.bin", np.arange(3), 320)
+    assert main(["doctor", str(recipe)]) == 1
+    assert f"but the training data in '{tmp_path}' has 3; use a shorter max_seq_length" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_prepared_corpus_is_looked_for(tmp_path, capsys, mixed):
+    recipe = tmp_path / "recipe.yaml"
+    data = {"class_path": "litgpt_moe_ext.data.PreparedCorpus", "init_args": {"corpus_dir": str(tmp_path / "web")}}
+    if mixed:
+        corpora = {"corpora": {"web": data}, "weights": {"web": 1}}
+        data = {"class_path": "litgpt_moe_ext.data.Mixture", "init_args": corpora}
+    recipe.write_text(yaml.safe_dump({"model_config": MODEL, "data": data, "out_dir": str(tmp_path / "out")}))
+    assert main(["doctor", str(recipe)]) == 1
+    name = "data.corpora.web.corpus_dir" if mixed else "corpus_dir"
+    assert f"{name}: '{tmp_path / 'web'}' has no manifest.json" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -29,13 +29,17 @@ class PreparedCorpus(FinishedCorpus):
     corpus_dir: Path
     """The folder with the `manifest.json`."""
 
-    def prepare(self, verbose: bool = True, tokenizer: Any = None) -> Path:
-        """See `Corpus.prepare`; only checks that the corpus is whole and unchanged."""
+    def check_sources(self) -> None:
+        """Check that the corpus exists."""
         if read_manifest(self.corpus_dir) is None:
             raise SettingsError(
                 f"corpus_dir: {quoted(self.corpus_dir)} has no {MANIFEST}, so it is not a prepared corpus; set "
                 "corpus_dir to a folder that a script of data_prep/ made"
             )
+
+    def prepare(self, verbose: bool = True, tokenizer: Any = None) -> Path:
+        """See `Corpus.prepare`; only checks that the corpus is whole and unchanged."""
+        self.check_sources()
         verify(self.corpus_dir, verbose)
         return self.corpus_dir
 

@@ -12,6 +12,7 @@ from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_moe_ext.data.corpora.documents import EncodedCorpus
+from litgpt_moe_ext.data.corpora.prepared import PreparedCorpus
 from litgpt_moe_ext.data.loader import Order, TokenLoader
 from litgpt_moe_ext.data.mixture.loader import MixedWindows, MixtureLoader, MixtureValidation, Part
 from litgpt_moe_ext.data.mixture.schedule import Phases, Schedule, whole_shares
@@ -110,14 +111,14 @@ class Mixture(TokenModule):
         return f" --data.annealing.from_fraction null --data.annealing.from_step {step}"
 
     def check_sources(self) -> None:
-        """Check that the source files of the corpora exist, for corpora that have any, and that one tokenizer will do.
+        """Check that the files of the corpora exist, for corpora that have any, and that one tokenizer will do.
 
         Raises:
             SettingsError: See `EncodedCorpus.check_sources` and `SharedTokenizer.look_ahead`.
         """
         for name, module in self.parts.items():
             with naming(name, module):
-                if isinstance(module, EncodedCorpus):
+                if isinstance(module, EncodedCorpus | PreparedCorpus):
                     module.check_sources()
         self._shared.look_ahead(self.tokenizer)
 

@@ -77,12 +77,22 @@ class TokenShards(ShardModule):
         """Return all shards; reads only their beginnings.
 
         Raises:
-            SettingsError: A file cannot be read or is not a shard, there are none, or there is none to validate on.
+            SettingsError: A file cannot be read or is not a shard, there are none, or there is none to validate on, or
+                there are too few tokens for a window.
         """
-        train, val = self.find_shards()
-        for path in train + val:
-            open_shard(path)
-        return train + val
+        files = self.find_shards()
+        for split, shards in zip(("training", "validation"), self._opened(files), strict=True):
+            if self.max_seq_length > 0:  # connected
+                self.windows(shards, f"{split} data in {quoted(self.data_path)}")
+        return [*files[0], *files[1]]
+
+    def _opened(self, files: Iterable[Sequence[Path]]) -> list[list[Any]]:
+        """Return the shards of both splits, cut to their counts."""
+        shards: list[list[Any]] = [[open_shard(path) for path in paths] for paths in files]
+        for i, count in enumerate((self.train_count, self.val_count)):
+            if count is not None:
+                shards[i] = list(first_tokens(shards[i], count))
+        return shards
 
     def find_shards(self) -> tuple[list[Path], list[Path]]:
         """Return the training and the validation files, in natural order.
@@ -128,10 +138,7 @@ class TokenShards(ShardModule):
     def open_shards(self) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
         """See `ShardModule.open_shards`; checks the ids."""
         files = self.find_shards()
-        shards: list[list[Any]] = [[open_shard(path) for path in paths] for paths in files]
-        for i, count in enumerate((self.train_count, self.val_count)):
-            if count is not None:
-                shards[i] = list(first_tokens(shards[i], count))
+        shards = self._opened(files)
         vocab_size = self.vocab_size or self._model_vocab_size
         found = [[scan_shard(shard, vocab_size) for shard in side] for side in shards]
         digest = hashlib.sha256()

@@ -56,6 +56,7 @@ def _checked(recipe: Recipe, settings: "Settings") -> "Plan":
     data: Any = plan.settings.data
     plan.tell_length(data)
     if offers(data, "check_shards") and data.data_path.is_dir():
+        data.connect(max_seq_length=recipe.sequence_length)
         data.check_shards()
     source = getattr(data, "source_path", None)
     if offers(data, "check_sources") and (source is None or source.exists()):  # otherwise the check of data reports it
