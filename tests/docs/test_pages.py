@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -52,13 +53,19 @@ def test_whatever_opens_an_export_with_its_own_code_says_that_it_is_trusted():
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """A copy of what a clone has, with a quickstart of a few steps, and a `uv` that uses this environment."""
+    """A copy of what a clone has, with a quickstart of a few layers, files and steps, and a `uv` of this environment."""
     root = tmp_path_factory.mktemp("clone")
     for name in ("configs", "data_prep", "docs", "examples"):
         shutil.copytree(ROOT / name, root / name)
     shutil.copy(ROOT / "run_train.py", root)
     recipe = root / "configs" / "quickstart.yaml"
     settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    source = root / "source"
+    source.mkdir()
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-d]*.py")):
+        shutil.copy(file, source)
+    settings["data"]["init_args"]["source_path"] = str(source)
+    settings["model_config"]["n_layer"] = 2
     settings["train"] |= {"max_tokens": 24 * 2048, "save_interval": 12, "lr_warmup_steps": 4}
     settings["eval"] |= {"interval": 12, "max_iters": 2}
     settings["sample"]["max_new_tokens"] = 4
