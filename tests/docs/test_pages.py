@@ -53,7 +53,7 @@ def test_whatever_opens_an_export_with_its_own_code_says_that_it_is_trusted():
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """A copy of what a clone has, with a quickstart of a few layers, files and steps, and a `uv` of this environment."""
+    """A copy of what a clone has, with a quickstart of a few layers, files and steps, and this environment as `uv`."""
     root = tmp_path_factory.mktemp("clone")
     for name in ("configs", "data_prep", "docs", "examples"):
         shutil.copytree(ROOT / name, root / name)
