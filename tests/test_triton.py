@@ -41,4 +41,4 @@ def test_interpreted_kernels_equal_the_loop():
 @pytest.mark.slow
 def test_interpreted_kernels_in_many_shapes():
     pytest.importorskip("triton")
-    interpret(6, "-m", "slow or not slow")
+    interpret(4, "-m", "slow or not slow")

@@ -22,6 +22,10 @@ from torch import Tensor
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
+from tests import quick_interpreter
+
+quick_interpreter.install()
+
 # Every byte of memory that nothing has written: a NaN that no arithmetic gives, -1, neither true nor false.
 UNWRITTEN = 255
 # Pointers have the number of their argument before the bits of the address.

@@ -18,7 +18,7 @@ DROPOUT = {"expert_dropout": 0.1, "residual_dropout": 0.1, "embedding_dropout": 
     ("dtype", "share", "recomputed", "shape", "changes"),
     [
         # Large enough for more documents than were captured.
-        (torch.bfloat16, True, "full", (4, 65), DOCUMENTS | {"embedding_dropout": 0.1}),
+        (torch.bfloat16, True, "full", (3, 49), DOCUMENTS | {"embedding_dropout": 0.1}),
         (None, True, None, (2, 33), DROPOUT | GLOBAL | {"n_layer": 2, "muon": True}),
         (torch.float16, False, "selective", (2, 33), DENSE_FIRST | {"residual_dropout": 0.1}),
     ],

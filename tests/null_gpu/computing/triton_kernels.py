@@ -6,12 +6,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
+from tests import quick_interpreter
 from tests.null_gpu.computing import capture
 from tests.null_gpu.computing.memory import each, flat, on_cpu
 
 
 def install() -> None:
     """Let the interpreter take tensors of the GPU as they are, and multiply bfloat16."""
+    quick_interpreter.install()
     run = interpreter.GridExecutor.__call__
 
     def call(self, *args, **kwargs):
