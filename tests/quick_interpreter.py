@@ -1,4 +1,4 @@
-"""Triton's interpreter without a third of its work, which it does over and over.
+"""Triton's interpreter without what it does over and over: a tenth to a third of its time in these tests.
 
 At every launch it puts its own functions in the place of those of `triton.language`, and it does so again for every
 function that a kernel calls. Once for a launch is enough.
