@@ -43,7 +43,7 @@ from litgpt_moe_ext.model_size import count_flops
 from litgpt_moe_ext.moe.balancing.gradient_injection import forget_scale
 from litgpt_moe_ext.training.checkpoint import hyperparameters
 from litgpt_moe_ext.training.checkpoint.progress import FINAL
-from litgpt_moe_ext.training.checkpoint.resharding import convert_position
+from litgpt_moe_ext.training.checkpoint.resharding import convert_position, inexact_note
 from litgpt_moe_ext.training.checkpoint.writer import CheckpointWriter
 from litgpt_moe_ext.training.control import TrainingInterrupted
 from litgpt_moe_ext.training.optim.make import make_optimizer
@@ -275,6 +275,8 @@ class HookedLoop:
 
             def load_state_dict(state: dict[str, Any]) -> None:
                 self._resumed_at = convert_position(state, self.train.micro_batch_size, self.fabric.world_size)
+                if note := inexact_note(state):
+                    self.fabric.print(note)
                 load(self._resumed_at)
 
             def state_dict() -> dict[str, Any]:

@@ -51,6 +51,25 @@ def convert_position(state: dict[str, Any], batch_size: int, world_size: int) ->
     return {**converted, "position": windows // batch}
 
 
+def inexact_note(state: dict[str, Any]) -> str | None:
+    """Return what litdata does not restore of a position, or None.
+
+    It counts what all workers together have taken of each data set, and deals that out to them in whole batches, which
+    of a mixture they have not taken.
+
+    Args:
+        state: State of a data loader.
+    """
+    positions = list(_positions_of_litdata(state))
+    workers = max((position["num_workers"] for position in positions), default=0)
+    if len(positions) < 2 or workers < 2 or positions[0]["batch_size"] == 1:
+        return None
+    return (
+        f"data.num_workers: {workers}: of a mixture litdata finds its place only with 0 or 1; some sequences around "
+        "this checkpoint may be trained on twice, and others left out"
+    )
+
+
 def _positions_of_litdata(state: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the position in each dataset, if this is a state of litdata's `StreamingDataLoader`."""
     data = state.get("dataset")

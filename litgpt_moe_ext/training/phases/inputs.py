@@ -15,6 +15,7 @@ from litgpt_moe_ext.errors import SettingsError, which_checkpoint
 from litgpt_moe_ext.files.durable import WRITE_TEST, reason
 from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.host.checkpoints import WEIGHTS_FILE
+from litgpt_moe_ext.training.phases.litgpt_data import check_litgpt_data
 from litgpt_moe_ext.wording import quoted
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def check_data(settings: Settings, config: Config) -> None:
     data: Any = settings.data
     if data is None:
         _check_tiny_llama()
+    else:
+        check_litgpt_data(data)
     if offers(data, "require_vocabulary"):
         data.require_vocabulary(config.padded_vocab_size or 0)  # LitGPT sets it when it makes a Config
     boundary = getattr(config, "attention_document_boundary", None)

@@ -25,7 +25,7 @@ from litgpt_moe_ext.data.loader import Replica, TokenLoader
 from litgpt_moe_ext.data.windows import StreamWindows
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.export.formats import export
-from litgpt_moe_ext.training.checkpoint.resharding import convert_position
+from litgpt_moe_ext.training.checkpoint.resharding import convert_position, inexact_note
 from litgpt_moe_ext.training.parallel.facts import STRATEGIES
 from litgpt_moe_ext.training.parallel.processes import cluster_plugins, started_by_fabric, started_processes
 from litgpt_moe_ext.training.parallel.strategies import make_strategy
@@ -528,6 +528,14 @@ class TestResharding:
             convert_position(state, batch_size, world_size)
         one["num_samples_yielded"] = 0
         assert convert_position(state, batch_size, world_size) == state
+
+    def test_mixtures_of_litdata_are_restored_with_one_worker_only(self):
+        def note(workers: int, batch_size: int = 2, parts: int = 2) -> str | None:
+            one = {"num_samples_yielded": 4, "num_workers": workers, "batch_size": batch_size, "world_size": 1}
+            return inexact_note({"dataset": one if parts == 1 else {str(part): one for part in range(parts)}})
+
+        assert note(2).startswith("data.num_workers: 2: of a mixture litdata finds its place only with 0 or 1")
+        assert [note(1), note(0), note(2, batch_size=1), note(2, parts=1), inexact_note({"epoch": 1})] == [None] * 5
 
     def test_position_at_the_end_of_an_epoch(self):
         """What a smaller batch has left of an epoch may be less than a larger one, which then begins the next."""
