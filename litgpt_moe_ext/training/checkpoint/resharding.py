@@ -7,6 +7,7 @@ divides it.
 litdata's position covers every worker of every process, and is valid only for the same processes and batch size.
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,13 +19,15 @@ def convert_position(state: dict[str, Any], batch_size: int, world_size: int) ->
     """Return a data loader's state in batches of `batch_size` windows on each of `world_size` processes.
 
     Args:
-        state: State from `TokenLoader.state_dict`. A state of another loader is returned unchanged.
+        state: State from `TokenLoader.state_dict`. A state of another loader is returned unchanged, but for mended
+            epochs in litdata's.
         batch_size: Micro-batch size of the present run.
         world_size: Number of processes of the present run.
 
     Raises:
         SettingsError: If the position falls inside a batch of the present run, or litdata would misread it.
     """
+    state = _in_right_epoch(state)
     for position in _positions_of_litdata(state):
         then = position["batch_size"], position["world_size"]
         if position["num_samples_yielded"] and then != (batch_size, world_size):
@@ -49,6 +52,16 @@ def convert_position(state: dict[str, Any], batch_size: int, world_size: int) ->
         # The remaining windows do not fill a batch of the present run, so its epoch ends here.
         return {**converted, "epoch": state["epoch"] + 1, "position": 0}
     return {**converted, "position": windows // batch}
+
+
+def _in_right_epoch(state: dict[str, Any]) -> dict[str, Any]:
+    # With workers, a data set of litdata that was resumed says that it is in its first epoch. Its loader knows better.
+    if not any(True for _ in _positions_of_litdata(state)):
+        return state
+    mended = copy.deepcopy(state)
+    for position in _positions_of_litdata(mended):
+        position["current_epoch"] = mended["current_epoch"]
+    return mended
 
 
 def inexact_note(state: dict[str, Any]) -> str | None:

@@ -521,13 +521,20 @@ class TestResharding:
     @pytest.mark.parametrize("several", [False, True])
     def test_position_of_litdata(self, several, batch_size, world_size):
         """Of its data set, or of each of a mixture."""
-        one = {"num_samples_yielded": 4, "num_workers": 1, "batch_size": 1, "world_size": 1}
+        one = {"num_samples_yielded": 4, "num_workers": 1, "batch_size": 1, "world_size": 1, "current_epoch": 1}
         state = {"dataset": {"0": {**one, "num_samples_yielded": 0}, "1": one} if several else one, "current_epoch": 1}
         assert convert_position(state, 1, 1) == state
         with pytest.raises(SettingsError, match="litdata can resume only with 1 on 1 process,"):
             convert_position(state, batch_size, world_size)
         one["num_samples_yielded"] = 0
         assert convert_position(state, batch_size, world_size) == state
+
+    def test_epoch_of_litdata(self):
+        """Its data sets, resumed by workers, say that they are in their first epoch."""
+        one = {"num_samples_yielded": 4, "num_workers": 1, "batch_size": 1, "world_size": 1, "current_epoch": 1}
+        for data in (one, {"0": one, "1": one}):
+            found = convert_position({"dataset": data, "current_epoch": 3}, 1, 1)["dataset"]
+            assert {part["current_epoch"] for part in ([found] if data is one else found.values())} == {3}
 
     def test_mixtures_of_litdata_are_restored_with_one_worker_only(self):
         def note(workers: int, batch_size: int = 2, parts: int = 2) -> str | None:
