@@ -214,7 +214,7 @@ def in_shards(file: Path) -> str:
         join = f"{in_shell('python', script, file, 'NEW_DIR')}` joins DeepSpeed's into NEW_DIR/pytorch_model.bin"
     else:
         join = f"{in_shell('fabric', 'consolidate', file)}` joins FSDP's"
-    return f", but a folder of that name with shards; `{join}"
+    return f", but there is a folder of that name with shards; `{join}"
 
 
 def did_you_mean_inside(folder: Path, pattern: str) -> str:

@@ -134,12 +134,19 @@ def test_every_setting_of_a_command_is_explained(command, capsys):
             ["train", "--resume", "nowhere"],
             "resume: 'nowhere' is not a whole checkpoint: there is no such directory; name",
         ),
+        (
+            ["train", "--resume", "shards"],
+            "lit_model.pth is missing, but there is a folder of that name with shards; `fa",
+        ),
         (["train", "--initial_checkpoint_dir", "run"], "has no lit_model.pth; did you mean run/final?"),
         (
             ["train", "--initial_checkpoint_dir", "theirs"],
             "has no lit_model.pth; `litgpt-moe import theirs NEW_DIR` makes",
         ),
-        (["chat", "shards"], "has no lit_model.pth, but a folder of that name with shards; `fabric consolidate"),
+        (
+            ["chat", "shards"],
+            "has no lit_model.pth, but there is a folder of that name with shards; `fabric consolidate",
+        ),
         (["chat", "zero"], "`python zero/lit_model.pth/zero_to_fp32.py zero/lit_model.pth NEW_DIR` joins DeepSpeed's"),
         (["chat", "theirs"], "and no model_config.yaml; `litgpt-moe import theirs NEW_DIR` makes a checkpoint of"),
         (["model-card", "theirs"], "must have a model_config.yaml; `litgpt-moe import theirs NEW_DIR` makes"),

@@ -82,7 +82,9 @@ def test_a_path_to_nothing_is_refused_in_a_line(name: str, path: str):
 
 def test_a_folder_of_shards_is_named():
     Path("shards/lit_model.pth").mkdir(parents=True)
-    with pytest.raises(SettingsError, match=r"but a folder of that name with shards; `fabric consolidate shards/lit"):
+    with pytest.raises(
+        SettingsError, match=r"but there is a folder of that name with shards; `fabric consolidate shards/lit"
+    ):
         litgpt.generate.base.main(Path("shards"))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from litgpt_moe_ext.errors import FROM_ITS_WEIGHTS, SettingsError
+from litgpt_moe_ext.errors import FROM_ITS_WEIGHTS, SettingsError, in_shards
 from litgpt_moe_ext.files import checksums
 from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from litgpt_moe_ext.training.checkpoint.progress import (
@@ -32,7 +32,7 @@ def problem_with(checkpoint_dir: Path, read_all: bool = True) -> str | None:
         return "there is no such directory"
     for name in _NEEDED:
         if not (checkpoint_dir / name).is_file():
-            return f"{name} is missing"
+            return f"{name} is missing{in_shards(checkpoint_dir / name)}"
     if (checkpoint_dir / checksums.FILE_NAME).is_file():
         return checksums.problem_with(checkpoint_dir, required=_NEEDED, archive=None if read_all else WEIGHTS_FILE)
     if (checkpoint_dir / STATE_FILE).exists():  # runs that write this file also write checksums
