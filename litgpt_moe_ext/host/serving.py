@@ -41,7 +41,7 @@ def answering(generate: Any) -> Any:
     return answer
 
 
-def _pieces(stream: Iterator[str]) -> Iterator[str]:
+def _pieces(stream: Iterator[Any]) -> Iterator[Any]:
     with _refusals():
         yield from stream
 
