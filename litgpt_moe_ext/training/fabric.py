@@ -127,6 +127,8 @@ class TrainingFabric(L.Fabric):
             local: Whether the first process of each node goes first.
         """
         problem = None
+        # Fabric makes a group of processes for this, which waits for each of them, be it gone, for 27 years.
+        self.barrier()
         with super().rank_zero_first(local):
             try:
                 yield

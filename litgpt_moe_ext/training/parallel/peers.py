@@ -95,7 +95,7 @@ def explaining_lost_peers(launched: Launched) -> Iterator[None]:
         text = str(error)
         if isinstance(error, torch.distributed.DistNetworkError) or _BROKEN.search(text):
             problem = _who(here) or f"the connection to another process is lost ({_reason(text)}); see its output"
-        elif _SILENT.search(text):
+        elif isinstance(error, torch.distributed.DistStoreError) or _SILENT.search(text):
             minutes = launched.plan.settings.distributed.timeout_minutes
             problem = (
                 _who(here, patience=0)

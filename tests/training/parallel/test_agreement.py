@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from litgpt_moe_ext.errors import SettingsError
+from litgpt_moe_ext.training.fabric import TrainingFabric
 from litgpt_moe_ext.training.parallel.agreement import Agreement, refuse_together
 from tests.training.processes import in_ranks
 
@@ -63,3 +64,23 @@ def test_one_process_is_refused_alone():
     refuse_together(fabric, [])
     with pytest.raises(SettingsError, match="^first$"):
         refuse_together(fabric, ["first", "second"])
+
+
+def first_without_the_other() -> str:
+    """Return what a rank hears that would go first or second when the other one has ended."""
+    fabric = object.__new__(TrainingFabric)
+    fabric._strategy = SimpleNamespace(barrier=lambda name: dist.barrier(), global_rank=dist.get_rank())
+    fabric._launched = True
+    if dist.get_rank() == 1:
+        dist.destroy_process_group()
+        return ""
+    with pytest.raises(RuntimeError) as lost, fabric.rank_zero_first():
+        pass
+    dist.destroy_process_group()
+    return str(lost.value)
+
+
+@pytest.mark.slow
+def test_nobody_waits_for_a_process_that_is_gone_before_the_first_one_begins():
+    said, _ = in_ranks(first_without_the_other, 2)
+    assert "gloo" in said

@@ -48,6 +48,7 @@ def launched(tmp_path, monkeypatch):
         (f"{GLOO}writev [10.0.0.2]:1: Broken pipe", "*lost (*Broken pipe)*"),
         ("NCCL error\nncclRemoteError: A call failed possibly due to a network error", "*lost (*network error)*"),
         ("sendBytes failed on SocketImpl(fd=69): Connection reset by peer", "*lost (*"),
+        (torch.distributed.DistStoreError("wait timeout after 420000ms, keys: /0"), "*not answered for 7 minutes*"),
         (torch.distributed.DistNetworkError("Broken pipe"), "*lost (Broken pipe)*"),  # of the store, for a new group
         (f"{GLOO}Timed out waiting 420000ms for recv operation", "*not answered for 7 minutes (distributed.timeout*"),
     ],
