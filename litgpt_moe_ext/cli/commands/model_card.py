@@ -67,7 +67,7 @@ def _print_size(card: "Card") -> None:
     )
     print(
         f"  FLOPs per token, in sequences of {card.sequence_length}: {_flops(card.flops_per_token_forward)} forward, "
-        f"{_flops(card.flops_per_token_training)} in training"
+        f"{_flops(card.flops_per_token_training)} in training (attention to all positions counted, as in mfu)"
     )
     print(f"  key/value cache per token: {caches}")
 
