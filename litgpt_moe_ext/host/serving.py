@@ -54,7 +54,10 @@ def _refusals() -> Iterator[None]:
         yield
     except SettingsError as error:
         raise HTTPException(400, str(error)) from error
-    except NotImplementedError as error:  # LitGPT's for more tokens than the model takes
+    except NotImplementedError as error:
+        # LitGPT's for more tokens than the model takes, in these words; torch's is for what a device cannot do.
+        if "max_seq_length" not in str(error):
+            raise
         remedy = "send a shorter one, or serve with fewer --max_new_tokens"
         raise HTTPException(400, f"prompt: with what is to be written, it is too long ({error}); {remedy}") from error
 

@@ -17,7 +17,10 @@ def test_a_refused_request_has_an_answer():
 
     def stream(prompt):
         yield prompt
-        raise NotImplementedError("max_seq_length 32 needs to be >= 40")
+        raise NotImplementedError("max_seq_length 32 needs to be >= 40")  # as LitGPT raises it
+
+    def fail(_prompt):
+        raise NotImplementedError("Could not run 'aten::topk' on this device")  # as torch does: no fault of the prompt
 
     with pytest.raises(HTTPException) as refused:
         answering(refuse)("")
@@ -26,6 +29,8 @@ def test_a_refused_request_has_an_answer():
     assert next(pieces) == "a"
     with pytest.raises(HTTPException, match=r"too long .max_seq_length 32 needs to be >= 40.; send a shorter one"):
         next(pieces)
+    with pytest.raises(NotImplementedError):
+        answering(fail)("a")
     assert answering(str.upper)("a") == "A"
 
 
