@@ -1,4 +1,4 @@
-"""The one place that reaches into LitGPT, lightning and torch: every change, why it is made, and until when.
+"""The one place that reaches into LitGPT, litdata, lightning and torch: every change, why it is made, and until when.
 
 `SEAMS` is that list as data. `litgpt_moe_ext.host.registration` applies the changes that are made when a module is
 imported; the others last for a run, or are made while a module is being imported, and are listed here for the reader.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
-from litgpt_moe_ext.host import checkpoints, commands, compile, flops, model, padding, serving, token_rate
+from litgpt_moe_ext.host import checkpoints, commands, compile, flops, model, padding, serving, streaming, token_rate
 
 TESTED_LITGPT = "0.5.13"
 
@@ -24,7 +24,7 @@ _LOOP = "LitGPT's loop has hooks"
 
 @dataclass(frozen=True)
 class Seam:
-    """One change to a name of LitGPT, lightning or torch.
+    """One change to a name of LitGPT, litdata, lightning or torch.
 
     Attributes:
         module: The module that has the name.
@@ -195,6 +195,11 @@ SEAMS = (
     Seam(
         "litgpt.deploy.serve", "run_server", "wrap", "Ends all its processes at SIGTERM.",
         "LitServe does", serving.end_with_its_processes,
+    ),
+    Seam(
+        "litdata.streaming.item_loader", "TokensLoader.load_item_from_chunk", "wrap",
+        "Copies sequences that would be views of a file no longer mapped.", "litdata unmaps no file in use",
+        streaming.copy_sequences,
     ),
     Seam(
         "litgpt.generate.base", "generate_fn", "wrap", "Ends with one line where there is nothing to generate.",

@@ -1,4 +1,4 @@
-"""Prints, as JSON, which names of LitGPT, lightning and torch the plugin changes. Run by `test_seams`."""
+"""Prints, as JSON, which names of LitGPT, litdata, lightning and torch the plugin changes. Run by `test_seams`."""
 
 import importlib
 import inspect
@@ -21,6 +21,7 @@ for module in (
     "litgpt.scripts.convert_pretrained_checkpoint",
     "litgpt.eval.evaluate",
     "litgpt.__main__",
+    "litdata.streaming.item_loader",
     "torch.utils.flop_counter",
 ):
     importlib.import_module(module)
@@ -34,7 +35,7 @@ def snapshot() -> dict[str, object]:
     """Return every name, `module.name` or `module.Class.name`, with the object it stands for."""
     names: dict[str, object] = {}
     for module_name, module in list(sys.modules.items()):
-        if module_name.partition(".")[0] not in ("litgpt", "lightning", "torch") or not isinstance(module, ModuleType):
+        if module_name.partition(".")[0] not in ("litgpt", "litdata", "lightning", "torch") or not isinstance(module, ModuleType):
             continue
         for name, value in contents(module).items():
             names[f"{module_name}.{name}"] = value

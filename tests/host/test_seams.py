@@ -23,7 +23,7 @@ from tests.runs import ROOT
 
 
 def test_every_change_is_listed_and_made():
-    """What registering changes in LitGPT, lightning and torch is what the table says."""
+    """What registering changes in LitGPT, litdata, lightning and torch is what the table says."""
     result = run([str(HERE / "host" / "changes_report.py")])
     assert result.returncode == 0, result.stderr
     changed = set(json.loads(result.stdout.rpartition("REPORT")[2]))
