@@ -34,8 +34,9 @@ def contents(owner: ModuleType | type) -> dict[str, object]:
 def snapshot() -> dict[str, object]:
     """Return every name, `module.name` or `module.Class.name`, with the object it stands for."""
     names: dict[str, object] = {}
+    packages = ("litgpt", "litdata", "lightning", "torch")
     for module_name, module in list(sys.modules.items()):
-        if module_name.partition(".")[0] not in ("litgpt", "litdata", "lightning", "torch") or not isinstance(module, ModuleType):
+        if module_name.partition(".")[0] not in packages or not isinstance(module, ModuleType):
             continue
         for name, value in contents(module).items():
             names[f"{module_name}.{name}"] = value
