@@ -100,6 +100,16 @@ def require_weights_to_start(pretrain: Any) -> None:
         return original(*args, **kwargs)
 
 
+def require_weights_to_merge(finetune: Any) -> None:
+    """Do the same before `litgpt finetune_lora` trains, which merges its weights with those alone afterwards."""
+
+    @wrapping(finetune, "main")
+    def main(original: Any, *args: Any, **kwargs: Any) -> Any:
+        checkpoint_dir = inspect.signature(original).bind(*args, **kwargs).arguments["checkpoint_dir"]
+        _refuse_training_checkpoint("checkpoint_dir", checkpoint_dir, "litgpt finetune_full")
+        return original(*args, **kwargs)
+
+
 def _refuse_training_checkpoint(setting: str, checkpoint_dir: Path, instead: str) -> None:
     from litgpt.utils import extend_checkpoint_dir
 

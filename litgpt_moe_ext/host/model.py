@@ -102,6 +102,9 @@ def choose_attention(model: ModuleType) -> None:
     def __new__(cls: type, config: Any = None, *args: Any, **kwargs: Any) -> Any:
         name = getattr(config, "attention_class_name", None)
         if name is None:
+            if cls is not attention_class and getattr(config, "latent_attention", None) and uses_plugin(config):
+                # LitGPT's adapters put their own attention in its place, whose weights would be random.
+                raise _no_other_attention("latent_attention", cls)
             return object.__new__(cls)
         from litgpt_moe_ext.attention.layer import SinkAttention
 
@@ -114,12 +117,16 @@ def choose_attention(model: ModuleType) -> None:
                     "build on its first classes; start Python (in a notebook: the kernel) anew"
                 )
             return object.__new__(SinkAttention)
-        raise SettingsError(
-            f"attention_class_name: {name!r} cannot be combined with {cls.__module__}.{cls.__name__}, which would "
-            "compute something else. Finetune all weights instead (litgpt finetune_full)."
-        )
+        raise _no_other_attention(f"attention_class_name: {name!r}", cls)
 
     attention_class.__new__ = __new__
+
+
+def _no_other_attention(setting: str, other: type) -> SettingsError:
+    return SettingsError(
+        f"{setting} cannot be combined with {other.__module__}.{other.__name__}, which would compute something else. "
+        "Finetune all weights instead (litgpt finetune_full)."
+    )
 
 
 def choose_rope_cache(model: ModuleType) -> None:

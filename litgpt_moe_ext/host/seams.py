@@ -214,6 +214,10 @@ SEAMS = (
         "LitGPT finds the weights in one", commands.require_weights_to_start,
     ),
     Seam(
+        "litgpt.finetune.lora", "main", "wrap", "Ends with one line at a training checkpoint, before it trains.",
+        "LitGPT merges with the weights in one", commands.require_weights_to_merge,
+    ),
+    Seam(
         "litgpt.generate.tp", "main", "wrap", "Says which layers it cannot divide, before it loads them.",
         "LitGPT divides them", commands.refuse_division_first,
     ),

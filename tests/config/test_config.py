@@ -270,6 +270,15 @@ def test_other_finetuning_methods_cannot_take_the_attention_either(module):
         finetuning.GPT(finetuning.Config(**vars_of(dense)))
 
 
+def test_adapters_cannot_take_latent_attention():
+    """They would put LitGPT's ordinary attention in its place, with random weights."""
+    from litgpt import adapter
+
+    latent = moe_config(latent_attention=dict.fromkeys(LATENT, 4), n_head=4, n_query_groups=4)
+    with pytest.raises(SettingsError, match="^latent_attention cannot be combined with litgpt.adapter.*finetune_full"):
+        adapter.GPT(adapter.Config(**vars_of(latent)))
+
+
 @pytest.mark.parametrize("make", [moe_config, noisy_config])
 def test_parameter_counts_by_hand(make):
     config = make(n_shared_expert=1, first_k_dense_replace=1, intermediate_size=24)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import lightning
 import litgpt.chat.base
 import litgpt.eval.evaluate
+import litgpt.finetune.lora
 import litgpt.generate.base
 import litgpt.generate.sequentially
 import litgpt.generate.tp
@@ -119,6 +120,15 @@ def test_a_training_checkpoint_is_no_weights_to_start_from(monkeypatch):
         "write them with `litgpt convert_pretrained_checkpoint final OUTPUT_DIR`, or use litgpt-moe train, which takes "
         "both"
     )
+
+
+def test_a_training_checkpoint_is_no_weights_to_merge_with():
+    """Said before the training, not after it."""
+    Path("final").mkdir()
+    torch.save({"model": {}, "iter_num": 1}, "final/lit_model.pth")
+    given = dict.fromkeys(inspect.signature(litgpt.finetune.lora.main).parameters)
+    with pytest.raises(SettingsError, match="^checkpoint_dir: 'final' is a .*, or use litgpt finetune_full, which"):
+        litgpt.finetune.lora.main(**given | {"checkpoint_dir": Path("final")})
 
 
 def test_layers_that_cannot_be_divided_are_named_before_processes_start():
