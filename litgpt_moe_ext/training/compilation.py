@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from litgpt_moe_ext.config.features import MLP_CLASS_NAMES
 from litgpt_moe_ext.host.autoload import when_imported
+from litgpt_moe_ext.host.replaced import replaced
 from litgpt_moe_ext.host.without_compiler import without_compiler
 
 if TYPE_CHECKING:
@@ -106,16 +107,28 @@ def compile_scope(decision: CompileDecision) -> Iterator[None]:
     _in_scope = True
     try:
         if decision.enabled:
-            # A compiler that fails in the first step costs a warning, not the run.
             import torch._dynamo
 
-            with torch._dynamo.config.patch(suppress_errors=True):
+            # A compiler that fails in the first step costs a warning, not the run.
+            with torch._dynamo.config.patch(suppress_errors=True), _loop_left_alone():
                 yield
         else:
             with _uncompiled():
                 yield
     finally:
         _in_scope = False
+
+
+@contextlib.contextmanager
+def _loop_left_alone() -> Iterator[None]:
+    # The loop over experts differs with every batch: the compiler would make it anew for other experts without rows, or
+    # with a single one, until it gives up. A mark where the function is defined would load the compiler in every run.
+    import torch
+
+    from litgpt_moe_ext.moe.kernels import loop
+
+    with replaced(loop, {"one_by_one": torch.compiler.disable(loop.one_by_one)}):
+        yield
 
 
 @contextlib.contextmanager

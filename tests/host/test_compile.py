@@ -10,7 +10,7 @@ import torch
 from litgpt_moe_ext.host.compile import compile_where_it_works
 from litgpt_moe_ext.training import compilation
 from litgpt_moe_ext.training.compilation import CompileDecision, compile_scope, decide, obstacle
-from tests.models import dense_config, moe_config
+from tests.models import dense_config, initialized_model, moe_config
 from tests.runs import run_command
 
 # Device type, system, whether it has Triton and a C++ compiler, and the capability of its GPU.
@@ -82,6 +82,23 @@ def test_switched_off_nothing_is_compiled():
     with compile_scope(CompileDecision(True, "test")):
         assert compiled(torch.zeros(1)).item() == 1
     assert calls
+
+
+def test_the_loop_over_experts_is_not_compiled_anew_for_other_counts():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    layer = initialized_model(moe_config(expert_backend="loop")).transformer.h[-1].mlp
+    compiled, numbers = torch.compile(layer, backend=backend), []
+    with compile_scope(CompileDecision(True, "test")):
+        for seed in range(4):
+            x_BTD = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(seed))
+            torch.testing.assert_close(compiled(x_BTD), layer(x_BTD))
+            numbers.append(len(graphs))
+    assert numbers[0] == numbers[-1], numbers
 
 
 def test_a_failing_compiler_costs_a_warning_not_the_run():

@@ -37,14 +37,22 @@ def loop_experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, hidden:
         # same size. FLOP counters then see only the active experts.
         y_RD = _expert(x_RD, _each(weights)[0], hidden)
     else:
-        y_RD = _one_by_one(x_RD, routing.counts_E, weights, hidden)
+        y_RD = one_by_one(x_RD, routing.counts_E, weights, hidden)
     weights_R1 = routing.weights_TK.flatten().index_select(0, rows_R).unsqueeze(1)
     # The sum over a token's experts has the gate's precision, as in Hugging Face's DeepSeek-V3.
     y_TD = weights_R1.new_zeros(x_TD.shape).index_add(0, tokens_R, y_RD * weights_R1)
     return y_TD.to(x_TD.dtype)
 
 
-def _one_by_one(x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
+def one_by_one(x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights, hidden: Hidden) -> Tensor:
+    """Return the outputs of the experts, (R, D), in the order of their rows.
+
+    Args:
+        x_RD: Rows in the order of experts.
+        counts_E: The number of rows of each expert.
+        weights: Stacked weights of the experts.
+        hidden: What happens between the two projections.
+    """
     inputs = x_RD.split(counts_E.tolist())
     return torch.cat([_expert(x, expert, hidden) for x, expert in zip(inputs, _each(weights), strict=True)])
 
