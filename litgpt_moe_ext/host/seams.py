@@ -12,7 +12,18 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
-from litgpt_moe_ext.host import checkpoints, commands, compile, flops, model, padding, serving, streaming, token_rate
+from litgpt_moe_ext.host import (
+    checkpoints,
+    commands,
+    compile,
+    flops,
+    model,
+    padding,
+    serving,
+    sharding,
+    streaming,
+    token_rate,
+)
 
 TESTED_LITGPT = "0.5.13"
 
@@ -73,6 +84,16 @@ SEAMS = (
     Seam(
         "litgpt.utils", "load_checkpoint", "wrap", "Ends with one line where a file of weights is cut off.",
         "LitGPT does", commands.refuse_cut_off_weights,
+    ),
+    *(
+        Seam(
+            "litgpt.utils", name, "wrap", "Finds the weights in a training checkpoint for models under FSDP.",
+            "LitGPT does", apply,
+        )
+        for name, apply in (
+            ("load_checkpoint", sharding.load_training_checkpoints),
+            ("load_checkpoint_update", sharding.load_training_checkpoints_with_adapters),
+        )
     ),
     Seam(
         "litgpt.utils", "auto_download_checkpoint", "wrap", "Ends with one line where there is nothing to download.",
@@ -161,6 +182,10 @@ SEAMS = (
     Seam(
         "litgpt.finetune.full", "main", "wrap", "Makes a step and a validation means over their tokens.",
         "LitGPT's loop weighs micro-batches", padding.weigh_finetuning,
+    ),
+    Seam(
+        "litgpt.finetune.full", "main", "wrap", "Keeps balancing biases in float32 under FSDP.",
+        "Fabric leaves buffers alone", sharding.keep_biases_exact,
     ),
     Seam(
         "litgpt.finetune.full", "fit", "wrap", "Says which inputs of a batch are padding, for MoE layers.",
