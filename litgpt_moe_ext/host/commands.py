@@ -86,6 +86,47 @@ def require_weights_alone(module: Any) -> None:
         original(checkpoint_dir, *args, **kwargs)
 
 
+def require_weights_under_adapters(module: Any) -> None:
+    """Do the same where `litgpt generate_adapter` puts adapters into the weights."""
+
+    @wrapping(module, "main")
+    def main(original: Any, checkpoint_dir: Path, *args: Any, **kwargs: Any) -> None:
+        _refuse_training_checkpoint("checkpoint_dir", checkpoint_dir)
+        original(checkpoint_dir, *args, **kwargs)
+
+
+def require_weights_under_lora(module: Any) -> None:
+    """Do the same where `litgpt merge_lora` is told the weights to merge with."""
+
+    @wrapping(module, "merge_lora")
+    def merge_lora(
+        original: Any, checkpoint_dir: Path, pretrained_checkpoint_dir: Path | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        if pretrained_checkpoint_dir is not None:
+            _refuse_training_checkpoint("pretrained_checkpoint_dir", pretrained_checkpoint_dir)
+        original(checkpoint_dir, pretrained_checkpoint_dir, *args, **kwargs)
+
+
+def require_response_mark(module: Any) -> None:
+    """Refuse prompts without the words after which `litgpt generate_full` prints; it would fail after generating."""
+    mark = "### Response:"
+
+    @wrapping(module, "main")
+    def main(original: Any, checkpoint_dir: Path, *args: Any, **kwargs: Any) -> None:
+        from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
+        from litgpt.utils import extend_checkpoint_dir
+
+        config, found = config_in(checkpoint_dir), extend_checkpoint_dir(Path(checkpoint_dir))
+        if config is not None and uses_plugin(config):
+            style = load_prompt_style(found) if has_prompt_style(found) else PromptStyle.from_config(config)
+            if mark not in style.apply("", sys_prompt=None, input=""):
+                raise SettingsError(
+                    f"checkpoint_dir: prompts of {quoted(checkpoint_dir)} ({type(style).__name__}) have no {mark!r}, "
+                    "after which this command prints; use litgpt generate on the finetuned checkpoint"
+                )
+        original(checkpoint_dir, *args, **kwargs)
+
+
 def require_weights_to_start(pretrain: Any) -> None:
     """Do the same where plain `litgpt pretrain` starts from weights; this package's training accepts both kinds."""
 
@@ -110,7 +151,7 @@ def require_weights_to_merge(finetune: Any) -> None:
         return original(*args, **kwargs)
 
 
-def _refuse_training_checkpoint(setting: str, checkpoint_dir: Path, instead: str) -> None:
+def _refuse_training_checkpoint(setting: str, checkpoint_dir: Path, instead: str | None = None) -> None:
     from litgpt.utils import extend_checkpoint_dir
 
     from litgpt_moe_ext.files.archives import open_archive
@@ -120,7 +161,7 @@ def _refuse_training_checkpoint(setting: str, checkpoint_dir: Path, instead: str
         command = in_shell("litgpt", "convert_pretrained_checkpoint", checkpoint_dir, "OUTPUT_DIR")
         raise SettingsError(
             f"{setting}: {quoted(checkpoint_dir)} is a training checkpoint, but this command needs the weights alone; "
-            f"write them with `{command}`, or use {instead}, which takes both"
+            f"write them with `{command}`" + (f", or use {instead}, which takes both" if instead else "")
         )
 
 
@@ -251,19 +292,26 @@ def config_in(checkpoint_dir: Path) -> Any:
 
 
 def require_pretrained(module: Any) -> None:
-    """Refuse, in one line, to convert a pretraining checkpoint that does not exist."""
+    """Refuse, in one line, to convert a pretraining checkpoint that does not exist, or weights alone."""
 
     @wrapping(module, "convert_pretrained_checkpoint")
     def convert_pretrained_checkpoint(original: Any, checkpoint_dir: Path, output_dir: Path) -> None:
-        _require_checkpoint(checkpoint_dir)
+        from litgpt_moe_ext.files.archives import open_archive
+
+        file = _require_checkpoint(checkpoint_dir) / WEIGHTS_FILE
+        if "model" not in open_archive(file, "checkpoint_dir"):
+            raise SettingsError(
+                f"checkpoint_dir: {quoted(checkpoint_dir)} has the weights alone already; use it as it is"
+            )
         original(checkpoint_dir, output_dir)
 
 
-def _require_checkpoint(checkpoint_dir: Path) -> None:
+def _require_checkpoint(checkpoint_dir: Path) -> Path:
     from litgpt.utils import check_valid_checkpoint_dir, extend_checkpoint_dir
 
     found = extend_checkpoint_dir(Path(checkpoint_dir))
     check_valid_checkpoint_dir(found, verbose=False, raise_error=True, ignore_tokenizer_files=True)
+    return found
 
 
 def refuse_in_one_line(module: Any) -> None:

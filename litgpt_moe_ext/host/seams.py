@@ -23,6 +23,7 @@ from litgpt_moe_ext.host import (
     sharding,
     streaming,
     token_rate,
+    validation,
 )
 
 TESTED_LITGPT = "0.5.13"
@@ -98,6 +99,14 @@ SEAMS = (
     Seam(
         "litgpt.utils", "auto_download_checkpoint", "wrap", "Ends with one line where there is nothing to download.",
         "LitGPT does", commands.download_only_models,
+    ),
+    Seam(
+        "litgpt.utils", "estimate_model_memory", "wrap", "Counts all experts, for `litgpt validate`.",
+        "LitGPT's formula does", validation.count_all_parameters,
+    ),
+    Seam(
+        "litgpt.scripts.validate", "Config", "wrap", "Understands the mark that says a checkpoint needs the plugin.",
+        "LitGPT reads it by Config.from_file", validation.accept_mark,
     ),
     Seam(
         "litgpt.model", "__getattr__", "add", "Offers the MLP classes, which LitGPT looks up there by name.",
@@ -209,6 +218,21 @@ SEAMS = (
         )
         for module in ("litgpt.generate.tp", "litgpt.generate.sequentially")
     ),
+    *(
+        Seam(
+            module, "main", "wrap", "Ends with one line at a training checkpoint.",
+            "LitGPT finds the weights in one", commands.require_weights_under_adapters,
+        )
+        for module in ("litgpt.generate.adapter", "litgpt.generate.adapter_v2")
+    ),
+    Seam(
+        "litgpt.scripts.merge_lora", "merge_lora", "wrap", "Ends with one line at a training checkpoint.",
+        "LitGPT finds the weights in one", commands.require_weights_under_lora,
+    ),
+    Seam(
+        "litgpt.generate.full", "main", "wrap", "Refuses prompts without the mark after which it prints.",
+        "LitGPT prints without it", commands.require_response_mark,
+    ),
     Seam(
         "litgpt.tokenizer", "Tokenizer.encode", "wrap", "Ends with one line at a text that is not Unicode.",
         "LitGPT does", commands.refuse_undecoded_text,
@@ -253,7 +277,8 @@ SEAMS = (
     ),
     Seam(
         "litgpt.scripts.convert_pretrained_checkpoint", "convert_pretrained_checkpoint", "wrap",
-        "Ends with one line where there is no checkpoint.", "LitGPT does", commands.require_pretrained,
+        "Ends with one line where there is no checkpoint, or nothing to convert.", "LitGPT does",
+        commands.require_pretrained,
     ),
     Seam(
         "litgpt.eval.evaluate", "convert_and_evaluate", "wrap",

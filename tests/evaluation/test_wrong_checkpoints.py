@@ -10,15 +10,20 @@ import lightning
 import litgpt.chat.base
 import litgpt.eval.evaluate
 import litgpt.finetune.lora
+import litgpt.generate.adapter
+import litgpt.generate.adapter_v2
 import litgpt.generate.base
+import litgpt.generate.full
 import litgpt.generate.sequentially
 import litgpt.generate.tp
 import litgpt.pretrain
 import litgpt.scripts.convert_lit_checkpoint
 import litgpt.scripts.convert_pretrained_checkpoint
+import litgpt.scripts.merge_lora
+import litgpt.scripts.validate
 import pytest
 import torch
-from litgpt import LLM
+from litgpt import GPT, LLM
 from litgpt.utils import save_config
 
 from litgpt_moe_ext.errors import SettingsError
@@ -129,6 +134,52 @@ def test_a_training_checkpoint_is_no_weights_to_merge_with():
     given = dict.fromkeys(inspect.signature(litgpt.finetune.lora.main).parameters)
     with pytest.raises(SettingsError, match="^checkpoint_dir: 'final' is a .*, or use litgpt finetune_full, which"):
         litgpt.finetune.lora.main(**given | {"checkpoint_dir": Path("final")})
+
+
+@pytest.mark.parametrize(
+    ("setting", "command"),
+    [
+        ("checkpoint_dir", litgpt.generate.adapter.main),
+        ("checkpoint_dir", litgpt.generate.adapter_v2.main),
+        ("pretrained_checkpoint_dir", partial(litgpt.scripts.merge_lora.merge_lora, Path("lora"))),
+    ],
+)
+def test_a_training_checkpoint_is_nothing_to_put_trained_parts_into(setting: str, command: Callable):
+    Path("final").mkdir()
+    torch.save({"model": {}, "iter_num": 1}, "final/lit_model.pth")
+    with pytest.raises(
+        SettingsError, match=f"^{setting}: 'final' is a .* `litgpt convert_pretrained_checkpoint final OUTPUT_DIR`$"
+    ):
+        command(Path("final"))
+
+
+def test_weights_alone_are_no_training_checkpoint_to_convert():
+    """Said before a folder is made for the result."""
+    Path("bare").mkdir()
+    torch.save({"lm_head.weight": torch.ones(1)}, "bare/lit_model.pth")
+    save_config(moe_config(), Path("bare"))
+    with pytest.raises(SettingsError, match="^checkpoint_dir: 'bare' has the weights alone already; use it as it is$"):
+        COMMANDS["convert_pretrained"](Path("bare"))
+    assert not Path("out").exists()
+
+
+def test_prompts_without_the_mark_after_which_generate_full_prints():
+    Path("final").mkdir()
+    save_config(moe_config(), Path("final"))
+    with pytest.raises(SettingsError, match="^checkpoint_dir: prompts of 'final' .Default. have no '### Response:', "):
+        litgpt.generate.full.main(Path("final"))
+
+
+def test_validate_knows_the_mark_and_all_experts(capsys):
+    Path("final").mkdir()
+    config, model = moe_config(), GPT(moe_config())
+    save_config(config, Path("final"))
+    torch.save({"model": model.state_dict()}, "final/lit_model.pth")
+    with pytest.raises(SystemExit):  # there is no tokenizer
+        litgpt.scripts.validate.validate_setup(Path("final"), dtype="bfloat16", training=True)
+    said = capsys.readouterr().out
+    assert "Checkpoint keys and shapes match the model" in said
+    assert f"Estimated parameters: {sum(weight.numel() for weight in model.parameters()):,}" in said
 
 
 def test_layers_that_cannot_be_divided_are_named_before_processes_start():
