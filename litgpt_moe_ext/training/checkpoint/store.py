@@ -8,6 +8,7 @@ A checkpoint is LitGPT's: `lit_model.pth` (model, optimizer, data position, coun
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,19 +38,35 @@ def publish(staging: Path, target: Path) -> None:
         # Not written by a run like this one, so it may hold something irreplaceable; or a link to a disk that is gone.
         rename(target, free_name(target))
     elif there:
-        _delete(replaced)
+        _vacate(replaced)
         rename(target, replaced)
     rename(staging, target)
     flush(target.parent)
-    _delete(replaced)
+    _vacate(replaced)
 
 
-def _delete(path: Path) -> None:
-    # Of a link, which the user has made to a checkpoint elsewhere, only the link.
-    if path.is_dir() and not path.is_symlink():
+def _delete(path: Path) -> OSError | None:
+    """Delete what is at a path, or all of it that can be; return why the rest cannot."""
+    try:
+        # Of a link, which the user has made to a checkpoint elsewhere, only the link.
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
         shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+        return error if os.path.lexists(path) else None
+    return None
+
+
+def _vacate(path: Path) -> None:
+    """Make a name free: delete what has it, or give it one that the next run deletes.
+
+    A network disk keeps what somebody is reading, as `best` during an evaluation, in its folder. Files of other users
+    stay as well.
+    """
+    if _delete(path) is not None:
+        rename(path, path.with_name(f"{path.name}-{uuid.uuid4().hex[:8]}.removed"))
 
 
 def link(source: Path, target: Path) -> None:
@@ -82,11 +99,16 @@ class SaveError(Exception):
 
 
 def remove(directory: Path) -> None:
-    """Delete a checkpoint; its name never refers to a half-deleted directory."""
+    """Delete a checkpoint; its name never refers to a half-deleted directory.
+
+    Raises:
+        OSError: If it keeps its name, or something of it stays under another.
+    """
     doomed = directory.with_name(f".{directory.name}.removed")
-    _delete(doomed)
+    _vacate(doomed)
     rename(directory, doomed)
-    _delete(doomed)
+    if (error := _delete(doomed)) is not None:
+        raise error
 
 
 def recover(out_dir: Path) -> list[str]:
@@ -99,13 +121,14 @@ def recover(out_dir: Path) -> list[str]:
     for path in sorted(out_dir.glob(".*.replaced")):
         original = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
         if original.exists():
-            _delete(path)
+            _vacate(path)
         else:
             rename(path, original)
             done.append(f"Found {original} under the name it had while it was being replaced, and named it back.")
     for pattern in (".*.incomplete", ".*.removed", f"{WRITE_TEST}*"):
         for path in out_dir.glob(pattern):
-            _delete(path)
+            if (error := _delete(path)) is not None:
+                done.append(f"{path} is left of an earlier checkpoint and cannot be deleted: {error.strerror or error}")
     return done
 
 

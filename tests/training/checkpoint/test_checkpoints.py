@@ -514,6 +514,35 @@ def test_half_of_a_deleted_checkpoint_is_never_found(tmp_path, monkeypatch):
     assert directories(tmp_path) == []
 
 
+def test_what_cannot_be_deleted_does_not_keep_the_next_checkpoint_from_its_name(tmp_path, monkeypatch):
+    """As a file of NFS that somebody reads, whose deletion leaves another in its place."""
+    out, unlink, busy = tmp_path / "out", os.unlink, []
+
+    def refuse(path, **options):
+        if Path(path).name == ".nfs1" and busy:
+            raise OSError(errno.EBUSY, "Device or resource busy", path)
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    busy.append("read by an evaluation")
+    for step in (1, 2, 3, 4):
+        staging = out / ".best.incomplete"
+        staging.mkdir(parents=True)
+        Progress(1, step, step, 1, 0.0).write(staging)
+        (staging / ".nfs1").touch()
+        (staging / "lit_model.pth").touch()
+        checkpoints.publish(staging, out / "best")
+        assert step_of(out / "best") == step
+    assert list(out.glob("*/*.pth")) == [out / "best" / "lit_model.pth"], "the rest is deleted"
+    with pytest.raises(OSError, match="busy"):
+        checkpoints.remove(out / "best")
+    assert not (out / "best").exists()
+    assert len(checkpoints.recover(out)) == 4
+    busy.clear()
+    assert checkpoints.recover(out) == []
+    assert directories(out) == [], "and nothing half-deleted has become the best"
+
+
 def test_settings_nested_too_deep_are_none(tmp_path):
     (tmp_path / "hyperparameters.yaml").write_text("[" * 1500)
     assert read(tmp_path) == {}
