@@ -108,7 +108,7 @@ def require_weights_under_lora(module: Any) -> None:
 
 
 def require_response_mark(module: Any) -> None:
-    """Refuse prompts without the words after which `litgpt generate_full` prints; it would fail after generating."""
+    """Refuse prompts without the words after which LitGPT prints; it would fail after it has generated."""
     mark = "### Response:"
 
     @wrapping(module, "main")
@@ -122,7 +122,7 @@ def require_response_mark(module: Any) -> None:
             if mark not in style.apply("", sys_prompt=None, input=""):
                 raise SettingsError(
                     f"checkpoint_dir: prompts of {quoted(checkpoint_dir)} ({type(style).__name__}) have no {mark!r}, "
-                    "after which this command prints; use litgpt generate on the finetuned checkpoint"
+                    "after which this command prints; copy the prompt_style.yaml there that finetuning wrote"
                 )
         original(checkpoint_dir, *args, **kwargs)
 

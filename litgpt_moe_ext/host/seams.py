@@ -229,9 +229,12 @@ SEAMS = (
         "litgpt.scripts.merge_lora", "merge_lora", "wrap", "Ends with one line at a training checkpoint.",
         "LitGPT finds the weights in one", commands.require_weights_under_lora,
     ),
-    Seam(
-        "litgpt.generate.full", "main", "wrap", "Refuses prompts without the mark after which it prints.",
-        "LitGPT prints without it", commands.require_response_mark,
+    *(
+        Seam(
+            module, "main", "wrap", "Refuses prompts without the mark after which it prints.",
+            "LitGPT prints without it", commands.require_response_mark,
+        )
+        for module in ("litgpt.generate.full", "litgpt.generate.adapter")
     ),
     Seam(
         "litgpt.tokenizer", "Tokenizer.encode", "wrap", "Ends with one line at a text that is not Unicode.",

@@ -163,11 +163,12 @@ def test_weights_alone_are_no_training_checkpoint_to_convert():
     assert not Path("out").exists()
 
 
-def test_prompts_without_the_mark_after_which_generate_full_prints():
+@pytest.mark.parametrize("command", [litgpt.generate.full.main, litgpt.generate.adapter.main])
+def test_prompts_without_the_mark_after_which_a_command_prints(command: Callable):
     Path("final").mkdir()
     save_config(moe_config(), Path("final"))
     with pytest.raises(SettingsError, match="^checkpoint_dir: prompts of 'final' .Default. have no '### Response:', "):
-        litgpt.generate.full.main(Path("final"))
+        command(Path("final"))
 
 
 def test_validate_knows_the_mark_and_all_experts(capsys):

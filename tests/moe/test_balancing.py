@@ -169,6 +169,16 @@ def test_a_router_that_was_updated_once_has_an_owner():
         torch.optim.SGD(moe.experts.parameters(), lr=1e-3).step()
 
 
+def test_a_frozen_gate_keeps_its_bias():
+    """As under adapters, where LitGPT gives the optimizer all weights and saves those of the adapters."""
+    moe = make_moe(router_bias_update_rate=0.01)
+    moe.gate.requires_grad_(False)
+    moe(torch.randn(2, 7, 16)).sum().backward()
+    torch.optim.SGD(moe.parameters(), lr=1e-3).step()
+    assert moe.gate.load_E.sum() == 28
+    assert not moe.gate.e_score_correction_bias.any()
+
+
 def test_routers_of_one_optimizer_move_by_their_own_settings():
     """As those of two models that are trained together."""
     rate, warmup = {"router_bias_update_rate": 0.1}, {"warmup_steps": 4}

@@ -162,7 +162,9 @@ def update_routers(routers: "Iterable[Router]") -> None:
     by_settings = defaultdict(list)
     for router, record in zip(routers, sums.split([len(tally) for tally in tallies]), strict=True):
         router.record = record
-        if router.bias_update_rate:
+        # Adapters are trained beside frozen gates, and their checkpoints hold no bias that would have moved.
+        frozen = router.weight is not None and not router.weight.requires_grad
+        if router.bias_update_rate and not frozen:
             by_settings[router.n_expert, router.bias_update_rate, str(router.bias_update_schedule)].append(router)
     for group in by_settings.values():
         _move_biases(group)
