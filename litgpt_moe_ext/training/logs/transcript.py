@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -83,6 +84,8 @@ class Transcript:
         try:
             yield
         finally:
+            for recorder in recorders:
+                recorder.give_up()
             # Leave streams alone that other code has replaced in the meantime.
             if sys.stdout is recorders[0]:
                 sys.stdout = before[0]
@@ -110,6 +113,16 @@ class _SafeStream:
     def flush(self) -> None:
         with self._unharmed():
             self._stream.flush()
+
+    def give_up(self) -> None:
+        """Drop what the stream still cannot write; Python would fail to, and end a finished run as a failed one."""
+        try:
+            self._stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError, ValueError):  # a replaced stream has no descriptor
+                with open(os.devnull, "w") as nowhere:
+                    os.dup2(nowhere.fileno(), self._stream.fileno())
+                self._stream.flush()
 
     @contextlib.contextmanager
     def _unharmed(self) -> Iterator[None]:

@@ -349,3 +349,14 @@ def test_transcript_keeps_the_last_state_of_a_line(tmp_path, monkeypatch):
         print("\x1b[1mbold\x1b[0m")
     assert (tmp_path / "train.log").read_text() == "early\n100 %\nbold\n"
     assert sys.stdout.getvalue() == "early\n10 %\r50 %\r100 %\n\x1b[1mbold\x1b[0m\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+def test_an_output_that_cannot_be_written_does_not_fail_a_finished_run(monkeypatch):
+    """Python writes again at its end what is left; its status would be 120."""
+    with open("/dev/full", "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        with Transcript().recording():
+            print("step 1/1")
+        assert sys.stdout is output
+        output.flush()
