@@ -21,6 +21,9 @@ from litgpt_moe_ext.study.plan import Run
 from litgpt_moe_ext.study.report.analysis import first_below
 from litgpt_moe_ext.study.text_bytes import bytes_per_token, validated_on
 from litgpt_moe_ext.study.twin import count
+from litgpt_moe_ext.training.checkpoint.hyperparameters import FILE_NAME as HYPERPARAMETERS
+from litgpt_moe_ext.training.checkpoint.progress import step_of
+from litgpt_moe_ext.training.logs import WIDE_FILE
 
 MAX_VIO = "moe/max_vio"
 # The balance that a router should reach, and the final fraction of a run over which balance and loss are averaged.
@@ -170,6 +173,11 @@ def _read_result(
 ) -> Result:
     final = folder / "final"
     recipe = load_recipe(final)
+    log = load_run(folder, run.title)
+    if not (final / HYPERPARAMETERS).is_file():
+        raise SettingsError(f"{HYPERPARAMETERS} is missing")
+    if (problem := _unfinished(log, final, recipe)) is not None:
+        raise SettingsError(problem)
     # The cost of attention depends on the sequence length.
     model = (final / CONFIG_FILE).read_text(encoding="utf-8"), recipe.sequence_length
     text = validated_on(recipe)
@@ -178,7 +186,21 @@ def _read_result(
     if text not in lengths:
         lengths[text] = bytes_per_token(recipe, final)
     where = _trained_on(folder / FINISHED, recipe.settings.precision)
-    return Result(run, load_run(folder, run.title), *costs[model], lengths[text], where)
+    return Result(run, log, *costs[model], lengths[text], where)
+
+
+def _unfinished(log: RunLog, final: Path, recipe: Recipe) -> str | None:
+    """Return how a log ends before its run; None if it does not. A full disk does not end a run, but its log."""
+    settings, end, steps = recipe.settings, step_of(final), log.columns.get("step")
+    if end is None or steps is None:
+        return None
+    if settings.eval.final_validation:
+        losses = log.columns.get("val_loss", np.full(len(steps), np.nan))
+        last, whole = max(steps[~np.isnan(losses)], default=0), end
+        what = "has validations"
+    else:
+        last, whole, what = steps[-1], end - settings.train.log_interval + 1, "has lines"
+    return f"{WIDE_FILE} {what} to step {last:g} only, of {end}" if last < whole else None
 
 
 def _trained_on(file: Path, precision: str | None) -> TrainedOn | None:

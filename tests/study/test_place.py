@@ -25,6 +25,7 @@ from litgpt_moe_ext.study.place import Places, TrainedOn
 from litgpt_moe_ext.study.plan import BUDGET, Run, Study
 from litgpt_moe_ext.study.report.page import COLUMNS, grouped, rows, study_page, verdicts
 from litgpt_moe_ext.study.results import Result, csv_text, read_results
+from litgpt_moe_ext.training.checkpoint.progress import Progress
 from tests.models import moe_config
 from tests.runs import PATIENCE
 
@@ -205,13 +206,19 @@ def test_costs_are_those_of_the_checkpoint(tmp_path):
         assert reached.flops_per_token == count_flops(config, length, training=True) / length
 
 
+_TABLE = "step,total_tokens,loss,val_loss\n2,200,3.0,2.9\n"
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
         ("finished.json", "", "finished.json is damaged"),
         ("finished.json", '{"trained_on": {"a": 1}}', "finished.json is damaged"),
         ("final/model_config.yaml", None, "must have a model_config.yaml"),
+        ("final/hyperparameters.yaml", None, "hyperparameters.yaml is missing"),
         ("metrics-wide.csv", None, "with metrics-wide.csv"),
+        ("metrics-wide.csv", f"{_TABLE}4,400,2.5,", "metrics-wide.csv has validations to step 2 only, of 4"),
+        ("metrics-wide.csv", f"{_TABLE}4,400,2.5,1", "metrics-wide.csv has validations to step 2 only, of 4"),
     ],
 )
 def test_a_finished_run_that_was_changed_is_named_with_its_remedy(file, content, message, tmp_path):
@@ -220,9 +227,11 @@ def test_a_finished_run_that_was_changed_is_named_with_its_remedy(file, content,
     folder = tmp_path / run.key
     (folder / "final").mkdir(parents=True)
     save_config(moe_config(), folder / "final")
+    (folder / "final" / "hyperparameters.yaml").write_text("{}")
+    Progress(1, 4, 4, 1, 0.0).write(folder / "final")
     (folder / "finished.json").write_text("{}")
-    (folder / "metrics-wide.csv").write_text("step,total_tokens,loss\n1,100,3.0\n")
-    assert len(read_results([run], tmp_path)) == 1
+    (folder / "metrics-wide.csv").write_text(f"{_TABLE}4,400,2.5,2.4\n")
+    assert [result.val_loss for result in read_results([run], tmp_path)] == [2.4]
     if content is None:
         (folder / file).unlink()
     else:

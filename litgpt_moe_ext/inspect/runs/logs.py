@@ -1,6 +1,7 @@
 """Training runs, read from their CSV logs."""
 
 import csv
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,11 +120,13 @@ def _read(path: Path) -> list[dict[str, float]]:
     tokens = math.nan
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            for fields in csv.DictReader(file):
-                row = {name: number for name, text in fields.items() if (number := _number(text)) is not None}
-                tokens = row.setdefault(TOKENS, tokens)
-                if math.isfinite(tokens):
-                    rows.append(row)
+            # A kill, a full disk, or a run that is writing cuts the last line off, perhaps within a number.
+            whole = file.read().rpartition("\n")[0]
+        for fields in csv.DictReader(io.StringIO(whole)):
+            row = {name: number for name, text in fields.items() if (number := _number(text)) is not None}
+            tokens = row.setdefault(TOKENS, tokens)
+            if math.isfinite(tokens):
+                rows.append(row)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise SettingsError(f"run_dirs: {path} cannot be read ({reason}); copy it again") from error
