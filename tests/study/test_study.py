@@ -658,11 +658,23 @@ def test_losses_are_drawn_over_what_they_cost(pays):
         assert (curve.get_xdata()[-1], dots.get_xdata().tolist()) == (cost, [cost])
 
 
-def test_a_smoothed_curve_begins_with_the_mean_of_what_there_is():
-    assert smooth(np.array([2.0, 4.0, 9.0])) == pytest.approx([2, 3, 5])
-    late = smooth(np.array([0.0] * 9 + [1.0]))
-    assert late[-1] == pytest.approx(0.2)
-    assert np.isinf(smooth(np.array([1.0, np.inf, 1.0]))[1:]).all()
+@pytest.mark.parametrize("length", [1, 2, 10, 25, 60])
+def test_a_smoothed_curve_does_not_lag(length):
+    straight = 7.0 - 0.5 * np.arange(length)
+    assert smooth(straight) == pytest.approx(straight)
+
+
+def test_two_models_that_are_level_at_any_time_are_so_however_slow_the_steps_of_one():
+    slow, fast = ((seconds := np.arange(0.0, 120, each), smooth(6 * np.exp(-seconds / 60))) for each in (3, 2))
+    assert np.interp(slow[0], *fast) == pytest.approx(slow[1], abs=0.03)
+
+
+def test_a_smoothed_curve_has_the_mean_of_nine_values_and_ends_where_they_do():
+    values = np.random.default_rng(0).normal(size=40)
+    assert smooth(values)[10] == pytest.approx(values[6:15].mean())
+    assert smooth(values)[-1] == pytest.approx(np.polyval(np.polyfit(range(9), values[-9:], 1), 8))
+    assert smooth(values[:9]) == pytest.approx(values[:9]), "too few"
+    assert np.isinf(smooth(np.array([1.0, 2.0, np.inf, 1.0]))).tolist() == [False, False, True, True]
 
 
 @pytest.mark.parametrize(("points", "scale"), [(2, "linear"), (8, "log")])

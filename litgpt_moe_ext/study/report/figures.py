@@ -13,8 +13,8 @@ from litgpt_moe_ext.study.report.compare import Difference
 from litgpt_moe_ext.study.results import EVEN, MAX_VIO, Curve, Result
 from litgpt_moe_ext.study.search import by_place, mean_val_loss
 
-# Weight of the newest value in a smoothed curve.
-_NEW_WEIGHT = 0.2
+# Values on either side of one that a smoothed curve takes into account, at most so many or this share of the curve.
+_HALF, _HALF_SHARE = 4, 0.1
 
 
 def difference_figure(found: dict[str, Difference]) -> Figure:
@@ -126,13 +126,28 @@ def _legend(figure: Figure, groups: Mapping[str, Any], shown: Sequence[str] | No
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Return the exponential moving average of a curve, without bias at its start."""
-    averages, average = np.empty(len(values)), 0.0
-    for i, value in enumerate(values):
-        weight = max(_NEW_WEIGHT, 1 / (i + 1))
-        average = (1 - weight) * average + weight * value  # stays infinite once it is
-        averages[i] = average
-    return averages
+    """Return a curve with each value replaced by that of a straight line through the values around it.
+
+    An average of past values would lag behind a falling loss, in seconds the more the slower the steps: of two models
+    that are level at any time, the faster one would seem to be ahead.
+
+    Args:
+        values: The curve; from its first value on that is not finite, the result is infinite.
+    """
+    gaps = np.flatnonzero(~np.isfinite(values))
+    end = int(gaps[0]) if len(gaps) else len(values)
+    smoothed = np.full(len(values), np.inf)
+    half = min(_HALF, int(end * _HALF_SHARE))
+    width = 2 * half + 1
+    # In the middle of its values, a line has their mean.
+    smoothed[half : end - half] = np.convolve(values[:end], np.full(width, 1 / width), "valid") if end else []
+    for i in (*range(half), *range(end - half, end)):
+        # The curve is steepest at the start, so fewer values there; its end is what runs are compared by.
+        around = np.arange(max(0, min(i - half, end - width)), min(end, i + half + 1))
+        offset = around - around.mean()
+        slope = offset @ values[around] / (offset @ offset)
+        smoothed[i] = values[around].mean() + slope * (i - around.mean())
+    return smoothed
 
 
 def mean(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
