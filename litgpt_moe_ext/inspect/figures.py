@@ -19,6 +19,7 @@ from litgpt_moe_ext.pictures.style import (
     FONT_SIZE,
     LARGEST_LOG2,
     STYLE,
+    begin_at_zero,
     clipped_log2,
     color_bar,
     ratio_bar,
@@ -78,7 +79,10 @@ def balance_figure(layers: Sequence[Mapping[str, Any]]) -> Figure:
             axes.plot(numbers, values, marker="o", markersize=3.5, color="#30638e")
             axes.set_title(title)
             axes.set_xlabel("layer")
-            axes.set_ylim(0, None if title.startswith(("MaxVio", "Information")) else 1.05)
+            if title.startswith(("MaxVio", "Information")):
+                begin_at_zero(axes)
+            else:
+                axes.set_ylim(0, 1.05)
             whole_numbers(axes)
     return figure
 

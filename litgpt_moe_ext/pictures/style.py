@@ -118,6 +118,13 @@ def shortened(name: str, length: int) -> str:
     return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
+def begin_at_zero(axes: Axes) -> None:
+    """Let the y axis begin at 0, and end above the highest value drawn so far."""
+    highest = axes.dataLim.y1
+    # matplotlib's own margin is a share of the range of the values: next to none if they are alike.
+    axes.set_ylim(0, 1.05 * highest if np.isfinite(highest) and highest > 0 else None)
+
+
 def whole_numbers(axes: Axes) -> None:
     """Restrict the ticks of the x axis to whole numbers."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

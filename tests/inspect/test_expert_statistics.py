@@ -110,6 +110,18 @@ def test_a_single_expert_has_a_picture():
     assert [len(axes.lines) for axes in figure.axes] == [1, 1, 1, 1]
 
 
+def test_the_highest_value_is_seen_below_the_frame():
+    """Also of values that are nearly alike."""
+    entropies = {"load_entropy": 1.0, "router_entropy": 0.5, "router_entropy_of_even": 1.0}
+    layers = [
+        {"layer": i, "n_expert": 2, "max_vio": v, "class_information": v, **entropies} for i, v in ((0, 9), (1, 8.9))
+    ]
+    for axes in balance_figure(layers).axes:
+        bottom, top = axes.get_ylim()
+        assert bottom == 0
+        assert max(axes.lines[0].get_ydata()) <= 0.96 * top
+
+
 def test_full_agreement_is_seen_below_the_frame():
     entry = {"layer": 0, "matching": [0, 1], "overlap_EE": [[1, 0], [0, 1]], "matched": 1.0, "same": 1.0, "chance": 0.5}
     first = agreement_figure([entry], ("a", "b")).axes[0]

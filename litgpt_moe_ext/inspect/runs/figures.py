@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from litgpt_moe_ext.inspect.runs.logs import RunLog
-from litgpt_moe_ext.pictures.style import STYLE, legend_below
+from litgpt_moe_ext.pictures.style import STYLE, begin_at_zero, legend_below
 
 _TITLES = ("Loss (dots: validation)", "Tokens per second", "MaxVio of the worst layer (0 is even)", "Gradient norm")
 
@@ -35,7 +35,7 @@ def curves_figure(runs: Sequence[RunLog]) -> Figure:
             ):
                 axes.plot(tokens, values, color=color, linewidth=width)
             panels[0, 0].plot(*run.series("val_loss"), "o", color=color, markersize=3.5)
-        panels[0, 1].set_ylim(bottom=0)
+        begin_at_zero(panels[0, 1])
         panels[0, 1].yaxis.set_major_formatter(EngFormatter(sep=""))
         _mark_empty(panels.flat)
         legend_below(figure, [(run.name, f"C{i % 10}") for i, run in enumerate(runs)])

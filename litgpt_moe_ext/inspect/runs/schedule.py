@@ -10,7 +10,7 @@ from matplotlib.ticker import EngFormatter
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import PositiveInt, checked
 from litgpt_moe_ext.host.without_compiler import without_compiler
-from litgpt_moe_ext.pictures.style import STYLE
+from litgpt_moe_ext.pictures.style import STYLE, begin_at_zero
 from litgpt_moe_ext.training.optim.schedules import Schedule, count_steps, schedule_steps
 from litgpt_moe_ext.training.phases.checks import check_batch, peak_rate
 from litgpt_moe_ext.training.settings import Settings
@@ -77,7 +77,7 @@ def schedule_figure(rates: Mapping[str, Sequence[float]]) -> Figure:
             axes.plot(range(1, len(values) + 1), values, _STYLES[i % len(_STYLES)], linewidth=1.3, label=name)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("learning rate")
-        axes.set_ylim(bottom=0)
+        begin_at_zero(axes)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         axes.grid(alpha=0.25, linewidth=0.5)

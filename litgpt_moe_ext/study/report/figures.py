@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator
 
-from litgpt_moe_ext.pictures.style import STYLE, legend_below
+from litgpt_moe_ext.pictures.style import STYLE, begin_at_zero, legend_below
 from litgpt_moe_ext.study.report.compare import Difference
 from litgpt_moe_ext.study.results import EVEN, MAX_VIO, Curve, Result
 from litgpt_moe_ext.study.search import by_place, mean_val_loss
@@ -110,7 +110,7 @@ def balance_figure(groups: dict[str, list[Result]]) -> Figure:
                 tokens, values.min(axis=0), values.max(axis=0), color=f"C{i % 10}", alpha=0.15, linewidth=0
             )
         axes.axhline(EVEN, color="#777777", linewidth=0.8, linestyle=":")
-        axes.set_ylim(bottom=0)
+        begin_at_zero(axes)
         axes.set_xlabel("tokens")
         axes.set_ylabel("MaxVio")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
