@@ -217,6 +217,12 @@ def _register(_module) -> None:
         warnings.warn(f"litgpt_moe_ext could not extend LitGPT and is inactive: {error}", RuntimeWarning, stacklevel=2)
 
 
+def _import_model() -> None:
+    # Else `litgpt.api` imports `litgpt.chat.base`, and that the model, at whose import changes are arranged: too late
+    # for these two.
+    import litgpt.model  # noqa: F401
+
+
 # Packages that import LitGPT or lightning sooner or later; processes without them are left alone.
 _IMPORTERS = (
     "litgpt",
@@ -245,4 +251,5 @@ def install() -> None:
     if not disabled():
         for name in _IMPORTERS:
             before_import(name, _postpone_imports)
+        before_import("litgpt.api", _import_model)
         when_imported("litgpt.model", _register)

@@ -18,6 +18,8 @@ import torch.nn.functional as F  # noqa: E402
 from litgpt import GPT, Config  # noqa: E402
 from litgpt.utils import save_config  # noqa: E402
 
+from litgpt_moe_ext.host.autoload import _finder  # noqa: E402
+
 SMALL = {"block_size": 32, "n_layer": 2, "padded_vocab_size": 64, "vocab_size": 64}
 CONFIGS = {
     "pythia": ("pythia-14m", {"n_embd": 32, "n_head": 4, "head_size": None, "intermediate_size": 64}),
@@ -153,5 +155,7 @@ if __name__ == "__main__":
         Config, "attention_class_name"
     )
     result["loaded"] = LOADED
+    # Modules that were imported before their changes could be arranged.
+    result["unchanged"] = sorted(_finder.after.keys() & sys.modules.keys())
     result["a checkpoint of the plugin"] = open_checkpoint(sys.argv[1])
     print("REPORT" + json.dumps(result))

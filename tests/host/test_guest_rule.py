@@ -69,6 +69,11 @@ def test_what_takes_long_to_import_is_postponed(reports):
     assert set(without_plugin["loaded"]) >= {"scipy", "torch._dynamo", "transformers"}
 
 
+def test_no_module_is_imported_before_its_changes_are_arranged(reports):
+    with_plugin, _ = reports
+    assert with_plugin["unchanged"] == []
+
+
 def test_plain_python_is_left_alone():
     """The start-up hook loads neither torch nor LitGPT, and says nothing."""
     result = run(
