@@ -46,6 +46,20 @@ def test_pairs_that_always_go_together():
     assert lift[0, 2].item() == 0
 
 
+def test_pairs_that_are_drawn_by_uneven_loads_alone_have_lift_one():
+    weights = torch.tensor([8.0, 4.0, 2.0, 1.0, 1.0])
+    pairs = torch.outer(weights, weights).fill_diagonal_(0)
+    lift = statistics.coactivation_lift(pairs + torch.diag(pairs.sum(dim=1)))
+    assert lift[~torch.eye(5, dtype=torch.bool)].tolist() == pytest.approx([1.0] * 20)
+
+
+def test_an_expert_that_all_tokens_visit_pairs_with_none_in_particular():
+    chosen = torch.tensor([[0, 1], [0, 2], [0, 3]] * 100)
+    lift = statistics.coactivation_lift(statistics.coactivation(chosen, 4), least=1)
+    assert lift[0, 1:].tolist() == pytest.approx([1.0] * 3, abs=0.01)
+    assert lift[1:, 1:].isnan().all(), "no pair of these is expected"
+
+
 def test_specialists_and_generalists():
     classes = torch.tensor([0, 0, 1, 1])
     specialists = statistics.class_counts(classes, torch.tensor([[0], [0], [1], [1]]), 2, 2)

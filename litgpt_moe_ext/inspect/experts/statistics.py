@@ -10,6 +10,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+# Of the iteration for the expected pairs: enough for six digits, or three where one expert is in nearly all of them.
+_ROUNDS = 1000
+
 
 def expert_load(experts_NK: Tensor, n_expert: int) -> Tensor:
     """Return the number of tokens that visit each expert, (E,), int64."""
@@ -32,17 +35,20 @@ def coactivation(experts_NK: Tensor, n_expert: int) -> Tensor:
 def coactivation_lift(pairs_EE: Tensor, least: float = 0.0) -> Tensor:
     """Return each pair's visits relative to those expected from the loads alone, (E, E), float64.
 
-    A pair is expected in proportion to the product of its loads, scaled so that the expectations of all pairs sum to
-    the number of pairs. The diagonal, and pairs with an expert without tokens, are nan.
+    The expectation of a pair is the product of a factor for each of its experts, such that every expert is in as many
+    pairs as it is (quasi-independence: no expert pairs with itself). The product of the loads would expect too few
+    pairs of busy experts and too many of idle ones. The diagonal, and pairs with an expert without tokens, are nan.
 
     Args:
         pairs_EE: As from `coactivation`.
         least: Pairs with fewer expected visits are nan as well.
     """
-    load_E = pairs_EE.diagonal().double()
     off_EE = ~torch.eye(len(pairs_EE), dtype=torch.bool)
-    expected_EE = torch.outer(load_E, load_E)
-    expected_EE = expected_EE * pairs_EE[off_EE].sum() / expected_EE[off_EE].sum()
+    partners_E = pairs_EE.masked_fill(~off_EE, 0).sum(dim=1).double()
+    factor_E = (partners_E / max(1, len(pairs_EE) - 1)).sqrt()  # the solution for even loads
+    for _ in range(_ROUNDS):
+        factor_E = (factor_E * partners_E / (factor_E.sum() - factor_E)).sqrt()
+    expected_EE = torch.outer(factor_E, factor_E)
     lift_EE = pairs_EE / expected_EE
     return torch.where(off_EE & (expected_EE > 0) & (expected_EE >= least), lift_EE, math.nan)
 
