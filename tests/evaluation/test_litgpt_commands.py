@@ -18,11 +18,12 @@ from unittest.mock import Mock
 
 import litgpt.chat.base
 import litgpt.generate.base
+import litgpt.generate.sequentially
 import litgpt.generate.speculative_decoding
 import psutil
 import pytest
 import torch
-from litgpt import GPT, LLM
+from litgpt import GPT, LLM, Config
 
 from litgpt_moe_ext.cli.main import main
 from litgpt_moe_ext.errors import SettingsError
@@ -202,6 +203,21 @@ def test_our_chat(name, request, capsys):
     arguments = ["chat", str(folder), f"--prompt={PROMPT}", f"--max_new_tokens={NEW_TOKENS}", "--temperature=0"]
     assert main(arguments) == 0
     assert capsys.readouterr().out == expected_text(folder) + "\n"
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+@torch.inference_mode()
+def test_layers_in_sequence(name, request):
+    """As `generate_sequentially` and `LLM.distribute` divide them among GPUs: the model is made without memory."""
+    folder = request.getfixturevalue(name)
+    with torch.device("meta"):
+        model = GPT(Config.from_file(folder / "model_config.yaml"))
+    model.load_state_dict(torch.load(folder / "lit_model.pth", weights_only=True), assign=True)
+    prompt = torch.tensor(load_tokenizer(folder).processor.encode(PROMPT).ids)
+    length = len(prompt) + NEW_TOKENS
+    model = litgpt.generate.sequentially.sequential(model, torch.device("cpu"), length, devices=1)
+    ids = litgpt.generate.base.generate(model, prompt, length, top_k=1)
+    assert ids[len(prompt) :].tolist() == continuation(folder)
 
 
 def test_speculative_decoding(endless_dir, documents_dir, capsys):

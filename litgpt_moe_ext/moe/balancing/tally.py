@@ -45,7 +45,9 @@ class Tally:
 
         Eager code could do this at the next batch, but compilers cannot trace the creation of a leaf.
         """
-        self.leaf_on(change(torch.empty(0, device=self._leaf_N.device)).device)
+        # From the meta device nothing can be moved: weights have been put in place of those that were there.
+        here = torch.device("cpu") if self._leaf_N.is_meta else self._leaf_N.device
+        self.leaf_on(change(torch.empty(0, device=here)).device)
 
     @property
     def pending(self) -> bool:
