@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import litgpt.pretrain
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from litgpt_moe_ext.attention.document_room import document_room
 from litgpt_moe_ext.data.loader import TokenLoader, corpora_of
@@ -261,6 +262,12 @@ class HookedLoop:
     def _adaptable(self, get_dataloaders: Callable[..., tuple]) -> Callable[..., tuple]:
         def get_adaptable_dataloaders(*args: Any, **kwargs: Any) -> tuple:
             train, val = get_dataloaders(*args, **kwargs)
+            for name, loader in (("train_dataloader", train), ("val_dataloader", val)):
+                if not isinstance(loader, DataLoader):
+                    raise SettingsError(
+                        f"data: {name} returns a {type(loader).__name__}, which Fabric cannot set up; return a "
+                        "torch.utils.data.DataLoader or an instance of a subclass"
+                    )
             if not (hasattr(train, "state_dict") and hasattr(train, "load_state_dict")):
                 # The checkpoint would contain the whole loader with its data, and could not be loaded.
                 raise SettingsError(

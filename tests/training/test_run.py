@@ -390,6 +390,13 @@ class Unresumable(OneRow):
     loader = DataLoader
 
 
+class Listed(OneRow):
+    """Data that comes as a list of batches."""
+
+    def train_dataloader(self):
+        return [self._row]
+
+
 class Plain(DataModule):
     """Rows of one token, in a class that is no dataclass."""
 
@@ -468,10 +475,13 @@ class TestWrongInputs:
         assert "data: too little for one batch of train.micro_batch_size: 2" in refused(capsys, "--config", file)
         assert not (tmp_path / "out" / "final").exists()
 
-    def test_data_that_could_not_be_resumed(self, recipe, tmp_path, capsys):
-        file = recipe(data={"class_path": f"{__name__}.Unresumable", "init_args": None})
-        error = refused(capsys, "--config", file)
-        assert "data: train_dataloader returns a DataLoader without state_dict" in error
+    @pytest.mark.parametrize(
+        ("data", "wrong"),
+        [("Unresumable", "DataLoader without state_dict"), ("Listed", "list, which Fabric cannot set up; return")],
+    )
+    def test_loaders_that_a_run_cannot_use(self, recipe, tmp_path, capsys, data, wrong):
+        file = recipe(data={"class_path": f"{__name__}.{data}", "init_args": None})
+        assert f"data: train_dataloader returns a {wrong}" in refused(capsys, "--config", file)
         assert not (tmp_path / "out" / "final").exists()
 
     @pytest.mark.parametrize("side", soon(["train", "val"], ["train"]))
