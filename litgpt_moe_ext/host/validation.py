@@ -3,7 +3,7 @@
 from typing import Any
 
 from litgpt_moe_ext.config.fields import uses_plugin
-from litgpt_moe_ext.host.checkpoints import REQUIRES_MARK
+from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, REQUIRES_MARK, refuse_unknown_fields
 from litgpt_moe_ext.host.replaced import wrapping
 
 
@@ -12,6 +12,8 @@ def accept_mark(module: Any) -> None:
 
     @wrapping(module, "Config")
     def config(original: Any, **fields: Any) -> Any:
+        if REQUIRES_MARK in fields:
+            refuse_unknown_fields(fields, CONFIG_FILE)
         return original(**{name: value for name, value in fields.items() if name != REQUIRES_MARK})
 
 

@@ -183,6 +183,16 @@ def test_validate_knows_the_mark_and_all_experts(capsys):
     assert f"Estimated parameters: {sum(weight.numel() for weight in model.parameters()):,}" in said
 
 
+def test_validate_names_the_remedy_for_fields_of_a_missing_extension(capsys):
+    Path("final").mkdir()
+    save_config(moe_config(), Path("final"))
+    with Path("final/model_config.yaml").open("a") as file:
+        file.write("router_whim: 1\n")
+    with pytest.raises(SystemExit):
+        litgpt.scripts.validate.validate_setup(Path("final"))
+    assert "Failed to load config: model_config.yaml has the field router_whim" in capsys.readouterr().err
+
+
 def test_layers_that_cannot_be_divided_are_named_before_processes_start():
     """Of a training checkpoint as well, whose conversion would be for nothing."""
     Path("final").mkdir()
