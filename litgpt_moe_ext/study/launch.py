@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from litgpt_moe_ext.training.phases.plan import Plan
 
 FINISHED = "finished.json"
+_OUTPUT = "output.txt"
 _LOCK = ".study.lock"  # the run itself has another
 _LOOK_EVERY = 0.5  # seconds
 _LAST_BYTES = 4000  # bytes at the end of a run's output that contain its last line
@@ -42,6 +43,15 @@ _TRAIN = ("-m", "litgpt_moe_ext.cli.main", "train")
 def is_finished(runs_dir: Path, run: Run) -> bool:
     """Return whether a run was trained to its end."""
     return (runs_dir / run.key / FINISHED).is_file()
+
+
+def unfinished(runs: Iterable[Run], runs_dir: Path) -> list[str]:
+    """Return a line for each of some runs that are not finished, with the last line that it wrote."""
+    outputs = {run.title: runs_dir / run.key / _OUTPUT for run in runs}
+    return [
+        f"{title}: not finished, {_last_words(output, 0)}" if output.is_file() else f"{title}: not begun"
+        for title, output in outputs.items()
+    ]
 
 
 def check(runs: Iterable[Run]) -> None:
@@ -168,7 +178,7 @@ class _Trainer:
             self._free.put(place)
 
     def _train_in(self, place: int, run: Run, out_dir: Path) -> str:
-        output = out_dir / "output.txt"
+        output = out_dir / _OUTPUT
         earlier = output.stat().st_size if output.exists() else 0
         trained_on = TrainedOn.here(self._places, place)  # now, as the code may change during the run
         command = [sys.executable, *_TRAIN, *run.flags(out_dir)]

@@ -98,7 +98,7 @@ def test_the_commit_is_that_of_the_repository_that_tracks_the_package(tmp_path, 
 def test_a_page_says_which_code_trained_its_runs(second, said, tmp_path):
     where = [TrainedOn("CPU", "32-true", 1, f"litgpt_moe_ext {code}") for code in ("0.1.0, commit a", second)]
     results = [result(tmp_path, f"arm {seed}", seed, 2.0, one) for seed, one in enumerate(where)]
-    page = study_page(Study("<small>", "", [one.run for one in results]), results, 0, "")
+    page = study_page(Study("<small>", "", [one.run for one in results]), results, (), "")
     assert "<small>" not in page
     assert f"Trained with litgpt_moe_ext 0.1.0, commit a: {1 if said else 2} run" in page
     assert "commit b: 1 run." in page or not said
@@ -123,7 +123,7 @@ def test_a_page_names_the_best_point_of_each_arm(tmp_path):
     said = verdicts(study, results)
     assert "Lowest of 3 points: many, size small, lr 0.01, 2.000." in said
     assert "Lowest of 3 points: few, size small, lr 0.01, 2.010." in said
-    assert study_page(study, results, 0, "").count("<h2>Search</h2>") == 1
+    assert study_page(study, results, (), "").count("<h2>Search</h2>") == 1
 
 
 def test_runs_begin_together_and_one_has_all_cores(tmp_path, monkeypatch):
@@ -259,7 +259,7 @@ def page_of(tmp_path, trained_on):
     results = [result(tmp_path, "experts, many", 1, 2.0, trained_on), result(tmp_path, "dense", 1, 2.5, trained_on)]
     study = Study("small", "Which?", [one.run for one in results], {"moe": "experts, many", "dense": "dense"})
     seconds = [row[COLUMNS.index("seconds")] for row in rows(study, grouped(results))]
-    return study_page(study, results, 0, "litgpt-moe study"), verdicts(study, results), seconds, csv_text(results)
+    return study_page(study, results, (), "litgpt-moe study"), verdicts(study, results), seconds, csv_text(results)
 
 
 def test_runs_that_shared_a_gpu_are_no_evidence_about_seconds(tmp_path):

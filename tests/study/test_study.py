@@ -366,6 +366,8 @@ def test_no_run_is_repeated_and_a_failed_one_is_tried_again(tmp_path, monkeypatc
     (problem,) = launch.train(runs, tmp_path, Places(), say=said.append).problems
     assert "ended with status 1, saying 'error: fault 2'; see" in problem
     assert (len(calls), len(said)) == (3, 3)
+    left = launch.unfinished([runs[1]], tmp_path) + launch.unfinished([runs[1]], tmp_path / "another")
+    assert left == [f"{runs[1].title}: not finished, saying 'error: fault 2'", f"{runs[1].title}: not begun"]
     (problem,) = launch.train(runs, tmp_path, Places(), say=said.append).problems
     assert "was ended by SIGKILL, having said nothing, with " in problem, "what it says is not the last run's"
     assert launch.train(runs, tmp_path, Places(), 3600, said.append) == ([], 0)
@@ -566,7 +568,7 @@ def test_runs_that_came_to_nothing_are_on_the_page(searched, lost):
     results = [result_of(run, math.inf if i < lost else 3 + i / 10) for i, run in enumerate(runs)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        page = study_page(study, results, 0, "")
+        page = study_page(study, results, (), "")
         lines = verdicts(study, results)
     assert "inf" in page
     assert not any("In seconds, the MoE" in line for line in lines)
@@ -605,7 +607,11 @@ def pays(tmp_path):
 
 def test_a_page_of_runs_that_are_not_finished_yet(pays):
     results = [result_of(run, 4.0) for run in pays.runs if (run.arm, run.point[BUDGET]) != ("dense", 2000)]
-    assert "Not finished: 1 of 4 runs" in study_page(pays, results, 1, "again")
+    page = study_page(pays, results, ["dense: not finished, saying 'nan'"], "again")
+    assert "Not finished, and left out of all that follows: 1 of 4 runs" in page
+    assert "dense: not finished, saying &#x27;nan&#x27;" in page
+    many = study_page(pays, results, [f"run {i}" for i in range(30)], "again")
+    assert ("run 19" in many, "run 20" in many, "And 10 more." in many) == (True, False, True)
     assert not any("In seconds" in line for line in verdicts(pays, results)), "no dense run is as long as the MoE's"
 
 
@@ -630,7 +636,7 @@ def test_a_run_that_came_to_nothing_has_no_part_in_the_multiplier(pays):
     results = [result_of(run, 3.0, val_loss=losses[run.arm, run.point[BUDGET]]) for run in pays.runs]
     lines = verdicts(pays, results)
     assert any(line.startswith("Compute multiplier 2.00") for line in lines), lines
-    assert "Compute multiplier 2.00" in study_page(pays, results, 0, "again"), "nor in the pictures"
+    assert "Compute multiplier 2.00" in study_page(pays, results, (), "again"), "nor in the pictures"
     none = [
         result_of(run, 3.0, val_loss=np.inf if run.arm == "moe" else losses["dense", run.point[BUDGET]])
         for run in pays.runs

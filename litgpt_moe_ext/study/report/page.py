@@ -32,6 +32,8 @@ COLUMNS = (
     "arm", "seeds", "validation loss", "range", "95 % interval", "minus control (95 % interval)", "training loss, end",
     "bits per byte", "tokens", "training FLOPs", "seconds", "MaxVio, end", "of mean load", "MaxVio <= 0.1 after",
 )  # fmt: skip
+# Lines about unfinished runs on a page.
+_MOST_LINES = 20
 _CURVES = (
     "Mean over seeds of the training loss, smoothed, without its steep start; dots are validations. The table has the "
     "mean training loss of the last fifth of a run: where it is far below the validation loss, the model learns its "
@@ -50,18 +52,21 @@ _BALANCE = (
 )
 
 
-def study_page(study: Study, results: Sequence[Result], missing: int, command: str) -> str:
+def study_page(study: Study, results: Sequence[Result], missing: Sequence[str], command: str) -> str:
     """Return the page in HTML.
 
     Args:
         study: The study.
         results: Its finished runs.
-        missing: Number of unfinished runs.
+        missing: A line for each unfinished run.
         command: The command that repeats the study.
     """
     notes = [study.question, f"Repeat it: {command}"]
     if missing:
-        notes.append(f"Not finished: {missing} of {counted(len(study.runs), 'run')}; the same command goes on.")
+        number = f"{len(missing)} of {counted(len(study.runs), 'run')}"
+        notes.append(f"Not finished, and left out of all that follows: {number}; the same command goes on.")
+        notes += missing[:_MOST_LINES]
+        notes += [f"And {len(missing) - _MOST_LINES} more."] if len(missing) > _MOST_LINES else []
     groups = grouped(results)
     notes += trained_on(results)
     parts = [*(f"<p>{words(note)}</p>" for note in notes if note), table(*_shown(rows(study, groups)))]

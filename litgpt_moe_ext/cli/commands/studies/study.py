@@ -49,7 +49,7 @@ class Study:
         """Train what is missing and write the page."""
         from litgpt_moe_ext.cli.paths import check_path
         from litgpt_moe_ext.study.file import load_study
-        from litgpt_moe_ext.study.launch import check, is_finished
+        from litgpt_moe_ext.study.launch import check, is_finished, unfinished
 
         self._refuse_two_ways()
         study = load_study(self.study, self.scale)
@@ -66,12 +66,14 @@ class Study:
         if not self.report and (signal := self._train(study.runs, runs_dir).signal):
             return 128 + signal
         finished = [run for run in study.runs if is_finished(runs_dir, run)]
-        missing = len(study.runs) - len(finished)
+        missing = unfinished((run for run in study.runs if run not in finished), runs_dir)
+        if self.report and missing:  # after a training it has been said
+            print(*missing, sep="\n")
         if finished:
-            _write_page(study, finished, out_dir, self._command())
+            _write_page(study, finished, missing, out_dir, self._command())
         goes_on = f"; `{self._command()}` goes on" if missing else ""
         print(f"{len(finished)} of {counted(len(study.runs), 'run')} finished{goes_on}")
-        return int(missing > 0)
+        return int(bool(missing))
 
     def _refuse_two_ways(self) -> None:
         ways = {"only": self.only is not None, "report": self.report, "slurm": self.slurm is not None}
@@ -120,7 +122,9 @@ def _only(runs: "list[plan.Run]", number: int) -> "list[plan.Run]":
     return [runs[number]]
 
 
-def _write_page(study: "plan.Study", finished: "list[plan.Run]", out_dir: Path, command: str) -> None:
+def _write_page(
+    study: "plan.Study", finished: "list[plan.Run]", missing: list[str], out_dir: Path, command: str
+) -> None:
     from litgpt_moe_ext.cli.output import print_table, write_text
     from litgpt_moe_ext.study.report.compare import grouped
     from litgpt_moe_ext.study.report.page import COLUMNS, rows, study_page, verdicts
@@ -128,7 +132,7 @@ def _write_page(study: "plan.Study", finished: "list[plan.Run]", out_dir: Path, 
 
     results = read_results(finished, out_dir / "runs")
     write_text(out_dir / "results.csv", csv_text(results))
-    write_text(out_dir / "report.html", study_page(study, results, len(study.runs) - len(finished), command))
+    write_text(out_dir / "report.html", study_page(study, results, missing, command))
     # The page has the other columns; a terminal would break them within words.
     shown = [COLUMNS.index(name) for name in ("arm", "seeds", "validation loss", COLUMNS[5])]
     cells = [[row[i] for i in shown] for row in rows(study, grouped(results))]
