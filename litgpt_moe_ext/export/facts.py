@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from litgpt_moe_ext.attention.rope import rope_frequencies
-from litgpt_moe_ext.config.features import MOE_CLASS_NAMES, family_of_norms, has_sinks, is_dense_layer
+from litgpt_moe_ext.config.features import MLP_CLASS_NAMES, MOE_CLASS_NAMES, family_of_norms, has_sinks, is_dense_layer
 from litgpt_moe_ext.config.rope import present_adjustments, rope_kind
 from litgpt_moe_ext.errors import SettingsError
 
@@ -37,6 +37,8 @@ _LEFT_OUT = {
 DEEPSEEK_EPS = 1e-6
 _DENSE = ("FeedForward", "LLaMAMLP", "GptNeoxMLP")
 _ROUTERS = ("topk", "noisy_topk")
+# This package's own; an extension's has no code in an export.
+_ACTIVATIONS = ("swiglu", "clamped_swiglu", "geglu", "gelu", "relu", "relu2")
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,11 @@ def _require_exportable(config: "Config") -> None:
     if config.mlp_class_name in MOE_CLASS_NAMES and config.router_type not in _ROUTERS:
         raise SettingsError(
             f"model_config.router_type: {config.router_type} must be one of {', '.join(_ROUTERS)} for an export"
+        )
+    if config.mlp_class_name in MLP_CLASS_NAMES and config.mlp_activation not in _ACTIVATIONS:
+        raise SettingsError(
+            f"model_config.mlp_activation: {config.mlp_activation} must be one of {', '.join(_ACTIVATIONS)} for an "
+            "export"
         )
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from litgpt import Config
 
 from litgpt_moe_ext.errors import SettingsError
@@ -11,6 +12,8 @@ from litgpt_moe_ext.export.architecture import choose
 from litgpt_moe_ext.export.facts import facts_of
 from litgpt_moe_ext.export.gguf.architectures import GRAPHS
 from litgpt_moe_ext.export.hf.architectures import ARCHITECTURES
+from litgpt_moe_ext.moe.activations import Pointwise
+from litgpt_moe_ext.moe.registry import ACTIVATIONS, ActivationType
 from tests.export.hf.models import CASES, YARN
 
 OWN = "LitGPTMoEForCausalLM"
@@ -127,6 +130,13 @@ def test_a_dynamic_base_is_refused():
     dynamic = {"dynamic": True, "factor": 4.0, "original_max_seq_len": 16}
     with pytest.raises(SettingsError, match=r"^model_config\.rope_adjustments\.dynamic: true must be left out"):
         chosen({**CASES["llama"][1], "rope_adjustments": dynamic})
+
+
+def test_an_extensions_activation_is_refused(monkeypatch):
+    """No class has its code, and the code that an export may bring has only this package's own."""
+    monkeypatch.setitem(ACTIVATIONS, "mishglu", ActivationType(Pointwise(F.mish), gated=True))
+    with pytest.raises(SettingsError, match=r"^model_config\.mlp_activation: mishglu must be one of swiglu, .*export$"):
+        chosen({**CASES["mixtral"][1], "mlp_activation": "mishglu"})
 
 
 def test_a_balancing_bias_counts_where_it_distinguishes_experts():
