@@ -192,9 +192,12 @@ SEAMS = (
         "litgpt.finetune.full", "main", "wrap", "Makes a step and a validation means over their tokens.",
         "LitGPT's loop weighs micro-batches", padding.weigh_finetuning,
     ),
-    Seam(
-        "litgpt.finetune.full", "main", "wrap", "Keeps balancing biases in float32 under FSDP.",
-        "Fabric leaves buffers alone", sharding.keep_biases_exact,
+    *(
+        Seam(
+            module, "main", "wrap", "Keeps balancing biases in float32 under FSDP.",
+            "Fabric leaves buffers alone", sharding.keep_biases_exact,
+        )
+        for module in ("litgpt.pretrain", "litgpt.finetune.full")
     ),
     Seam(
         "litgpt.finetune.full", "fit", "wrap", "Says which inputs of a batch are padding, for MoE layers.",

@@ -1,4 +1,4 @@
-"""LitGPT's finetuning on several GPUs, where torch's FSDP shards the model: what it loads, and in which precision."""
+"""LitGPT's own loops on several GPUs, where torch's FSDP shards the model: what they load, and in which precision."""
 
 import dataclasses
 import inspect
