@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +55,28 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise SettingsError(f"{given} cannot be written ({error.strerror or error}); {remedy}") from error
 
 
-def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """Print a table; the first column is aligned to the left and stays whole, the others to the right."""
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table; the first column is aligned to the left, the others to the right.
+
+    Of the first column, cells stay whole if they leave room for those of the others.
+    """
     from rich import box
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    rows = list(rows)
+    widths = [max((cell_len(row[i]) for row in rows), default=0) for i in range(len(columns))]
+    console = Console(highlight=False)
+    whole = sum(widths) + 2 * len(columns) + 2 <= console.width  # with the space between, and around
     table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold")
+        # A long name must not fold the numbers, or leave no room for them.
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0 and whole, overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
-    Console(highlight=False).print(table)
+    console.print(table)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import yaml
 
 from litgpt_moe_ext.cli.arguments import positional, read_arguments
 from litgpt_moe_ext.cli.main import COMMANDS, _find, load, main
-from litgpt_moe_ext.cli.output import write_text
+from litgpt_moe_ext.cli.output import print_table, write_text
 from litgpt_moe_ext.cli.settings import SHORT_FORMS
 from litgpt_moe_ext.errors import SettingsError
 from litgpt_moe_ext.field_types import PositiveInt, UnitInterval
@@ -361,3 +361,10 @@ def test_an_option_that_is_given_twice_has_the_values_of_both():
     given = ["x", "--text", "a", "b", "--text", "c", "--json", "1", "--json", "2"]
     read = read_arguments(load(_find("perplexity")), "perplexity", given)
     assert (read.text, read.json) == ([Path("a"), Path("b"), Path("c")], Path("2"))
+
+
+def test_a_long_name_leaves_the_numbers_of_a_table_whole(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    print_table("", ("run", "loss", "tokens"), [("a name " * 20, "6.5743", "40,960"), ("b", "inf", "1")])
+    first, *_ = [line.split() for line in capsys.readouterr().out.splitlines() if "a name" in line]
+    assert first[-2:] == ["6.5743", "40,960"]
