@@ -51,7 +51,8 @@ def mark_finetuning_padding(loop: Any) -> None:
         from litgpt_moe_ext.training.steps.batches import unwrapped
 
         given = inspect.signature(original).bind(*args, **kwargs).arguments
-        if given["state"]["model"].config.mlp_class_name in MOE_CLASS_NAMES:
+        model = given["model"] if "model" in given else given["state"]["model"]
+        if model.config.mlp_class_name in MOE_CLASS_NAMES:
             accept_padding()
             for loader in (given["train_dataloader"], given["val_dataloader"]):
                 inner = unwrapped(loader)

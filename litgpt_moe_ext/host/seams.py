@@ -182,7 +182,7 @@ SEAMS = (
             module, "chunked_cross_entropy", "wrap", "Tells auxiliary losses by what the loop scales its loss.",
             _LOOP, model.mark_loss,
         )
-        for module in ("litgpt.pretrain", "litgpt.finetune.full")
+        for module in ("litgpt.pretrain", "litgpt.finetune.full", "litgpt.finetune.adapter")
     ),
     Seam(
         "litgpt.pretrain", "main", "wrap", "Makes a step a mean over its tokens, where this package's data pads.",
@@ -197,11 +197,14 @@ SEAMS = (
             module, "main", "wrap", "Keeps balancing biases in float32 under FSDP.",
             "Fabric leaves buffers alone", sharding.keep_biases_exact,
         )
-        for module in ("litgpt.pretrain", "litgpt.finetune.full")
+        for module in ("litgpt.pretrain", "litgpt.finetune.full", "litgpt.finetune.adapter")
     ),
-    Seam(
-        "litgpt.finetune.full", "fit", "wrap", "Says which inputs of a batch are padding, for MoE layers.",
-        "LitGPT passes a padding mask", padding.mark_finetuning_padding,
+    *(
+        Seam(
+            module, "fit", "wrap", "Says which inputs of a batch are padding, for MoE layers.",
+            "LitGPT passes a padding mask", padding.mark_finetuning_padding,
+        )
+        for module in ("litgpt.finetune.full", "litgpt.finetune.adapter")
     ),
     *(
         Seam(

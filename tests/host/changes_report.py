@@ -14,6 +14,7 @@ autoload._finder.after.pop("litgpt.model")
 
 for module in (
     "litgpt.pretrain",
+    "litgpt.finetune.adapter",
     "litgpt.finetune.full",
     "litgpt.finetune.lora",
     "litgpt.lora",

@@ -206,7 +206,8 @@ def test_a_batch_of_padding_alone_is_no_step():
     assert all(not record.any() for record in records)
 
 
-def test_finetuning_marks_padding_and_prompts_are_text(same_noise):
+@pytest.mark.parametrize("adapter", [False, True])
+def test_finetuning_marks_padding_and_prompts_are_text(same_noise, adapter):
     samples = [
         {
             "input_ids": torch.tensor(ids),
@@ -216,11 +217,16 @@ def test_finetuning_marks_padding_and_prompts_are_text(same_noise):
         for ids, prompt in (([BOS, 5, 6, 0, 7], 3), ([BOS, 9], 1), ([BOS, 3, 0, 0, 0, 2, 8], 2))
     ]
     loop = ModuleType("loop")
-    loop.fit = lambda state, train_dataloader, val_dataloader: next(iter(train_dataloader))
+    if adapter:
+        loop.fit = lambda model, train_dataloader, val_dataloader: next(iter(train_dataloader))
+    else:
+        loop.fit = lambda state, train_dataloader, val_dataloader: next(iter(train_dataloader))
     mark_finetuning_padding(loop)
     loaders = [DataLoader(samples, batch_size=3, collate_fn=get_sft_collate_fn(max_seq_length=6)) for _ in range(2)]
     model = model_with("sigmoid")
-    batch = loop.fit({"model": model}, Fabric().setup_dataloaders(loaders[0]), val_dataloader=loaders[1])
+    batch = loop.fit(
+        model if adapter else {"model": model}, Fabric().setup_dataloaders(loaders[0]), val_dataloader=loaders[1]
+    )
     p = PADDING
     assert batch["input_ids"].tolist() == [[BOS, 5, 6, 0, 7, p], [BOS, 9, p, p, p, p], [BOS, 3, 0, 0, 0, 2]]
     real, targets = batch["input_ids"] >= 0, torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
