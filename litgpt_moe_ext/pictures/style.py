@@ -49,6 +49,8 @@ _RATIOS: dict[str, Any] = {
     "norm": Normalize(-LARGEST_LOG2, LARGEST_LOG2),
     "cmap": matplotlib.colormaps["RdBu_r"].with_extremes(bad="#d9d9d9"),
 }
+# matplotlib's colours come first, then the next line style with the same ones.
+_COLORS, _LINE_STYLES, _MARKERS = range(10), ("-", "--", ":", "-."), ("o", "s", "^", "D")
 # In inches.
 _BAR_THICKNESS, _LONGEST_BAR = 0.13, 4.0
 # Characters of text per inch, and the length of a legend entry's line in characters.
@@ -94,15 +96,29 @@ def color_bar(figure: Figure, colors: ScalarMappable, axes: Sequence[Axes], labe
     return figure.colorbar(colors, ax=list(axes), label=label, **shape, **options)
 
 
-def legend_below(figure: Figure, colors: Sequence[tuple[str, str]]) -> None:
+def line_of(number: int) -> dict[str, Any]:
+    """Return colour and line style of the curve with a number; all of forty look different."""
+    return {"color": f"C{number % len(_COLORS)}", "linestyle": _LINE_STYLES[number // len(_COLORS) % len(_LINE_STYLES)]}
+
+
+def dots_of(number: int) -> dict[str, Any]:
+    """Return colour and shape of the dots that belong to the curve with a number."""
+    return {
+        "color": f"C{number % len(_COLORS)}",
+        "marker": _MARKERS[number // len(_COLORS) % len(_MARKERS)],
+        "linestyle": "",
+    }
+
+
+def legend_below(figure: Figure, lines: Sequence[tuple[str, dict[str, Any]]]) -> None:
     """Add a legend of lines below a figure, in as many columns as fit.
 
     Args:
         figure: The figure.
-        colors: Name and colour of each line; the beginning of a name that is too long is cut off.
+        lines: Name of each line, and how it is drawn; the beginning of a name that is too long is cut off.
     """
     room = int(_IN_AN_INCH * figure.get_figwidth())
-    handles = [Line2D([], [], color=color, label=shortened(name, room - _LINE)) for name, color in colors]
+    handles = [Line2D([], [], label=shortened(name, room - _LINE), **drawn) for name, drawn in lines]
     longest = max((len(str(handle.get_label())) for handle in handles), default=1)
     figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(4, room // (longest + _LINE))))
 

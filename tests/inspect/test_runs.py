@@ -15,7 +15,7 @@ from litgpt_moe_ext.inspect.runs.figures import curves_figure
 from litgpt_moe_ext.inspect.runs.logs import RunLog, distinct_names, load_run
 from litgpt_moe_ext.pictures import style
 from litgpt_moe_ext.pictures.expert_load import load_over_steps_figure, thinned
-from litgpt_moe_ext.pictures.style import png
+from litgpt_moe_ext.pictures.style import dots_of, line_of, png
 from litgpt_moe_ext.training.checkpoint.earlier import set_aside
 
 HEADER = (
@@ -199,3 +199,8 @@ def test_names_are_drawn_in_any_font_that_is_installed(tmp_path, monkeypatch):
 def test_a_log_without_steps_has_no_load_over_them(tmp_path):
     (tmp_path / "metrics-wide.csv").write_text("total_tokens,loss,moe_load_00/expert_00\n10,3.0,1.0\n")
     assert load_run(tmp_path).expert_load()[1] == {}
+
+
+def test_forty_curves_and_their_dots_can_be_told_apart():
+    for drawn in (line_of, dots_of):
+        assert len({tuple(drawn(number).values()) for number in range(40)}) == 40

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from litgpt_moe_ext.inspect.runs.logs import RunLog
-from litgpt_moe_ext.pictures.style import STYLE, begin_at_zero, legend_below
+from litgpt_moe_ext.pictures.style import STYLE, begin_at_zero, dots_of, legend_below, line_of
 
 _TITLES = ("Loss (dots: validation)", "Tokens per second", "MaxVio of the worst layer (0 is even)", "Gradient norm")
 
@@ -25,7 +25,6 @@ def curves_figure(runs: Sequence[RunLog]) -> Figure:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.grid(alpha=0.25, linewidth=0.5)
         for i, run in enumerate(runs):
-            color = f"C{i % 10}"
             # Similar runs overlap, so lower lines are wider.
             width = 1.1 + 0.9 * min(len(runs) - 1 - i, 2)
             for axes, (tokens, values) in zip(
@@ -33,12 +32,12 @@ def curves_figure(runs: Sequence[RunLog]) -> Figure:
                 (run.series("loss"), run.tokens_per_second(), run.series("moe/max_vio"), run.series("grad_norm")),
                 strict=True,
             ):
-                axes.plot(tokens, values, color=color, linewidth=width)
-            panels[0, 0].plot(*run.series("val_loss"), "o", color=color, markersize=3.5)
+                axes.plot(tokens, values, linewidth=width, **line_of(i))
+            panels[0, 0].plot(*run.series("val_loss"), markersize=3.5, **dots_of(i))
         begin_at_zero(panels[0, 1])
         panels[0, 1].yaxis.set_major_formatter(EngFormatter(sep=""))
         _mark_empty(panels.flat)
-        legend_below(figure, [(run.name, f"C{i % 10}") for i, run in enumerate(runs)])
+        legend_below(figure, [(run.name, line_of(i)) for i, run in enumerate(runs)])
     return figure
 
 

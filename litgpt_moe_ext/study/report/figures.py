@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator
 
-from litgpt_moe_ext.pictures.style import STYLE, begin_at_zero, legend_below
+from litgpt_moe_ext.pictures.style import STYLE, begin_at_zero, dots_of, legend_below, line_of
 from litgpt_moe_ext.study.report.compare import Difference
 from litgpt_moe_ext.study.results import EVEN, MAX_VIO, Curve, Result
 from litgpt_moe_ext.study.search import by_place, mean_val_loss
@@ -51,10 +51,10 @@ def loss_figure(groups: dict[str, list[Result]]) -> Figure:
                 curves = [
                     (place(result, curve), smooth(curve.values)) for result in group for curve in [result.curve("loss")]
                 ]
-                axes.plot(*mean(curves), color=f"C{i % 10}", linewidth=1.1)
+                axes.plot(*mean(curves), linewidth=1.1, **line_of(i))
                 for result in group:
                     curve = result.curve("val_loss")
-                    axes.plot(place(result, curve), curve.values, "o", color=f"C{i % 10}", markersize=3)
+                    axes.plot(place(result, curve), curve.values, markersize=3, **dots_of(i))
             axes.set_xlabel(name)
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.grid(alpha=0.25, linewidth=0.5)
@@ -81,7 +81,7 @@ def search_figure(searched: Sequence[str], groups: dict[str, list[Result]]) -> F
             for i, points in enumerate(places.values()):
                 values = [group[0].run.point[name] for group in points.values()]
                 losses = [mean_val_loss(group) for group in points.values()]
-                axes.plot(values if numeric else list(map(str, values)), losses, f"oC{i % 10}", markersize=4)
+                axes.plot(values if numeric else list(map(str, values)), losses, markersize=4, **dots_of(i))
             if numeric and 0 < min(numbers) * 9 < max(numbers):
                 axes.set_xscale("log")
                 axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -90,7 +90,7 @@ def search_figure(searched: Sequence[str], groups: dict[str, list[Result]]) -> F
             axes.set_xlabel(name)
             axes.grid(alpha=0.25, linewidth=0.5)
         panels[0].set_ylabel("validation loss, nats per token")
-        _legend(figure, places)
+        legend_below(figure, [(label, dots_of(i)) for i, label in enumerate(places)])
     return figure
 
 
@@ -105,9 +105,9 @@ def balance_figure(groups: dict[str, list[Result]]) -> Figure:
                 continue
             length = min(len(values) for _, values in curves)
             tokens, values = curves[0][0][:length], np.stack([values[:length] for _, values in curves])
-            axes.plot(tokens, values.mean(axis=0), color=f"C{i % 10}", linewidth=1.1)
+            axes.plot(tokens, values.mean(axis=0), linewidth=1.1, **line_of(i))
             axes.fill_between(
-                tokens, values.min(axis=0), values.max(axis=0), color=f"C{i % 10}", alpha=0.15, linewidth=0
+                tokens, values.min(axis=0), values.max(axis=0), color=line_of(i)["color"], alpha=0.15, linewidth=0
             )
         axes.axhline(EVEN, color="#777777", linewidth=0.8, linestyle=":")
         begin_at_zero(axes)
@@ -120,9 +120,9 @@ def balance_figure(groups: dict[str, list[Result]]) -> Figure:
 
 
 def _legend(figure: Figure, groups: Mapping[str, Any], shown: Sequence[str] | None = None) -> None:
-    # An arm has the same colour in every picture.
+    # An arm has the same line in every picture.
     named = enumerate(groups)
-    legend_below(figure, [(label, f"C{i % 10}") for i, label in named if shown is None or label in shown])
+    legend_below(figure, [(label, line_of(i)) for i, label in named if shown is None or label in shown])
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
