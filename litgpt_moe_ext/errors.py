@@ -200,9 +200,14 @@ def which_checkpoint(folder: Path, file: str) -> str:
     """
     if found := in_shards(folder / file) or did_you_mean_inside(folder, file):
         return found
-    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
-        return f"; `litgpt-moe import {in_shell(folder)} NEW_DIR` makes a checkpoint of Hugging Face's"
-    return "; name a checkpoint (step-*, best, final)"
+    return how_to_import(folder) or "; name a checkpoint (step-*, best, final)"
+
+
+def how_to_import(folder: Path) -> str:
+    """Return how to convert a folder with a model of Hugging Face's; nothing for others."""
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        return ""
+    return f"; `litgpt-moe import {in_shell(folder)} NEW_DIR` makes a checkpoint of Hugging Face's"
 
 
 def in_shards(file: Path) -> str:

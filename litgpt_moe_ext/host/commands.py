@@ -13,6 +13,7 @@ from litgpt_moe_ext.errors import (
     WRONG_SETTING,
     SettingsError,
     did_you_mean_inside,
+    how_to_import,
     in_shards,
     one_line,
     refuse_first,
@@ -238,7 +239,7 @@ def download_only_models(utils: Any) -> None:
         if not (checkpoint_dir / WEIGHTS_FILE).is_file():
             raise NoCheckpointError(
                 f"checkpoint_dir: {quoted(model_name)} is neither a folder with {WEIGHTS_FILE} nor a model that "
-                "`litgpt download list` names"
+                f"`litgpt download list` names{how_to_import(Path(model_name))}"
             )
         return checkpoint_dir
 
@@ -289,6 +290,19 @@ def config_in(checkpoint_dir: Path) -> Any:
     # LitGPT lets users leave out the leading `checkpoints/`.
     config_file = extend_checkpoint_dir(Path(checkpoint_dir)) / CONFIG_FILE
     return Config.from_file(config_file) if config_file.is_file() else None
+
+
+def name_the_import(module: Any) -> None:
+    """Name `litgpt-moe import` for a model of Hugging Face's, such as an export, that LitGPT has no name for."""
+
+    @wrapping(module, "convert_hf_checkpoint")
+    def convert_hf_checkpoint(original: Any, checkpoint_dir: Path, *args: Any, **kwargs: Any) -> None:
+        try:
+            original(checkpoint_dir, *args, **kwargs)
+        except ValueError as error:
+            if "is not a supported config name" not in str(error) or not (hint := how_to_import(Path(checkpoint_dir))):
+                raise
+            raise SettingsError(f"checkpoint_dir: {one_line(error)}{hint}") from error
 
 
 def require_pretrained(module: Any) -> None:

@@ -285,6 +285,10 @@ SEAMS = (
         commands.refuse_conversion,
     ),
     Seam(
+        "litgpt.scripts.convert_hf_checkpoint", "convert_hf_checkpoint", "wrap",
+        "Names `litgpt-moe import` for models without a name.", "LitGPT reads config.json", commands.name_the_import,
+    ),
+    Seam(
         "litgpt.scripts.convert_pretrained_checkpoint", "convert_pretrained_checkpoint", "wrap",
         "Ends with one line where there is no checkpoint, or nothing to convert.", "LitGPT does",
         commands.require_pretrained,

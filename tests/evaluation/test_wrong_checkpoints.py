@@ -17,6 +17,7 @@ import litgpt.generate.full
 import litgpt.generate.sequentially
 import litgpt.generate.tp
 import litgpt.pretrain
+import litgpt.scripts.convert_hf_checkpoint
 import litgpt.scripts.convert_lit_checkpoint
 import litgpt.scripts.convert_pretrained_checkpoint
 import litgpt.scripts.merge_lora
@@ -169,6 +170,21 @@ def test_prompts_without_the_mark_after_which_a_command_prints(command: Callable
     save_config(moe_config(), Path("final"))
     with pytest.raises(SettingsError, match="^checkpoint_dir: prompts of 'final' .Default. have no '### Response:', "):
         command(Path("final"))
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (litgpt.scripts.convert_hf_checkpoint.convert_hf_checkpoint, "'exported' is not a supported config name"),
+        (COMMANDS["chat"], "'exported' is neither .* `litgpt download list` names"),
+    ],
+)
+def test_an_export_is_imported(command: Callable, said: str):
+    Path("exported").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        Path("exported", name).touch()
+    with pytest.raises(SettingsError, match=f"^checkpoint_dir: {said}; `litgpt-moe import exported NEW_DIR` makes a"):
+        command(Path("exported"))
 
 
 def test_validate_knows_the_mark_and_all_experts(capsys):
