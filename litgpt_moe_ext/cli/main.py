@@ -1,11 +1,11 @@
 """The entry point of `litgpt-moe`: a table of commands, each imported only when called."""
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from litgpt_moe_ext.cli.environment import prepare_environment
 from litgpt_moe_ext.errors import SettingsError, did_you_mean, exit_status
 from litgpt_moe_ext.garbage import collect_rarely
 from litgpt_moe_ext.host.autoload import require_enabled
@@ -108,8 +108,7 @@ def _run(given: Sequence[str], own_process: bool) -> int | None:
 
         print(f"{_PROGRAM} {__version__}")
         return 0
-    # litdata, which LitGPT imports, otherwise asks the package index for its newest version and waits if it is offline.
-    os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
+    prepare_environment()
     if given[0] == _TRAIN[0]:
         from litgpt_moe_ext.cli.train import main as train
 

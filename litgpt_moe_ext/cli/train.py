@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from litgpt_moe_ext.cli.environment import prepare_environment
 from litgpt_moe_ext.cli.recipes import recipes_dir
 from litgpt_moe_ext.errors import CANNOT, SettingsError, exit_status
 from litgpt_moe_ext.garbage import collect_rarely
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None, default_config: Path | None = N
             end_with_the_reader()
         print_help()
         return 0
-    _prepare_environment()
+    _shorten_spins()
     with collect_rarely():
         return exit_status(
             lambda: _run(arguments, default_config or recipes_dir() / "quickstart.yaml"),
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None, default_config: Path | None = N
 
 
 def _run(arguments: list[str], default_config: Path) -> int:
+    prepare_environment()
     from litgpt_moe_ext.cli.settings import build_parser, litgpt_types, make_settings, parse, read_given
 
     types = litgpt_types()
@@ -114,9 +116,7 @@ def _help_of_class(parser: Any, arguments: list[str]) -> None:
         ) from error
 
 
-def _prepare_environment() -> None:
-    # litdata, which LitGPT imports, otherwise asks the package index for its newest version and waits if it is offline.
-    os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
+def _shorten_spins() -> None:
     # OpenMP's threads wait for each other by spinning for milliseconds. Once another program uses one of the cores, the
     # spinning starves the thread being waited for: CPU training becomes ten times slower instead of two
     # (benchmarks/openmp_spin.py). A short spin costs a few percent on an idle machine.

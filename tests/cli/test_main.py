@@ -368,3 +368,11 @@ def test_a_long_name_leaves_the_numbers_of_a_table_whole(monkeypatch, capsys):
     print_table("", ("run", "loss", "tokens"), [("a name " * 20, "6.5743", "40,960"), ("b", "inf", "1")])
     first, *_ = [line.split() for line in capsys.readouterr().out.splitlines() if "a name" in line]
     assert first[-2:] == ["6.5743", "40,960"]
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
+def test_the_number_of_a_process_that_is_none_is_named_before_lightning_reads_it(name, monkeypatch, capsys):
+    """As after `export RANK=$SLURM_PROCID` without srun."""
+    monkeypatch.setenv(name, "")
+    assert main(["model-card", "quickstart"]) == main(["train"]) == 2
+    assert capsys.readouterr().err.count(f"error: environment: {name}: '' must be a whole number from 0; `unset") == 2
