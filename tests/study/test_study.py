@@ -683,6 +683,12 @@ def test_a_smoothed_curve_has_the_mean_of_nine_values_and_ends_where_they_do():
     assert np.isinf(smooth(np.array([1.0, 2.0, np.inf, 1.0]))).tolist() == [False, False, True, True]
 
 
+def test_switches_that_were_searched_are_drawn_by_name(tmp_path):
+    search = load_study(write(tmp_path / "s.yaml", search={"points": 4, "train.tie_embeddings": [True, False]}))
+    axes = search_figure(search.searched, grouped([result_of(run, 4.0) for run in search.runs])).axes[0]
+    assert {label.get_text() for label in axes.get_xticklabels()} == {"True", "False"}
+
+
 @pytest.mark.parametrize(("points", "scale"), [(2, "linear"), (8, "log")])
 def test_magnitudes_that_were_searched_are_drawn_as_such(points, scale, tmp_path):
     rates = {"low": 1e-4, "high": 1e-2, "log": True}

@@ -77,7 +77,7 @@ def search_figure(searched: Sequence[str], groups: dict[str, list[Result]]) -> F
         panels = figure.subplots(1, len(searched), sharey=True, squeeze=False)[0]
         for axes, name in zip(panels, searched, strict=True):
             numbers = [group[0].run.point[name] for group in groups.values()]
-            numeric = all(isinstance(number, int | float) for number in numbers)
+            numeric = all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
             for i, points in enumerate(places.values()):
                 values = [group[0].run.point[name] for group in points.values()]
                 losses = [mean_val_loss(group) for group in points.values()]
