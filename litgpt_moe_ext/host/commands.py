@@ -152,6 +152,20 @@ def require_weights_to_merge(finetune: Any) -> None:
         return original(*args, **kwargs)
 
 
+def refuse_before_data(finetune: Any) -> None:
+    """Name layers that a way of finetuning cannot take before it downloads and prepares data."""
+
+    @wrapping(finetune, "main")
+    def main(original: Any, *args: Any, **kwargs: Any) -> Any:
+        config = inspect.signature(original).bind(*args, **kwargs).arguments["config"]
+        if uses_plugin(config):
+            import torch
+
+            with torch.device("meta"):
+                finetune.GPT(config)
+        return original(*args, **kwargs)
+
+
 def _refuse_training_checkpoint(setting: str, checkpoint_dir: Path, instead: str | None = None) -> None:
     from litgpt.utils import extend_checkpoint_dir
 

@@ -275,6 +275,13 @@ SEAMS = (
         "litgpt.finetune.lora", "main", "wrap", "Ends with one line at a training checkpoint, before it trains.",
         "LitGPT merges with the weights in one", commands.require_weights_to_merge,
     ),
+    *(
+        Seam(
+            module, "main", "wrap", "Names layers that it cannot finetune before it prepares data.",
+            "LitGPT builds the model first", commands.refuse_before_data,
+        )
+        for module in ("litgpt.finetune.lora", "litgpt.finetune.adapter", "litgpt.finetune.adapter_v2")
+    ),
     Seam(
         "litgpt.generate.tp", "main", "wrap", "Says which layers it cannot divide, before it loads them.",
         "LitGPT divides them", commands.refuse_division_first,

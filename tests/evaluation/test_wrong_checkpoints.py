@@ -1,5 +1,6 @@
 """What LitGPT's own commands say about a path that is no checkpoint: one line, with the checkpoint that is meant."""
 
+import importlib
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -134,7 +135,18 @@ def test_a_training_checkpoint_is_no_weights_to_merge_with():
     torch.save({"model": {}, "iter_num": 1}, "final/lit_model.pth")
     given = dict.fromkeys(inspect.signature(litgpt.finetune.lora.main).parameters)
     with pytest.raises(SettingsError, match="^checkpoint_dir: 'final' is a .*, or use litgpt finetune_full, which"):
-        litgpt.finetune.lora.main(**given | {"checkpoint_dir": Path("final")})
+        litgpt.finetune.lora.main(**given | {"checkpoint_dir": Path("final"), "config": dense_config()})
+
+
+@pytest.mark.parametrize("module", ["lora", "adapter", "adapter_v2"])
+def test_layers_that_cannot_be_finetuned_are_named_before_data_are_prepared(module: str):
+    """And before the weights, whose conversion would be for nothing."""
+    finetune = importlib.import_module(f"litgpt.finetune.{module}")
+    given = dict.fromkeys(inspect.signature(finetune.main).parameters)
+    save_config(moe_config(attention_class_name="SinkAttention"), Path())
+    config = importlib.import_module(f"litgpt.{module}").Config.from_file("model_config.yaml")
+    with pytest.raises(SettingsError, match="finetune_full"):
+        finetune.main(**given | {"config": config})
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ autoload._finder.after.pop("litgpt.model")
 for module in (
     "litgpt.pretrain",
     "litgpt.finetune.adapter",
+    "litgpt.finetune.adapter_v2",
     "litgpt.finetune.full",
     "litgpt.finetune.lora",
     "litgpt.lora",
