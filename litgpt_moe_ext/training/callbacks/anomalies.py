@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from litgpt_moe_ext.files.durable import cut_off
 from litgpt_moe_ext.moe.balancing.bias import forget_step
 from litgpt_moe_ext.moe.balancing.gradient_injection import forget_scale
 from litgpt_moe_ext.moe.balancing.metrics import routers_of
@@ -93,11 +94,11 @@ class GradientGuard(Callback):
     def _act(self, problem: str, setting: str, module: torch.nn.Module, optimizer: Any) -> None:
         # This step's loss scale may not be finite and must not leak into another training in the same process.
         forget_scale()
-        file = self._save(problem)
+        where = self._save(problem)
         step = self._before["step"]
         if getattr(self._args, setting) == "stop":
             raise TrainingStopped(
-                f"in step {step + 1} {problem}. The weights are still those after step {step}; the batch is in {file}. "
+                f"in step {step + 1} {problem}. The weights are still those after step {step}; the batch is {where}. "
                 f"--resume auto continues from the last checkpoint; --anomaly.{setting} skip leaves such steps out."
             )
         self.skipped += 1
@@ -106,15 +107,16 @@ class GradientGuard(Callback):
             skipped = "1 step was" if self._skipped_in_a_row == 1 else f"{self._skipped_in_a_row} steps in a row were"
             raise TrainingStopped(
                 f"{skipped} skipped (anomaly.max_consecutive), the last because in step {step + 1} {problem}; its "
-                f"batch is in {file}. "
+                f"batch is {where}. "
                 "A lower learning rate or a longer warm-up may help."
             )
-        self._say(f"  step {step + 1} is skipped: {problem}; its batch is in {file}")
+        self._say(f"  step {step + 1} is skipped: {problem}; its batch is {where}")
         # Optimizers skip parameters without gradient, so neither weights nor moments change.
         optimizer.zero_grad(set_to_none=True)
         forget_step(routers_of(module).values())
 
-    def _save(self, problem: str) -> Path:
+    def _save(self, problem: str) -> str:
+        """Save what the step can be repeated from; return where it is, or why it is not there."""
         file = self._folder / f"step-{self._before['step'] + 1:08d}-rank-{self._rank}.pt"
         batches = [batch.cpu().as_subclass(Tensor) for batch in self._batches]
         rng = random_state.of_this_rank(self._batches[0].device if self._batches else torch.device("cpu"))
@@ -124,8 +126,11 @@ class GradientGuard(Callback):
         except (OSError, RuntimeError) as error:  # RuntimeError: from torch, if it cannot write
             with contextlib.suppress(OSError):
                 file.unlink()
-            self._say(f"  {file} could not be written: {error}")
-        return file
+            reason = (
+                "it was cut off, as on a full disk" if cut_off(error) else getattr(error, "strerror", None) or error
+            )
+            return f"not in {file}, which could not be written ({reason})"
+        return f"in {file}"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that the judgement of the next steps depends on."""
