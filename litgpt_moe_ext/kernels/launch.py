@@ -2,12 +2,15 @@
 
 import functools
 import importlib.util
+import os
+import subprocess
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from litgpt_moe_ext.errors import one_line
 from litgpt_moe_ext.kernels.gpu import amd_chip, triton_knows, vendor_kind
 
 
@@ -17,14 +20,54 @@ def triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def triton_obstacle() -> str | None:
+    """Return what keeps Triton from starting any kernel on this machine's GPUs, or None.
+
+    As long as the process has not used a GPU, only whether Triton is installed.
+    """
+    if not triton_installed():
+        return "Triton is not installed (on Windows: pip install triton-windows)"
+    # Before that it would be too early to ask: processes may still be forked, and the GPU meant may be elsewhere.
+    return _setup_obstacle() if torch.cuda.is_initialized() else None
+
+
+@functools.cache
+def _setup_obstacle() -> str | None:
+    """Set up Triton as its first launch would: it compiles a module in C, and keeps that and kernels in a folder."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    from triton.runtime import driver
+
+    try:
+        _ = driver.active.utils
+    except subprocess.CalledProcessError as error:
+        compiler = error.cmd[0] if isinstance(error.cmd, list) else error.cmd
+        return (
+            f"Triton's own C code cannot be compiled by {compiler}, whose message stands above; often Python's headers "
+            "are missing (python3-dev)"
+        )
+    except OSError as error:
+        return (
+            f"Triton cannot keep what it compiles ({error.filename}: {error.strerror}); set TRITON_CACHE_DIR to a "
+            "folder that can be written"
+        )
+    except Exception as error:  # of many kinds, assertions among them
+        if "C compiler" in str(error):
+            return "Triton needs a C compiler, and there is none; install gcc, or name one in CC"
+        return f"Triton cannot be set up: {one_line(error)}"
+    return None
+
+
 @functools.cache
 def triton_works_on(device: torch.device) -> bool:
-    """Return whether Triton has kernels for this card: most of AMD's, and NVIDIA's since Turing."""
+    """Return whether Triton works and has kernels for this card: most of AMD's, and NVIDIA's since Turing."""
     if not triton_installed():
         return False
     if vendor_kind(device) == "hip":
-        return triton_knows(amd_chip(device))
-    return torch.cuda.get_device_capability(device) >= (7, 5)
+        known = triton_knows(amd_chip(device))
+    else:
+        known = torch.cuda.get_device_capability(device) >= (7, 5)
+    return known and triton_obstacle() is None
 
 
 def operators_are_unwatched(x: Tensor) -> bool:

@@ -34,12 +34,14 @@ def obstacle(device_type: str) -> str | None:
     if device_type == "cuda":
         import torch
 
+        from litgpt_moe_ext.kernels.launch import triton_obstacle
+
         if find_spec("triton") is None:
             return f"Triton is not installed (pip install {'triton-windows' if windows else 'triton'})"
         capability = torch.cuda.get_device_capability()
         if capability < (7, 0):
             return f"Triton needs compute capability 7.0, this GPU has {'.'.join(map(str, capability))}"
-        return None
+        return triton_obstacle()
     compilers = [os.environ.get("CXX"), *(["cl"] if windows else ["g++", "clang++", "c++"])]
     if not any(compiler and shutil.which(compiler) for compiler in compilers):
         compiler = "MSVC's cl.exe" if windows else "a C++ compiler"

@@ -1,5 +1,9 @@
 """How kernels are started."""
 
+import re
+import subprocess
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -31,3 +35,43 @@ def test_on_which_cards_triton_works(installed, chip, capability, works, monkeyp
     monkeypatch.setattr(launches, "amd_chip", lambda device: chip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert launches.triton_works_on.__wrapped__(torch.device("cuda")) == works
+
+
+class _Failing:
+    """Triton's driver on a machine where it cannot be set up."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    @property
+    def active(self) -> None:
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("Failed to find C compiler. Please specify"), "there is none; install gcc, or name one in CC"),
+        (subprocess.CalledProcessError(1, ["/usr/bin/gcc", "driver.c"]), "by /usr/bin/gcc, .*headers"),
+        (PermissionError(13, "Permission denied", "/root/.triton"), r"\(/root/.triton: Permission denied\); set"),
+        (AssertionError("libcuda.so is not\nthere"), "^Triton cannot be set up: libcuda.so is not there$"),
+    ],
+)
+def test_what_keeps_triton_from_working_is_named(error, said, monkeypatch):
+    """A slim container has no C compiler, with which Triton compiles its own code when it first looks for a GPU."""
+    runtime = pytest.importorskip("triton.runtime")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(runtime, "driver", _Failing(error))
+    assert re.search(said, launches._setup_obstacle.__wrapped__())
+    monkeypatch.setattr(launches, "_setup_obstacle", lambda: "no compiler")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    for used in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda used=used: used)
+        assert launches.triton_works_on.__wrapped__(torch.device("cuda")) != used
+
+
+def test_triton_that_can_be_set_up_works(monkeypatch):
+    runtime = pytest.importorskip("triton.runtime")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(runtime, "driver", SimpleNamespace(active=SimpleNamespace(utils=None)))
+    assert launches._setup_obstacle.__wrapped__() is None

@@ -127,3 +127,19 @@ def test_blocks_are_measured_by_the_command(gpu, tmp_path):
     assert [(work["n_in"], work["n_out"]) for work in works[:4]] == [(128, 128), (64, 128), (128, 64), (128, 128)]
     assert [work["add"] for work in works[4:]] == [False, False, True, True]
     assert {(work["n_expert"], work["n_row"], work["precision"]) for work in works} == {(16, 4096, "half")}
+
+
+@pytest.mark.parametrize(
+    ("lacking", "said"),
+    [
+        ({"PATH": "/nowhere"}, "Triton needs a C compiler, and there is none; install gcc, or name one in CC"),
+        ({"TRITON_CACHE_DIR": "/proc/none"}, "Triton cannot keep what it compiles (/proc/none: "),
+    ],
+)
+def test_where_triton_cannot_be_set_up(gpu, tmp_path, lacking, said):
+    """As in a slim container: the loop computes the experts, and `doctor` says why."""
+    environment = null_gpu.environment(gpu, 86) | {"TRITON_CACHE_DIR": str(tmp_path)} | lacking
+    output = run_command(sys.executable, "-m", "litgpt_moe_ext", "doctor", **environment).stdout
+    (line,) = (line for line in output.splitlines() if line.split()[1:2] == ["experts"])
+    assert line.split()[0] == "note"
+    assert f"triton cannot be used because {said}" in line

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from litgpt_moe_ext.errors import SettingsError
-from litgpt_moe_ext.inspect.doctor.finding import Finding
+from litgpt_moe_ext.inspect.doctor.finding import Finding, with_warnings
 from litgpt_moe_ext.inspect.doctor.run_here import compiles, computing, processes
 from litgpt_moe_ext.inspect.recipes import Recipe
 from litgpt_moe_ext.wording import counted
@@ -35,12 +35,12 @@ def kernels(recipe: Recipe) -> Iterator[Finding]:
     for topic, (line_of, slowest, none) in lines.items():
         try:
             with autocast:
-                line = line_of()
+                line, warned = with_warnings(line_of)
         except SettingsError as error:
             yield Finding(topic, "problem", str(error))
             continue
         text = none if line is None else line.removeprefix(f"{topic}: ")
-        yield Finding(topic, "note" if text.startswith(slowest) else "good", text)
+        yield Finding(topic, "note" if text.startswith(slowest) else "good", text + warned)
 
 
 def precision(wanted: str | None) -> Finding:

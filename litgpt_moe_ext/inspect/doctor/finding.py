@@ -1,9 +1,12 @@
 """A finding of the doctor."""
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 Verdict = Literal["good", "note", "problem"]
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -19,3 +22,11 @@ class Finding:
     topic: str
     verdict: Verdict
     text: str
+
+
+def with_warnings(choose: Callable[[], _Result]) -> tuple[_Result, str]:
+    """Return what a function returns, and what it warns of, which belongs to its finding, or an empty text."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = choose()
+    return result, "".join(f". {text}".removesuffix(".") for text in dict.fromkeys(str(w.message) for w in caught))

@@ -4,7 +4,7 @@ import importlib.metadata
 import platform
 from collections.abc import Iterator
 
-from litgpt_moe_ext.inspect.doctor.finding import Finding
+from litgpt_moe_ext.inspect.doctor.finding import Finding, with_warnings
 
 
 def versions() -> Iterator[Finding]:
@@ -92,9 +92,9 @@ def kernels() -> Iterator[Finding]:
     device = torch.device("cuda" if cuda else "cpu")
     dtypes = (torch.bfloat16, torch.float16, torch.float32) if cuda else (torch.float32,)
     names = {dtype: str(dtype).removeprefix("torch.") for dtype in dtypes}
-    chosen = {name: backend_for(device, dtype, (64, 64)) for dtype, name in names.items()}
+    chosen, warned = with_warnings(lambda: {name: backend_for(device, key, (64, 64)) for key, name in names.items()})
     text = ", ".join(f"backend {backend} for {name}" for name, backend in chosen.items())
-    yield Finding("experts", "note" if "loop" in chosen.values() else "good", text)
+    yield Finding("experts", "note" if "loop" in chosen.values() else "good", text + warned)
     capability = capability_of(device)
     chosen = {
         name: choose(Workload(vendor_kind(device), capability, name, 64, ("gradient",))) for name in names.values()

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litgpt_moe_ext.kernels.launch import triton_installed
+from litgpt_moe_ext.kernels.launch import triton_works_on
 from litgpt_moe_ext.moe.kernels.plan import Gates, Gradients, Mask, Outer, Plan, Product
 
 
@@ -27,7 +27,7 @@ def multiply_rows(product: Product) -> Tensor:
         return x.new_empty(0, weight_EOI.size(1))
     x_RI = x.index_select(0, _tokens(plan)) if gather else x
     y_RO = F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=plan.ends)
-    if bias_EO is not None and y_RO.is_cuda and triton_installed():
+    if bias_EO is not None and y_RO.is_cuda and triton_works_on(y_RO.device):
         from litgpt_moe_ext.moe.kernels.triton.biases import add_biases
 
         return add_biases(y_RO, bias_EO, plan, scatter)

@@ -37,8 +37,8 @@ def _needs_triton(place: Place) -> str | None:
     interpreted = place.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if place.device not in ("cuda", "hip") and not interpreted:
         return f"it works on cuda tensors (on cpu ones under TRITON_INTERPRET=1), these are on {place.device}"
-    if not launch.triton_installed():
-        return "Triton is not installed (on Windows: pip install triton-windows)"
+    if (reason := launch.triton_obstacle()) is not None:
+        return reason
     if place.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it has no {place.dtype}"
     if not triton_knows(place.chip):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from litgpt_moe_ext.kernels.launch import triton_installed
+from litgpt_moe_ext.kernels.launch import triton_works_on
 from litgpt_moe_ext.moe.kernels import native
 
 
@@ -29,7 +29,7 @@ def beside(call: Any, x: Tensor) -> Any:
         call: As above.
         x: On the device where they run.
     """
-    return native if call.engine == "torch" and not (x.is_cuda and triton_installed()) else _triton()
+    return native if call.engine == "torch" and not (x.is_cuda and triton_works_on(x.device)) else _triton()
 
 
 def _triton() -> Any:
