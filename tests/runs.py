@@ -102,14 +102,19 @@ def recipe_writer(folder: Path, corpus_settings: dict) -> Callable[..., Path]:
 
 
 def run_command(
-    *command: str | Path, cwd: Path = ROOT, stdin: str = "", timeout: float | None = PATIENCE, **environment: str
+    *command: str | Path,
+    cwd: Path = ROOT,
+    stdin: str = "",
+    timeout: float | None = PATIENCE,
+    status: int = 0,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command that must succeed, with `environment` beside the variables of this process."""
+    """Run a command that must end with `status`, with `environment` beside the variables of this process."""
     ended = subprocess.run(
         [str(part) for part in command], cwd=cwd, env={**os.environ, **environment}, input=stdin, timeout=timeout,
         capture_output=True, text=True,
     )  # fmt: skip
-    assert ended.returncode == 0, ended.stdout[-6000:] + ended.stderr[-3000:]
+    assert ended.returncode == status, ended.stdout[-6000:] + ended.stderr[-3000:]
     return ended
 
 

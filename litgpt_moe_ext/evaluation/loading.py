@@ -10,10 +10,11 @@ import torch
 from lightning import Fabric
 from litgpt import GPT, Tokenizer
 
-from litgpt_moe_ext.errors import SettingsError, one_line, undecoded, which_checkpoint
+from litgpt_moe_ext.errors import SettingsError, undecoded, which_checkpoint
 from litgpt_moe_ext.files.archives import COPY_AGAIN, open_archive, shortened
 from litgpt_moe_ext.files.checksums import problem_with_storages
 from litgpt_moe_ext.host.checkpoints import CONFIG_FILE, WEIGHTS_FILE, read_config
+from litgpt_moe_ext.kernels.gpu import defect
 from litgpt_moe_ext.wording import quoted
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -140,14 +141,8 @@ def choose_device(name: str | torch.device | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise SettingsError(f"device: {name!r} must be a device of torch, such as cpu or cuda:0") from error
-    # torch raises RuntimeError for meta, which holds no values, and for a device that is missing, is full or lacks its
-    # driver; AssertionError or ImportError if it was built without the device type, or lacks its package.
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise SettingsError(
-            f"device: '{device}' does not work here ({one_line(error)}); leave it out, or give cpu"
-        ) from error
+    if (reason := defect(device)) is not None:
+        raise SettingsError(f"device: '{device}' does not work here ({reason}); leave it out, or give cpu")
     return device
 
 

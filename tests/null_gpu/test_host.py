@@ -1,6 +1,7 @@
 """What the host of a GPU does, seen on one that is not there: what it starts, and what it waits for."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -143,3 +144,15 @@ def test_where_triton_cannot_be_set_up(gpu, tmp_path, lacking, said):
     (line,) = (line for line in output.splitlines() if line.split()[1:2] == ["experts"])
     assert line.split()[0] == "note"
     assert f"triton cannot be used because {said}" in line
+
+
+def test_a_card_that_torch_has_no_kernels_for(gpu, recipe):
+    """Its memory can be used, so that only the first kernel fails: in the middle of a run, if nothing asks before."""
+    environment = null_gpu.environment(gpu, 61)
+    command = (sys.executable, "-m", "litgpt_moe_ext")
+    reason = "no kernel image is available for execution on the device"
+    refused = run_command(*command, "train", "--config", recipe(), status=2, **environment).stderr
+    assert f"error: devices: 'cuda:0' does not work here (CUDA error: {reason}); `litgpt-moe doctor` says" in refused
+    page = run_command(*command, "doctor", status=1, **environment).stdout
+    (line,) = (line for line in page.splitlines() if line.split()[1:3] == ["GPU", "0"])
+    assert re.search(f"^PROBLEM .* does not work: CUDA error: {reason} .torch .* has kernels for sm_75, ", line)

@@ -20,9 +20,8 @@ _WORDS = {"good": ("green", "ok"), "note": ("yellow", "note"), "problem": ("bold
 class Doctor:
     """Describe this installation on one page, and say whether a recipe can run on it.
 
-    Exits with status 1 if the recipe cannot run here, or fits into no GPU of the memory given. A checkpoint
-    that it resumes or starts from is checked too, except the numbers in its model file, which a run checks when it
-    starts.
+    Exits with status 1 at a problem, or if the recipe fits into no GPU of the memory given. A checkpoint that it
+    resumes or starts from is checked too, except the numbers in its model file, which a run checks when it starts.
 
     Attributes:
         recipe: A recipe (YAML file), or a checkpoint directory. Without one only the installation is described.
@@ -62,9 +61,10 @@ class Doctor:
         for finding in findings:
             style, word = _WORDS[finding.verdict]
             console.print(f"[{style}]{word:<8}[/] {finding.topic:<16} {escape(finding.text)}")
+        problems = sum(finding.verdict == "problem" for finding in findings)
         if recipe is None:
-            return 0
-        if problems := sum(finding.verdict == "problem" for finding in findings):
+            return CANNOT if problems else 0
+        if problems:
             print(f"{self.recipe} cannot run here: {counted(problems, 'problem')}")
             return CANNOT
         print(f"{self.recipe} can run here")

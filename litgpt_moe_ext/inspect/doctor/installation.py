@@ -33,6 +33,7 @@ def devices() -> Iterator[Finding]:
     import psutil
     import torch
 
+    from litgpt_moe_ext.kernels.gpu import defect
     from litgpt_moe_ext.training.parallel.accelerator import unused_gpu
 
     memory = psutil.virtual_memory()
@@ -50,12 +51,15 @@ def devices() -> Iterator[Finding]:
         return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        yield Finding(
-            f"GPU {index}",
-            "good",
+        text = (
             f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
-            f"{properties.total_memory / 2**30:.0f} GiB",
+            f"{properties.total_memory / 2**30:.0f} GiB"
         )
+        if (reason := defect(torch.device("cuda", index))) is None:
+            yield Finding(f"GPU {index}", "good", text)
+            continue
+        built = f"torch {torch.__version__} has kernels for {', '.join(torch.cuda.get_arch_list())}"
+        yield Finding(f"GPU {index}", "problem", f"{text}, does not work: {reason} ({built})")
 
 
 def links(matrix: str | None) -> list[Finding]:

@@ -15,6 +15,7 @@ from litgpt.utils import check_nvlink_connectivity, choose_logger, parse_devices
 from litgpt_moe_ext.errors import SettingsError, one_line
 from litgpt_moe_ext.files.lock import ProcessLock
 from litgpt_moe_ext.interruption import end_at_once_on_termination, ending_at_once
+from litgpt_moe_ext.kernels.gpu import defect
 from litgpt_moe_ext.software import software
 from litgpt_moe_ext.terminal import redraws
 from litgpt_moe_ext.tokens.padding import accept_padding, accepts_padding
@@ -144,6 +145,11 @@ def _connect(plan: Plan, reporter: Reporter) -> Launched:
     # To wait for the others is native code, which Ctrl-C does not reach.
     with _connection_errors(options.timeout_minutes), ending_at_once():
         fabric.launch()
+    if (reason := defect(fabric.device)) is not None:
+        raise SettingsError(
+            f"devices: '{fabric.device}' does not work here ({reason}); `litgpt-moe doctor` says more, and "
+            "CUDA_VISIBLE_DEVICES can hide a GPU, so that a run uses others, or the CPU"
+        )
     return Launched(plan, fabric, reporter, devices, num_nodes)
 
 

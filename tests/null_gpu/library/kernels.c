@@ -35,6 +35,8 @@ static const char *name_of(const void *function) {
 }
 
 static cudaError_t run(const void *function, dim3 grid, dim3 block, cudaStream_t stream) {
+    /* PyTorch for CUDA 13 has no code for older ones. */
+    if (null_capability() < 75) return null_fail(cudaErrorNoKernelImageForDevice);
     size_t threads = (size_t)block.x * block.y * block.z;
     if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || !threads || threads > 1024)
         return null_fail(cudaErrorInvalidConfiguration);
