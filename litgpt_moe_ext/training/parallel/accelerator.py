@@ -13,16 +13,19 @@ def accelerator_here() -> str:
 
 def unused_gpu() -> str | None:
     """Return why torch cannot use the NVIDIA GPU of this machine; None if it can, or there is none, or it is hidden."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     # The driver brings this program, on Windows too.
-    if hidden or torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
+    if visible in ("", "-1") or torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
         return None
     if torch.version.cuda is None:
         return (
             "torch was built without CUDA, as PyPI's is for Windows (uv pip install --reinstall-package torch torch "
             "--torch-backend=auto, then uv run --no-sync)"
         )
-    return f"torch was built for CUDA {torch.version.cuda}, for which the driver may be too old"
+    reason = f"torch was built for CUDA {torch.version.cuda}, for which the driver may be too old"
+    if visible is not None:
+        reason = f"CUDA_VISIBLE_DEVICES is {visible!r}, which may name none of its GPUs; or {reason}"
+    return reason
 
 
 def default_precision(accelerator: str) -> str:

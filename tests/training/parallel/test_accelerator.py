@@ -46,6 +46,10 @@ def test_a_gpu_that_torch_cannot_use_has_a_remedy(machine, monkeypatch):
     assert [found.text.partition(": ")[2] for found in devices()][1:] == [unused_gpu()]
     machine(driver=True, cuda="13.0")
     assert unused_gpu() == "torch was built for CUDA 13.0, for which the driver may be too old"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert unused_gpu().startswith(
+        "CUDA_VISIBLE_DEVICES is '7', which may name none of its GPUs; or torch was built for"
+    )
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         assert unused_gpu() is None, "as somebody wants it"
