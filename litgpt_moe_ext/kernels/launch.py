@@ -39,7 +39,7 @@ def _setup_obstacle() -> str | None:
     from triton.runtime import driver
 
     try:
-        _ = driver.active.utils
+        driver.active.get_current_target()
     except subprocess.CalledProcessError as error:
         compiler = error.cmd[0] if isinstance(error.cmd, list) else error.cmd
         return (

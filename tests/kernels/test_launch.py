@@ -73,5 +73,5 @@ def test_what_keeps_triton_from_working_is_named(error, said, monkeypatch):
 def test_triton_that_can_be_set_up_works(monkeypatch):
     runtime = pytest.importorskip("triton.runtime")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(runtime, "driver", SimpleNamespace(active=SimpleNamespace(utils=None)))
+    monkeypatch.setattr(runtime, "driver", SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: None)))
     assert launches._setup_obstacle.__wrapped__() is None
