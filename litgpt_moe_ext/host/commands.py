@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,34 +78,26 @@ def _undivided(model: Any) -> Iterator[str]:
         )
 
 
-def require_weights_alone(module: Any) -> None:
-    """Refuse a training checkpoint, in one line, where LitGPT expects a file of weights alone."""
+def require_weights_alone(
+    function: str = "main", setting: str = "checkpoint_dir", instead: str | None = None
+) -> Callable[[Any], None]:
+    """Return what refuses a training checkpoint, in one line, where LitGPT expects a file of weights alone.
 
-    @wrapping(module, "main")
-    def main(original: Any, checkpoint_dir: Path, *args: Any, **kwargs: Any) -> None:
-        _refuse_training_checkpoint("checkpoint_dir", checkpoint_dir, "litgpt generate")
-        original(checkpoint_dir, *args, **kwargs)
+    Args:
+        function: The function of a module of LitGPT that is given the checkpoint.
+        setting: Its argument; None in it is no checkpoint.
+        instead: A command that takes both kinds.
+    """
 
+    def refuse_others(module: Any) -> None:
+        @wrapping(module, function)
+        def checked(original: Any, *args: Any, **kwargs: Any) -> Any:
+            checkpoint_dir = inspect.signature(original).bind(*args, **kwargs).arguments.get(setting)
+            if checkpoint_dir is not None:
+                _refuse_training_checkpoint(setting, checkpoint_dir, instead)
+            return original(*args, **kwargs)
 
-def require_weights_under_adapters(module: Any) -> None:
-    """Do the same where `litgpt generate_adapter` puts adapters into the weights."""
-
-    @wrapping(module, "main")
-    def main(original: Any, checkpoint_dir: Path, *args: Any, **kwargs: Any) -> None:
-        _refuse_training_checkpoint("checkpoint_dir", checkpoint_dir)
-        original(checkpoint_dir, *args, **kwargs)
-
-
-def require_weights_under_lora(module: Any) -> None:
-    """Do the same where `litgpt merge_lora` is told the weights to merge with."""
-
-    @wrapping(module, "merge_lora")
-    def merge_lora(
-        original: Any, checkpoint_dir: Path, pretrained_checkpoint_dir: Path | None = None, *args: Any, **kwargs: Any
-    ) -> None:
-        if pretrained_checkpoint_dir is not None:
-            _refuse_training_checkpoint("pretrained_checkpoint_dir", pretrained_checkpoint_dir)
-        original(checkpoint_dir, pretrained_checkpoint_dir, *args, **kwargs)
+    return refuse_others
 
 
 def require_response_mark(module: Any) -> None:
@@ -139,16 +131,6 @@ def require_weights_to_start(pretrain: Any) -> None:
         checkpoint_dir = given.get("initial_checkpoint_dir")
         if checkpoint_dir and type(given["fabric"]).load_raw is Fabric.load_raw:
             _refuse_training_checkpoint("initial_checkpoint_dir", checkpoint_dir, "litgpt-moe train")
-        return original(*args, **kwargs)
-
-
-def require_weights_to_merge(finetune: Any) -> None:
-    """Do the same before `litgpt finetune_lora` trains, which merges its weights with those alone afterwards."""
-
-    @wrapping(finetune, "main")
-    def main(original: Any, *args: Any, **kwargs: Any) -> Any:
-        checkpoint_dir = inspect.signature(original).bind(*args, **kwargs).arguments["checkpoint_dir"]
-        _refuse_training_checkpoint("checkpoint_dir", checkpoint_dir, "litgpt finetune_full")
         return original(*args, **kwargs)
 
 

@@ -220,20 +220,18 @@ SEAMS = (
     *(
         Seam(
             module, "main", "wrap", "Ends with one line at a training checkpoint.",
-            "LitGPT finds the weights in one", commands.require_weights_alone,
+            "LitGPT finds the weights in one", commands.require_weights_alone(instead=instead),
         )
-        for module in ("litgpt.generate.tp", "litgpt.generate.sequentially")
-    ),
-    *(
-        Seam(
-            module, "main", "wrap", "Ends with one line at a training checkpoint.",
-            "LitGPT finds the weights in one", commands.require_weights_under_adapters,
-        )
-        for module in ("litgpt.generate.adapter", "litgpt.generate.adapter_v2")
+        for module, instead in {
+            "litgpt.generate.tp": "litgpt generate",
+            "litgpt.generate.sequentially": "litgpt generate",
+            "litgpt.generate.adapter": None,
+            "litgpt.generate.adapter_v2": None,
+        }.items()
     ),
     Seam(
         "litgpt.scripts.merge_lora", "merge_lora", "wrap", "Ends with one line at a training checkpoint.",
-        "LitGPT finds the weights in one", commands.require_weights_under_lora,
+        "LitGPT finds the weights in one", commands.require_weights_alone("merge_lora", "pretrained_checkpoint_dir"),
     ),
     *(
         Seam(
@@ -273,7 +271,7 @@ SEAMS = (
     ),
     Seam(
         "litgpt.finetune.lora", "main", "wrap", "Ends with one line at a training checkpoint, before it trains.",
-        "LitGPT merges with the weights in one", commands.require_weights_to_merge,
+        "LitGPT merges with the weights in one", commands.require_weights_alone(instead="litgpt finetune_full"),
     ),
     *(
         Seam(

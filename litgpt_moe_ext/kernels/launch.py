@@ -61,8 +61,6 @@ def _setup_obstacle() -> str | None:
 @functools.cache
 def triton_works_on(device: torch.device) -> bool:
     """Return whether Triton works and has kernels for this card: most of AMD's, and NVIDIA's since Turing."""
-    if not triton_installed():
-        return False
     if vendor_kind(device) == "hip":
         known = triton_knows(amd_chip(device))
     else:

@@ -25,8 +25,10 @@ class Finding:
 
 
 def with_warnings(choose: Callable[[], _Result]) -> tuple[_Result, str]:
-    """Return what a function returns, and what it warns of, which belongs to its finding, or an empty text."""
+    """Return what a function returns, and what it warns users of, which belongs to its finding, or an empty text."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = choose()
-    return result, "".join(f". {text}".removesuffix(".") for text in dict.fromkeys(str(w.message) for w in caught))
+    # Not those of libraries to their programmers.
+    texts = dict.fromkeys(str(warning.message) for warning in caught if issubclass(warning.category, RuntimeWarning))
+    return result, "".join(f". {text}".removesuffix(".") for text in texts)
